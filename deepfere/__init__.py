@@ -1,0 +1,36 @@
+"""deepfere: registers and fuses stained slides with mass spectrometry images, at high resolution."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "fuse": "deepfere.pipeline",
+    "open": "deepfere.reconstruction.result",
+    "open_measured": "deepfere.measured.store",
+    "Result": "deepfere.reconstruction.result",
+    "Alignment": "deepfere.frame",
+    "DeepfereError": "deepfere.errors",
+    "InputError": "deepfere.errors",
+}
+
+if TYPE_CHECKING:
+    from deepfere.errors import DeepfereError as DeepfereError
+    from deepfere.errors import InputError as InputError
+    from deepfere.frame import Alignment as Alignment
+    from deepfere.measured.store import open_measured as open_measured
+    from deepfere.pipeline import fuse as fuse
+    from deepfere.reconstruction.result import Result as Result
+    from deepfere.reconstruction.result import open as open
+
+__all__ = ["__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when first used: ``import deepfere`` stays light."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'deepfere' has no attribute {name!r}")

@@ -1,0 +1,207 @@
+"""The one place that starts or joins Ray, and the one way that planned rows are carried out on it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from deepfere.config import RaySettings
+from deepfere.errors import DeepfereError, InputError
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DEDUP_LOGS": "1",
+}
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def connect(settings: RaySettings) -> None:
+    """Join the cluster at ``settings.address`` (or ``RAY_ADDRESS``), else start a local session once.
+
+    Threads of numerical libraries are pinned to one in every worker, so that results do not depend on the
+    machine's core count.
+
+    Raises:
+        InputError: There is no cluster at the address.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    environment = {"env_vars": {**dict.fromkeys(THREADS, "1"), **ENVIRONMENT}}
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "runtime_env": environment,
+        "configure_logging": True,
+    }
+    if address:
+        try:
+            ray.init(address=address, **options)
+        except ConnectionError as error:
+            raise InputError(
+                f"no Ray cluster answers ({error})", where=address, remedy="check ray.address, or leave it out"
+            ) from error
+    else:
+        ray.init(
+            num_cpus=settings.num_cpus,
+            object_store_memory=settings.object_store_memory_bytes,
+            include_dashboard=False,
+            **options,
+        )
+    _quiet_ray_data()
+
+
+def _quiet_ray_data() -> None:
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.execution_options.verbose_progress = False
+    for name in ("ray.data", "ray.train", "ray.tune", "ray._private"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def shutdown() -> None:
+    """Leave Ray (stops a local session)."""
+    import ray
+
+    ray.shutdown()
+
+
+class Journal:
+    """Append-only record of finished units, one file per writer, beside the store that they fill.
+
+    Args:
+        folder: Local folder of the journal's files.
+        fingerprint: Settings token; records with another one do not count.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: str) -> None:
+        self.folder, self.fingerprint = Path(folder), fingerprint
+        self._file = self.folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
+
+    def done(self) -> dict[str, dict[str, Any]]:
+        """Finished units by key. A torn last line (a killed writer) is ignored."""
+        out: dict[str, dict[str, Any]] = {}
+        for path in sorted(self.folder.glob("*.jsonl")) if self.folder.exists() else []:
+            for line in path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                if record.get("fingerprint") == self.fingerprint:
+                    out[record["unit"]] = record
+        return out
+
+    def record(self, unit: str, **values: Any) -> None:
+        """Add a finished unit; on disk when this returns."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"unit": unit, "fingerprint": self.fingerprint, **values})
+        with self._file.open("a") as handle:
+            handle.write(line + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+
+
+class RowWorker:
+    """Base of the actors that carry out planned rows: one row in, a small record out.
+
+    Subclasses implement `work`; an exception becomes an ``error`` column, never a lost block.
+    """
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Ray Data's entry: a batch of one row with the column ``row`` (JSON)."""
+        import torch
+
+        torch.set_num_threads(1)
+        out: list[str] = []
+        for text in batch["row"]:
+            row = json.loads(str(text))
+            try:
+                out.append(json.dumps({**self.work(row), "unit": row["unit"], "error": None}))
+            except Exception as error:
+                out.append(json.dumps({"unit": row["unit"], "error": f"{type(error).__name__}: {error}"}))
+        import numpy as np
+
+        return {"record": np.array(out, dtype=object)}
+
+    def work(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Carry out one row; returns plain values."""
+        raise NotImplementedError
+
+
+def run_rows(
+    rows: Iterable[dict[str, Any]],
+    worker: type[RowWorker],
+    arguments: tuple[Any, ...],
+    *,
+    what: str,
+    on_done: Callable[[dict[str, Any]], None] | None = None,
+    num_cpus: float = 1.0,
+    num_gpus: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Carry out rows on Ray Data actors; pixels stay in the actors, rows and records are small.
+
+    Args:
+        rows: Plain dicts with a key ``unit``.
+        worker: A `RowWorker` class; built once per actor with ``arguments``.
+        arguments: Constructor arguments.
+        what: Name of the work for messages.
+        on_done: Called in the driver with each record as it arrives.
+        num_cpus: CPUs per actor.
+        num_gpus: GPUs per actor.
+
+    Returns:
+        The records, in no particular order.
+
+    Raises:
+        DeepfereError: Some rows failed; the others are done.
+    """
+    import ray
+
+    items = [{"row": json.dumps(row)} for row in rows]
+    if not items:
+        return []
+    available = ray.cluster_resources().get("CPU", 1.0)
+    size = max(1, min(len(items), int(available / num_cpus)))
+    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), 4 * size))
+    dataset = dataset.map_batches(
+        worker,
+        fn_constructor_args=arguments,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=size),
+        num_cpus=num_cpus,
+        num_gpus=num_gpus or None,
+    )
+    records, failed = [], []
+    for record in _records(dataset):
+        (failed if record["error"] else records).append(record)
+        if on_done:
+            on_done(record)
+    if failed:
+        first = failed[0]
+        raise DeepfereError(
+            f"{what}: {len(failed)} of {len(items)} pieces failed; first {first['unit']}: {first['error']}"
+        )
+    return records
+
+
+def _records(dataset: Any) -> Iterator[dict[str, Any]]:
+    for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"):
+        for text in batch["record"]:
+            yield json.loads(str(text))

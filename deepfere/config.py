@@ -1,0 +1,174 @@
+"""Settings: pydantic models that the YAML files in ``configs/`` mirror, and their hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from deepfere.errors import InputError
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class IngestSettings(_Settings):
+    """How the measurement is read."""
+
+    tolerance_ppm: float = Field(5.0, gt=0, le=1000, description="half-width of an ion's m/z window")
+    mz: list[float] | None = Field(None, description="target list; None = the file's axis, or automatic peaks")
+    normalisation: Literal["none", "tic", "rms", "median"] = "none"
+    band_rows: int = Field(64, ge=1)
+
+
+class AlignSettings(_Settings):
+    """How the section is found on the slide."""
+
+    angle_step_deg: float = Field(10.0, gt=0, le=45)
+    candidates: int = Field(16, ge=2)
+
+
+class ModelSettings(_Settings):
+    """The fusion model."""
+
+    max_factors: int = Field(16, ge=1, le=64)
+    tier: Literal["auto", "T0", "T1", "T2"] = "auto"
+    smoothing_pitch: float = Field(0.15, ge=0, le=1, description="s.d. of the feature smoothing, measured pixels")
+    width: int = Field(32, ge=4, le=256)
+    depth: int = Field(3, ge=1, le=5)
+    null_guides: int = Field(20, ge=4)
+
+
+class TrainSettings(_Settings):
+    """Training of the deep tier. Budgets are steps, never wall clock."""
+
+    steps: int = Field(80, ge=1)
+    batch: int = Field(4, ge=1, description="patches per step over all workers")
+    patch_px: int = Field(32, ge=20, description="side of a patch in measured pixels, context included")
+    rate: float = Field(2e-3, gt=0)
+    rate_registration_pitch: float = Field(0.002, ge=0, description="step of the joint registration, measured pixels")
+    correlation_weight: float = Field(0.1, ge=0)
+    mapping_weight: float = Field(0.5, ge=0)
+    report_every: int = Field(20, ge=1)
+    held_out: float = Field(0.2, gt=0, lt=0.9, description="share of the spatial blocks kept from training")
+    workers: int = Field(1, ge=1)
+    use_gpu: bool = False
+
+
+class ReconstructSettings(_Settings):
+    """Output geometry."""
+
+    shard_px: int = Field(1024, ge=64)
+    chunk_px: int = Field(256, ge=16)
+
+
+class RaySettings(_Settings):
+    """How Ray is reached: an address, or an embedded local session."""
+
+    address: str | None = None
+    num_cpus: int | None = Field(None, ge=1)
+    object_store_memory_bytes: int = Field(256 * 2**20, ge=80 * 2**20)
+
+
+class TrackingSettings(_Settings):
+    """MLflow: ``uri: none`` switches tracking off."""
+
+    uri: str | None = None
+    experiment: str = "deepfere"
+    register_as: str | None = Field("deepfere", description="registered model name; None = do not register")
+
+
+class Config(_Settings):
+    """Everything that a run depends on besides its inputs."""
+
+    seed: int = 0
+    factor: int | None = Field(None, description="high-resolution pixels per measured pixel and axis")
+    guide: bool = True
+    ingest: IngestSettings = IngestSettings()
+    align: AlignSettings = AlignSettings()
+    model: ModelSettings = ModelSettings()
+    train: TrainSettings = TrainSettings()
+    reconstruct: ReconstructSettings = ReconstructSettings()
+    ray: RaySettings = RaySettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain values, as saved with every output."""
+        return self.model_dump(mode="json")
+
+    def digest(self) -> str:
+        """Hash of what changes numbers: everything but where Ray and MLflow are."""
+        values = self.resolved()
+        for name in ("ray", "tracking"):
+            values.pop(name)
+        values["train"].pop("use_gpu")
+        return digest(values)
+
+
+def digest(values: Any) -> str:
+    """SHA-256 (hex) of plain values in a canonical form."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _assign(values: dict[str, Any], key: str, value: Any, where: object) -> None:
+    *path, last = key.split(".")
+    for name in path:
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise InputError(f"{key!r} goes through {name!r}, which is not a section", where=where)
+    values[last] = value
+
+
+def load_config(file: str | Path | None = None, overrides: Iterable[str] = (), **given: Any) -> Config:
+    """Defaults, then a YAML file, then ``key=value`` overrides, then named values.
+
+    Args:
+        file: YAML that mirrors `Config`; every key is optional.
+        overrides: ``section.key=value`` strings; the value is read as YAML.
+        **given: Top-level values that are not None, or dotted keys with ``__`` for the dot.
+
+    Raises:
+        InputError: An unknown key, a value of the wrong kind or out of range, or an unreadable file.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            loaded = yaml.safe_load(Path(file).read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"cannot be read as settings ({error})", where=file, remedy="give a YAML file") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise InputError("does not hold key: value pairs", where=file, remedy="give a YAML mapping")
+        values = loaded or {}
+    for text in overrides:
+        key, equals, raw = text.partition("=")
+        if not equals or not key:
+            raise InputError(f"{text!r} is not a setting", remedy="write key=value, for example train.steps=200")
+        try:
+            _assign(values, key, yaml.safe_load(raw), text)
+        except yaml.YAMLError as error:
+            raise InputError(f"the value of {text!r} cannot be read ({error})") from error
+    for key, value in given.items():
+        if value is not None:
+            _assign(values, key.replace("__", "."), value, key)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(_known_keys(first["loc"][:-1]))
+            raise InputError(f"unknown setting {name!r}", where=file, remedy=f"known here: {known}") from error
+        raise InputError(f"setting {name!r}: {first['msg']}", where=file, remedy="correct its value") from error
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        model = model.model_fields[part].annotation
+    return sorted(model.model_fields)

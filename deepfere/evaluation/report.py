@@ -1,0 +1,189 @@
+"""The report of one result: a single HTML file that a facility can hand to its client.
+
+Everything is inlined (pictures, styles, a few lines of script) and a content security policy forbids the
+page to fetch anything. Pictures are read from the level that fits a page, so a report of a whole slide
+costs no more memory than one of a small section.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from numpy.typing import NDArray
+
+from deepfere.errors import InputError
+from deepfere.evaluation import figures
+from deepfere.evaluation import report_pictures as pictures
+from deepfere.evaluation import report_tables as tables
+from deepfere.evaluation.report_alignment import alignment_section
+
+PANEL_SIDES_PX = (640, 440, 300)
+MAX_BYTES = 7_500_000
+MAX_TABLE_ROWS = 10_000
+SHORT_TABLE_ROWS = 40
+
+
+def write_report(
+    result: Any,
+    path: str | Path,
+    *,
+    evaluation: Mapping[str, Any] | None = None,
+    truth: Mapping[float, Any] | None = None,
+) -> Path:
+    """Write the report of a result as one self-contained HTML file.
+
+    Args:
+        result: An opened result (`deepfere.open`).
+        path: The HTML file to write; its folder is made if needed, a file there is replaced at once
+            when the report is complete.
+        evaluation: What `evaluate` found: ``wald`` (per ratio, rows of dB and r), ``truth`` (per kind
+            of ion) and ``consistency``; its tables are left out without it.
+        truth: Known high-resolution images by m/z, (H, W) on the result's grid, shown beside the ions.
+
+    Returns:
+        The path written.
+
+    Raises:
+        InputError: The result holds no ions, or the path cannot be written.
+    """
+    if not len(result.ions):
+        raise InputError("the result holds no ions", where=result.path, remedy="reconstruct it first")
+    target = Path(path)
+    if "://" in str(path) or target.is_dir():
+        raise InputError("not a local file name", where=path, remedy="give a path such as report.html")
+    page = render_report(result, evaluation=evaluation, truth=truth)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, target)  # noqa: PTH105
+    except OSError as error:
+        raise InputError(
+            f"cannot be written ({error.strerror})", where=path, remedy="give a path you can write to"
+        ) from error
+    return target
+
+
+def render_report(
+    result: Any,
+    *,
+    evaluation: Mapping[str, Any] | None = None,
+    truth: Mapping[float, Any] | None = None,
+) -> str:
+    """The report as HTML text of less than 8 MB; arguments as in `write_report`."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    source = resources.files("deepfere.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
+    template = environment.from_string(source)
+    shape = figures.fit_shape(result.grid.extent_um, PANEL_SIDES_PX[0])
+    most, least = pictures.pick_ions(result.ions)
+    rows = result.ions.to_dict("records")
+    loaded = {row: pictures.load_ion(result, rows[row], shape, truth) for row in (*most, *least)}
+    stain = _stain(result)
+    context = _context(result, rows, evaluation)
+    context["zoom"] = pictures.zoom(result, rows[most[0]])
+    page = ""
+    for side in PANEL_SIDES_PX:
+        # Noisy pictures hardly compress: a smaller side keeps the file one that can be mailed.
+        shape = figures.fit_shape(result.grid.extent_um, side)
+        context |= {
+            "stain": pictures.data_uri(figures.photo_jpeg(figures.resample_photo(stain, shape)), "jpeg"),
+            "frame": pictures.frame_of(result.grid.extent_um, shape),
+            "most": [pictures.ion_row(loaded[row], shape) for row in most],
+            "least": [pictures.ion_row(loaded[row], shape) for row in least],
+            "alignment": alignment_section(result, stain, side),
+        }
+        page = template.render(context)
+        if len(page.encode("utf-8")) <= MAX_BYTES:
+            break
+    return page
+
+
+def _stain(result: Any) -> NDArray[np.uint8]:
+    """The stain on the section grid, (h, w, 3) uint8, at the page's level."""
+    ny, nx = result.grid.shape_px
+    level = pictures.page_level((ny * result.factor, nx * result.factor), result.levels)
+    return np.moveaxis(np.asarray(pictures.thin(result.stain(level=level))), 0, -1)
+
+
+def _context(result: Any, rows: list[dict[str, Any]], evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Everything in the page but the pictures."""
+    ions, grid, provenance = result.ions, result.grid, result.provenance
+    order = np.lexsort(
+        (
+            -np.nan_to_num(ions["held_out_r2"].to_numpy(dtype=np.float64), nan=-np.inf),
+            ions["informed"].map(tables.RANK).to_numpy(dtype=np.float64),
+        )
+    )
+    counts = {kind: int((ions["informed"] == kind).sum()) for kind in tables.RANK}
+    exact, times = tables.exactness(ions), tables.timings(provenance)
+    fine = grid.refine(result.factor)
+    model = provenance.get("model") or {}
+    r2 = result.alignment.evidence.get("held_out_r2")
+    histogram = {
+        theme: pictures.data_uri(
+            figures.figure_png(
+                figures.r2_histogram(ions["held_out_r2"], list(ions["informed"]), ions["null_r2"], dark=theme == "dark")
+            ),
+            "png",
+        )
+        for theme in ("light", "dark")
+    }
+    facts = [
+        ("ions", f"{len(ions):,}", ""),
+        ("measured pixel", _pixel(grid.pitch_um), f"{grid.shape_px[0]} × {grid.shape_px[1]} pixels"),
+        (
+            "reconstructed pixel",
+            _pixel(fine.pitch_um),
+            f"× {result.factor}, {fine.shape_px[0]} × {fine.shape_px[1]} pixels",
+        ),
+        ("section", " × ".join(f"{side / 1000:.2f}" for side in grid.extent_um) + " mm", "height × width"),
+        ("largest disagreement", exact["value"], "of the maximum: " + ("exact" if exact["ok"] else "not exact")),
+        ("alignment, held-out R²", tables.number(r2), str(result.alignment.evidence.get("source") or "")),
+        (
+            "model",
+            str(model.get("tier") or "–"),
+            " ".join(str(model.get(k) or "") for k in ("name", "version")),
+        ),
+        ("time", times["total"], "all stages"),
+    ]
+    return {
+        "name": str(result.path).rstrip("/").rsplit("/", 1)[-1],
+        "path": str(result.path),
+        "verdict": tables.verdict(ions),
+        "counts": [(kind, n, round(100 * n / len(ions), 3)) for kind, n in counts.items()],
+        "colours": figures.CLASS_COLOURS,
+        "ramps": {"ion": _ramp(figures.ION_MAP), "spread": _ramp(figures.UNCERTAINTY_MAP)},
+        "facts": facts,
+        "warnings": [str(text) for text in provenance.get("warnings") or []],
+        "exact": exact,
+        "nonnegative": tables.nonnegative(ions),
+        "histogram": histogram,
+        "table": [tables.table_row(rows[k]) for k in order[:MAX_TABLE_ROWS]],
+        "short_rows": SHORT_TABLE_ROWS,
+        "ion_count": len(ions),
+        "timings": times,
+        "scores": tables.score_tables(evaluation),
+        "opening": tables.opening(result, float(rows[int(order[0])]["mz"])),
+        "settings": json.dumps(provenance.get("config") or {}, indent=2, default=str),
+        "identity": str(provenance.get("identity") or "–"),
+        "model": tables.pairs(model),
+        "run": tables.pairs(provenance.get("run")),
+        "versions": tables.pairs(provenance.get("versions")),
+    }
+
+
+def _pixel(pitch_um: tuple[float, float]) -> str:
+    return " × ".join(f"{side:.4g}" for side in dict.fromkeys(pitch_um)) + " µm"
+
+
+def _ramp(colour_map: str) -> str:
+    """A CSS gradient of a colour map."""
+    colours = figures.colourise(np.linspace(0.0, 1.0, 9)[None], 1.0, colour_map)[0]
+    return ", ".join(f"rgb({r} {g} {b})" for r, g, b in colours)

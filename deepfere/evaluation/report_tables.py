@@ -1,0 +1,217 @@
+"""The report's words and tables: plain values, formatted for the template."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+EXACT = 1e-6
+RANK = {"stain-informed": 0, "partly": 1, "smooth": 2}
+
+
+def number(value: Any, spec: str = ".2f") -> str:
+    """A number for a table cell; an en dash where there is none."""
+    try:
+        plain = float(value)
+    except (TypeError, ValueError):
+        return "–"
+    if math.isnan(plain):
+        return "–"
+    if math.isinf(plain):
+        return "∞" if plain > 0 else "-∞"
+    text = format(plain, spec)
+    return text if float(text) else format(0.0, spec)  # no "-0.00"
+
+
+def small(value: Any) -> str:
+    """A number near zero, with two digits."""
+    return "0" if value == 0 else number(value, ".1e")
+
+
+def duration_text(seconds: float) -> str:
+    """A duration in words: ``4.2 s``, ``2 min 05 s``, ``1 h 12 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def verdict(ions: pd.DataFrame) -> str:
+    """The result in one sentence: how many ions the stain informs.
+
+    Args:
+        ions: Table with a column ``informed`` of "stain-informed", "partly" and "smooth".
+    """
+    total = len(ions)
+    counts = {kind: int((ions["informed"] == kind).sum()) for kind in RANK}
+    full, partly, smooth = (counts[kind] for kind in RANK)
+    noun = "ion" if total == 1 else "ions"
+    if smooth == total:
+        subject = "The one ion is not" if total == 1 else f"None of the {total} ions is"
+        what = "its picture is" if total == 1 else "all pictures are"
+        return f"{subject} informed by the stain (held-out): {what} plain interpolation of the measurement."
+    are = "is" if full == 1 else "are"
+    text = f"{full} of {total} {noun} {are} informed by the stain (held-out), {partly} partly"
+    return f"{text}, {smooth} {'is' if smooth == 1 else 'are'} plain interpolation."
+
+
+def table_row(row: Mapping[str, Any]) -> dict[str, str]:
+    """One ion's row of the trust table, formatted."""
+    steps = row.get("nonneg_steps")
+    return {
+        "mz": f"{row['mz']:.4f}",
+        "informed": str(row["informed"]),
+        "kind": str(RANK.get(str(row["informed"]), 2)),
+        "held_out_r2": number(row["held_out_r2"]),
+        "null_r2": number(row.get("null_r2")),
+        "gate": number(row["gate"]),
+        "consistency": small(row.get("consistency")),
+        "nonneg_steps": number(steps, ".0f"),
+    }
+
+
+def exactness(ions: pd.DataFrame) -> dict[str, Any]:
+    """The worst contradiction of a measurement, in words."""
+    values = ions["consistency"].to_numpy(dtype=np.float64)
+    if not np.isfinite(values).any():
+        return {"value": "–", "ok": False, "text": "The agreement with the measurement was not recorded."}
+    worst = int(np.nanargmax(values))
+    largest, mz = float(values[worst]), float(ions["mz"].iloc[worst])
+    known = int(np.isfinite(values).sum())
+    scope = "every ion" if known == len(values) else f"the {known} ions checked"
+    if largest <= EXACT:
+        text = (
+            f"Averaged back to the measured pixels, {scope} equals its measurement: the largest difference "
+            f"is {small(largest)} of the ion's maximum (m/z {mz:.4f})."
+        )
+    else:
+        text = (
+            f"Averaged back to the measured pixels, m/z {mz:.4f} differs from its measurement by "
+            f"{small(largest)} of its maximum, more than the {EXACT:.0e} that an exact result keeps to."
+        )
+    return {"value": small(largest), "ok": largest <= EXACT, "text": text}
+
+
+def nonnegative(ions: pd.DataFrame) -> str:
+    """In how many ions non-negativity is imposed, in words."""
+    count, total = int((ions["nonneg_steps"].fillna(0) > 0).sum()), len(ions)
+    if count == total:
+        return "No value is below zero: the non-negative correction is on for every ion."
+    rest = (
+        "in the others it would have cost accuracy on reduced-scale data, so small negative values can occur "
+        "beside sharp edges"
+    )
+    if not count:
+        return f"The non-negative correction is off for all ions: {rest.replace('in the others ', '')}."
+    return f"The non-negative correction is on for {count} of {total} ions; {rest}."
+
+
+def timings(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Time per stage, with bars in per cent of the longest."""
+    times = {str(stage): float(seconds) for stage, seconds in (provenance.get("timings_s") or {}).items()}
+    longest = max(times.values(), default=0.0)
+    rows = [
+        {"stage": stage, "text": duration_text(s), "percent": round(100 * s / longest, 2) if longest else 0}
+        for stage, s in times.items()
+    ]
+    return {"rows": rows, "total": duration_text(sum(times.values())) if times else "–"}
+
+
+def _decibels(value: Any, r: Any = None, spec: str = ".2f") -> str:
+    """A score with its unit, and the correlation where there is one."""
+    text = number(value, spec)
+    text = text if text == "–" else f"{text} dB"
+    return text if number(r) == "–" else f"{text} · r {number(r, '.3f')}"
+
+
+def score_tables(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The evaluation's tables, formatted."""
+    if not evaluation:
+        return None
+    methods = (("bicubic", "bicubic"), ("no_guide", "no stain (--no-guide)"), ("ours", "deepfere"))
+    tables = []
+    for block in evaluation.get("wald") or []:
+        rows = []
+        for row in block.get("rows") or []:
+            values = np.array([row.get(f"{key}_db", np.nan) for key, _ in methods], dtype=np.float64)
+            best = int(np.nanargmax(values)) if np.isfinite(values).any() else -1
+            cells = [
+                {"text": _decibels(values[k], row.get(f"{key}_r")), "best": k == best}
+                for k, (key, _) in enumerate(methods)
+            ]
+            gains = [_decibels(values[2] - values[k], spec="+.2f") for k in (0, 1)]
+            rows.append({"what": str(row.get("what", "")), "cells": cells, "gains": gains})
+        tables.append(
+            {
+                "ratio": number(block.get("ratio"), "g"),
+                "alignment": str(block.get("alignment") or ""),
+                "note": str(block.get("note") or ""),
+                "rows": rows,
+            }
+        )
+    truth = [
+        {
+            "kind": str(row.get("kind", "")),
+            "ions": number(row.get("ions"), ".0f"),
+            "no_guide": _decibels(row.get("no_guide_db")),
+            "ours": _decibels(row.get("ours_db")),
+            "gain": _decibels(row.get("gain_db"), spec="+.2f"),
+        }
+        for row in evaluation.get("truth") or []
+    ]
+    checked = evaluation.get("consistency")
+    return {
+        "methods": [label for _, label in methods],
+        "wald": tables,
+        "truth": truth,
+        "consistency": None if checked is None else small(checked),
+    }
+
+
+def opening(result: Any, best_mz: float) -> dict[str, str]:
+    """How to open the result, in Python and in napari."""
+    # Four decimals tell any two ions apart that an instrument does; the nearest ion is taken.
+    path, mz = str(result.path), f"{best_mz:.4f}"
+    f, pitch = result.factor, result.grid.pitch_um
+    scale = f"({pitch[0] / f:g}, {pitch[1] / f:g})"
+    lines = (
+        ("result.ions", "this table, in pandas"),
+        (f"image = result.ion({mz})", "dask array (y, x)"),
+        (f"sd = result.uncertainty({mz})", "one standard deviation"),
+        ("image.compute()", "a numpy array"),
+    )
+    python = f"import deepfere\n\nresult = deepfere.open({path!r})\n"
+    python += "\n".join(f"{code:<36}# {comment}" for code, comment in lines)
+    viewer = (
+        "import deepfere, napari, numpy as np\n\n"
+        f"result = deepfere.open({path!r})\n"
+        f"pixel_um = {scale}\n"
+        "viewer = napari.Viewer()\n"
+        "stain = np.moveaxis(result.stain(), 0, -1)\n"
+        "viewer.add_image(stain, rgb=True, scale=pixel_um)\n"
+        f"ion = result.ion({mz})\n"
+        'viewer.add_image(ion, colormap="viridis", scale=pixel_um)\n'
+        "napari.run()"
+    )
+    stores = [f"{path.rstrip('/')}/stain"]
+    written = Path(path) / "ions"
+    if written.is_dir():
+        stores += sorted(str(store) for store in written.iterdir() if store.is_dir())[:5]
+    shell = "\n".join(f"napari --plugin napari-ome-zarr {shlex.quote(store)}" for store in stores)
+    return {"python": python, "viewer": viewer, "shell": shell}
+
+
+def pairs(values: Any) -> list[tuple[str, str]]:
+    """Key and value texts of a mapping."""
+    items = values.items() if isinstance(values, Mapping) else []
+    return [(str(k), v if isinstance(v, str) else json.dumps(v, default=str)) for k, v in items]

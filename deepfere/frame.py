@@ -1,0 +1,287 @@
+"""Where things are: the section grid, the slide frame and the alignment between them.
+
+All physical coordinates are micrometres, float64, ordered (y, x); values live at pixel centres.
+
+* **Section frame**: origin at the outer corner of the smallest x and y coordinate measured; y down,
+  x right. Measured pixel (i, j) covers ``[i p, (i+1) p) x [j p, (j+1) p)``, p the pitch.
+* **Slide frame**: origin at the outer corner of level 0's first pixel; pixel (r, c) has its centre at
+  ``((r + 1/2) mpp_y, (c + 1/2) mpp_x)``.
+* **Alignment**: section micrometres to slide micrometres, one per section.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from deepfere.errors import InputError
+
+Points = NDArray[np.float64]
+
+LANDMARK_COLUMNS = ("section_y_um", "section_x_um", "slide_y_um", "slide_x_um")
+
+
+@dataclass(frozen=True)
+class SectionGrid:
+    """The measured pixel grid of one section and its refinement by an integer factor.
+
+    Attributes:
+        shape_px: Measured pixels (ny, nx).
+        pitch_um: Distance between measured pixel centres (y, x), micrometres.
+    """
+
+    shape_px: tuple[int, int]
+    pitch_um: tuple[float, float]
+
+    @property
+    def extent_um(self) -> tuple[float, float]:
+        """Outer size (y, x) of the grid, micrometres."""
+        return self.shape_px[0] * self.pitch_um[0], self.shape_px[1] * self.pitch_um[1]
+
+    def refine(self, factor: int) -> SectionGrid:
+        """The grid whose pixels are ``factor`` times smaller in y and x."""
+        return SectionGrid(
+            (self.shape_px[0] * factor, self.shape_px[1] * factor),
+            (self.pitch_um[0] / factor, self.pitch_um[1] / factor),
+        )
+
+    def centres_um(
+        self, origin_px: tuple[int, int] = (0, 0), shape_px: tuple[int, int] | None = None
+    ) -> Points:
+        """Centres of a window of pixels, (h, w, 2) float64 micrometres (y, x), section frame.
+
+        Args:
+            origin_px: First row and column of the window (may be negative).
+            shape_px: Rows and columns of the window; the whole grid by default.
+        """
+        h, w = shape_px if shape_px is not None else self.shape_px
+        y = (np.arange(h, dtype=np.float64) + origin_px[0] + 0.5) * self.pitch_um[0]
+        x = (np.arange(w, dtype=np.float64) + origin_px[1] + 0.5) * self.pitch_um[1]
+        return np.stack(np.meshgrid(y, x, indexing="ij"), axis=-1)
+
+
+def cubic_basis(u: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Weights (..., 4) of the uniform cubic B-spline's four knots at fraction u in [0, 1).
+
+    Source: de Boor, A Practical Guide to Splines (1978), uniform knots.
+    """
+    v = 1.0 - u
+    w0, w3 = v**3 / 6.0, u**3 / 6.0
+    w1 = (3.0 * u**3 - 6.0 * u**2 + 4.0) / 6.0
+    w2 = (3.0 * v**3 - 6.0 * v**2 + 4.0) / 6.0
+    return np.stack([w0, w1, w2, w3], axis=-1)
+
+
+@dataclass(frozen=True)
+class Displacement:
+    """A smooth cubic B-spline displacement field on a regular grid of knots.
+
+    Attributes:
+        origin_um: Section position (y, x) of knot (0, 0), micrometres.
+        spacing_um: Knot spacing (y, x), micrometres.
+        coefficients_um: (ny, nx, 2) float64 displacement (y, x) per knot, in slide micrometres.
+    """
+
+    origin_um: tuple[float, float]
+    spacing_um: tuple[float, float]
+    coefficients_um: NDArray[np.float64]
+
+    def at(self, points: ArrayLike) -> Points:
+        """Displacement (N, 2) at section points (N, 2); zero coefficients beyond the knots."""
+        pts = np.asarray(points, dtype=np.float64)
+        out = np.zeros_like(pts)
+        rel = (pts - np.asarray(self.origin_um)) / np.asarray(self.spacing_um)
+        base = np.floor(rel).astype(np.int64)
+        weights_y, weights_x = (
+            cubic_basis(rel[..., 0] - base[..., 0]),
+            cubic_basis(rel[..., 1] - base[..., 1]),
+        )
+        ny, nx = self.coefficients_um.shape[:2]
+        for a in range(4):
+            row = base[..., 0] + a - 1
+            for b in range(4):
+                col = base[..., 1] + b - 1
+                inside = (row >= 0) & (row < ny) & (col >= 0) & (col < nx)
+                weight = np.where(inside, weights_y[..., a] * weights_x[..., b], 0.0)
+                knot = self.coefficients_um[np.clip(row, 0, ny - 1), np.clip(col, 0, nx - 1)]
+                out += weight[..., None] * knot
+        return out
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Section micrometres to slide micrometres: one affine, then one smooth displacement.
+
+    ``slide = matrix @ section + offset_um + displacement(section)``, all ordered (y, x).
+
+    Attributes:
+        matrix: (2, 2) float64.
+        offset_um: (2,) float64, micrometres.
+        displacement: The B-spline part, or None.
+        evidence: How it was found and how well (plain values; saved with the alignment).
+    """
+
+    matrix: NDArray[np.float64]
+    offset_um: NDArray[np.float64]
+    displacement: Displacement | None = None
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        matrix = np.asarray(self.matrix, dtype=np.float64).reshape(2, 2)
+        offset = np.asarray(self.offset_um, dtype=np.float64).reshape(2)
+        if not (np.isfinite(matrix).all() and np.isfinite(offset).all()):
+            raise InputError("the alignment holds values that are not finite numbers")
+        if abs(np.linalg.det(matrix)) < 1e-6:
+            raise InputError(
+                "the alignment's matrix is singular", remedy="give a matrix that can be inverted"
+            )
+        object.__setattr__(self, "matrix", matrix)
+        object.__setattr__(self, "offset_um", offset)
+
+    @classmethod
+    def identity(cls) -> Alignment:
+        """Section and slide share one frame."""
+        return cls(np.eye(2), np.zeros(2))
+
+    def map(self, points: ArrayLike) -> Points:
+        """Slide points (N, 2) of section points (N, 2), micrometres (y, x); any leading shape."""
+        pts = np.asarray(points, dtype=np.float64)
+        out = pts @ self.matrix.T + self.offset_um
+        return out if self.displacement is None else out + self.displacement.at(pts)
+
+    def unmap(self, points: ArrayLike, iterations: int = 30) -> Points:
+        """Section points (N, 2) of slide points (N, 2): the inverse, by fixed-point iteration."""
+        target = np.asarray(points, dtype=np.float64)
+        inverse = np.linalg.inv(self.matrix)
+        out = (target - self.offset_um) @ inverse.T
+        if self.displacement is not None:
+            for _ in range(iterations):
+                out = out + (target - self.map(out)) @ inverse.T
+        return out
+
+    def max_stretch(self, extent_um: tuple[float, float]) -> float:
+        """Largest singular value of the Jacobian over the section: how much halos must grow."""
+        stretch = float(np.linalg.svd(self.matrix, compute_uv=False)[0])
+        if self.displacement is None:
+            return stretch
+        grid = SectionGrid((24, 24), (extent_um[0] / 24, extent_um[1] / 24)).centres_um()
+        step = 1e-3 * min(extent_um)
+        columns = [(self.map(grid + step * e) - self.map(grid - step * e)) / (2 * step) for e in np.eye(2)]
+        jacobian = np.stack(columns, axis=-1)
+        return float(np.linalg.svd(jacobian, compute_uv=False).max())
+
+    def with_evidence(self, **evidence: Any) -> Alignment:
+        """The same transform with more evidence recorded."""
+        return replace(self, evidence={**self.evidence, **evidence})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written to JSON."""
+        out: dict[str, Any] = {
+            "maps": "section um (y, x) -> slide um (y, x)",
+            "matrix": self.matrix.tolist(),
+            "offset_um": self.offset_um.tolist(),
+            "displacement": None,
+            "evidence": self.evidence,
+        }
+        if self.displacement is not None:
+            out["displacement"] = {
+                "kind": "uniform cubic B-spline",
+                "origin_um": list(self.displacement.origin_um),
+                "spacing_um": list(self.displacement.spacing_um),
+                "coefficients_um": self.displacement.coefficients_um.tolist(),
+            }
+        return out
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: object = None) -> Alignment:
+        """Read what `to_dict` wrote; only ``matrix`` and ``offset_um`` are needed."""
+        try:
+            spline = values.get("displacement")
+            displacement = None
+            if spline is not None:
+                displacement = Displacement(
+                    (float(spline["origin_um"][0]), float(spline["origin_um"][1])),
+                    (float(spline["spacing_um"][0]), float(spline["spacing_um"][1])),
+                    np.asarray(spline["coefficients_um"], dtype=np.float64).reshape(
+                        *np.shape(spline["coefficients_um"])[:2], 2
+                    ),
+                )
+            return cls(
+                np.asarray(values["matrix"], dtype=np.float64),
+                np.asarray(values["offset_um"], dtype=np.float64),
+                displacement,
+                dict(values.get("evidence") or {}),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise InputError(
+                f"not an alignment ({type(error).__name__}: {error})",
+                where=where,
+                remedy='it needs "matrix" (2 x 2) and "offset_um" (2), ordered y, x, in micrometres',
+            ) from error
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON that people can read and edit."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Alignment:
+        """Read an alignment JSON.
+
+        Raises:
+            InputError: The file is missing, not JSON or not an alignment.
+        """
+        try:
+            values = json.loads(Path(path).read_text())
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InputError(
+                f"cannot be read as an alignment ({error})", where=path, remedy="give an alignment JSON"
+            ) from error
+        return cls.from_dict(values, where=path)
+
+    @classmethod
+    def from_landmarks(cls, path: str | Path) -> Alignment:
+        """Least-squares affine through landmark pairs from a CSV.
+
+        Args:
+            path: CSV with the columns ``section_y_um,section_x_um,slide_y_um,slide_x_um``; at least
+                three pairs that do not lie on one line.
+
+        Raises:
+            InputError: Columns are missing, values are not numbers, or the pairs do not fix an affine.
+        """
+        try:
+            with Path(path).open(newline="") as handle:
+                rows = list(csv.DictReader(handle))
+            table = np.array([[float(row[name]) for name in LANDMARK_COLUMNS] for row in rows])
+        except (OSError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"cannot be read as landmarks ({type(error).__name__}: {error})",
+                where=path,
+                remedy=f"give a CSV with the columns {','.join(LANDMARK_COLUMNS)}",
+            ) from error
+        if len(table) < 3:
+            raise InputError(f"{len(table)} landmarks", where=path, remedy="give at least three pairs")
+        section, slide = table[:, :2], table[:, 2:]
+        if not np.isfinite(table).all():
+            raise InputError("landmarks must be finite numbers", where=path, remedy="correct the CSV")
+        design = np.hstack([section - section.mean(0), np.ones((len(table), 1))])
+        scales = np.linalg.svd(design[:, :2], compute_uv=False)
+        if scales[1] < 1e-3 * max(scales[0], 1e-9):
+            raise InputError(
+                "the landmarks lie on one line", where=path, remedy="add one away from that line"
+            )
+        solution = np.linalg.lstsq(design, slide, rcond=None)[0]
+        matrix = solution[:2].T
+        offset = solution[2] - matrix @ section.mean(0)
+        residual = np.hypot(*(slide - (section @ matrix.T + offset)).T)
+        return cls(
+            matrix,
+            offset,
+            evidence={"source": "landmarks", "pairs": len(table), "residual_um": float(np.median(residual))},
+        )

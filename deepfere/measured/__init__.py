@@ -1,0 +1,1 @@
+"""The ingested measurement: its store, and how it gets there."""

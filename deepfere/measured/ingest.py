@@ -1,0 +1,370 @@
+"""imzML to the measured store: one pass over the .ibd in image bands, memory one band.
+
+The index tells which bytes belong to which image rows, so every band is read, reduced to its ions and written
+to its own shards, whatever order the instrument scanned in. Only automatic ions look at a sample beforehand.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepfere.errors import InputError
+from deepfere.measured.peaks import PeakSpec, centroid_peaks, profile_peaks, sample_rows
+from deepfere.measured.raster import Raster, plan_raster
+from deepfere.measured.store import FACTORS, Measured, MeasuredWriter, refuse_occupied, spectrum_factors
+from deepfere.measured.windows import Windows
+from deepfere.readers.imzml import ImzmlIndex, read_arrays, read_index
+from deepfere.store import StorageOptions
+
+BAND_BYTES = 512 << 20
+BATCH_VALUES = 1 << 23
+
+
+@dataclass
+class _Tally:
+    """What is counted on the way."""
+
+    negatives: int = 0
+    positive: bool = False
+    factors: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+
+def ingest(
+    msi_path: str | Path,
+    out_path: str | Path,
+    *,
+    pitch_um: float | tuple[float, float] | None = None,
+    mz: Sequence[float] | None = None,
+    tolerance_ppm: float = 5.0,
+    representation: str | None = None,
+    band_rows: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+    duplicates: str = "error",
+    overwrite: bool = False,
+    storage_options: StorageOptions | None = None,
+) -> Measured:
+    """Ingest an imzML pair.
+
+    Ions: those of ``mz`` where given; else the file's own axis, no ion dropped, where all spectra share one
+    (continuous); else automatic, by `PeakSpec`. An ion's value is the sum of the centroids in its window, or
+    the area under the profile in it. Normalisation factors are those of the whole spectrum as read.
+
+    Args:
+        msi_path: The .imzML.
+        out_path: Store to write, path or URL.
+        pitch_um: Pixel pitch, one value or (y, x); wins over the file's.
+        mz: Target m/z.
+        tolerance_ppm: Half-width of an ion's window.
+        representation: "centroid" or "profile"; wins over what the file says.
+        band_rows: Image rows per band at most; fewer where a band would exceed 512 MiB.
+        progress: Called with (bands done, bands).
+        duplicates: What to do where a pixel has several spectra: "error", "sum" or "mean".
+        overwrite: Replace a finished store.
+        storage_options: For URLs.
+
+    Returns:
+        The finished store, opened.
+
+    Raises:
+        InputError: See `read_index`; no pitch; fewer than four measured pixels; duplicate coordinates with
+            "error"; intensities that are not finite; every ion zero; nothing says whether spectra are
+            centroids or profiles and it matters; the store exists.
+
+    Warns:
+        UserWarning: Negative intensities were set to zero.
+    """
+    index = read_index(msi_path)
+    refuse_occupied(out_path, overwrite, storage_options)
+    pitch = _choose_pitch(index, pitch_um)
+    raster = plan_raster(index, duplicates)
+    if not (math.isfinite(tolerance_ppm) and 0 < tolerance_ppm < 1e5):
+        raise InputError(f"a tolerance of {tolerance_ppm} ppm", where="--tolerance-ppm", remedy="give a positive one")
+    if band_rows < 1:
+        raise InputError(f"bands of {band_rows} rows", where="--band-rows", remedy="give a positive number")
+    if representation not in (None, "centroid", "profile"):
+        raise InputError(f"unknown representation {representation!r}", remedy="give centroid or profile")
+    kind = representation or index.representation
+    with index.ibd_path.open("rb") as ibd:
+        axis = _shared_axis(index, ibd)
+        ions, how = _choose_ions(index, ibd, raster, axis, mz, tolerance_ppm, kind)
+        reduce = _Reducer(index, axis, ions, how["ions"], kind, tolerance_ppm)
+        rows = min(band_rows, max(1, BAND_BYTES // (4 * len(ions) * raster.shape_px[1])))
+        writer = MeasuredWriter(
+            out_path,
+            ions,
+            raster.shape_px,
+            band_rows=rows,
+            overwrite=overwrite,
+            storage_options=storage_options,
+        )
+        try:
+            tally = _write_bands(index, ibd, raster, reduce, writer, duplicates, progress)
+            if not tally.positive:
+                raise InputError(
+                    "every ion is zero in every pixel",
+                    where=index.path,
+                    remedy="check the file, --mz and --tolerance-ppm",
+                )
+        except BaseException:
+            writer.abandon()
+            raise
+        if tally.negatives:
+            warnings.warn(
+                f"{index.path}: {tally.negatives} negative intensities set to zero", UserWarning, stacklevel=2
+            )
+        attrs = {
+            **how,
+            "tolerance_ppm": float(tolerance_ppm),
+            "origin_px": list(raster.origin_px),
+            "pitch_source": "given" if pitch_um is not None else "file",
+            "mode": index.mode,
+            "representation": kind,
+            "polarity": index.polarity,
+            "source": [index.path.name, index.ibd_path.name],
+            "uuid": index.uuid,
+            "uuid_matches": index.uuid_matches,
+            "spectra": len(index),
+            "pixels": int(raster.mask.sum()),
+            "duplicates": duplicates,
+            "duplicate_spectra": int(len(index) - raster.mask.sum()),
+            "negative_intensities": tally.negatives,
+            "written_by": f"deepfere {_version()}",
+        }
+        factors = {name: image.astype(np.float32) for name, image in tally.factors.items()}
+        return writer.finish(raster.mask, factors, pitch, attrs)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("deepfere")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _choose_pitch(index: ImzmlIndex, given: float | tuple[float, float] | None) -> tuple[float, float]:
+    if given is None:
+        if index.pitch_um is None:
+            raise InputError(index.pitch_problem, where=index.path, remedy="give --pitch-um")
+        return index.pitch_um
+    pair = given if isinstance(given, tuple | list) else (given, given)
+    values = tuple(float(v) for v in pair)
+    if len(values) != 2 or not all(math.isfinite(v) and v > 0 for v in values):
+        raise InputError(f"{given} is not a pixel pitch", where="--pitch-um", remedy="give one or two positive numbers")
+    return values[0], values[1]
+
+
+def _check_axis(index: ImzmlIndex, axis: NDArray[np.float64], i: int) -> None:
+    if len(axis) and not (np.isfinite(axis).all() and axis.min() > 0):
+        raise InputError(
+            f"spectrum {i + 1} (x {index.x[i]}, y {index.y[i]}) has m/z that are not positive numbers",
+            where=index.ibd_path,
+            remedy="export it again",
+        )
+
+
+def _shared_axis(index: ImzmlIndex, ibd: IO[bytes]) -> NDArray[np.float64] | None:
+    """The one m/z axis of a continuous file, in its own order; None where spectra have their own.
+
+    A file that says continuous but stores an axis per spectrum is believed once all of them are equal.
+    """
+    if index.mode != "continuous" and not index.shared_axis:
+        return None
+    everyone = np.arange(len(index))
+    axis = read_arrays(index, ibd, everyone[:1], "mz")[0]
+    if not index.shared_axis:
+        for begin in range(0, len(index), 256):
+            part = everyone[begin : begin + 256]
+            for i, other in zip(part, read_arrays(index, ibd, part, "mz"), strict=True):
+                if not np.array_equal(axis, other):
+                    raise InputError(
+                        f"says continuous, but spectrum {i + 1} has other m/z than the first",
+                        where=index.path,
+                        remedy="export it as processed",
+                    )
+    if not len(axis):
+        raise InputError("its m/z axis is empty", where=index.path, remedy="export it again")
+    out = axis.astype(np.float64)
+    _check_axis(index, out, 0)
+    return out
+
+
+def _choose_ions(
+    index: ImzmlIndex,
+    ibd: IO[bytes],
+    raster: Raster,
+    axis: NDArray[np.float64] | None,
+    mz: Sequence[float] | None,
+    tolerance_ppm: float,
+    kind: str | None,
+) -> tuple[NDArray[np.float64], dict[str, Any]]:
+    """The ions (M,) ascending, and how they were chosen."""
+    if mz is None and axis is not None:
+        return np.sort(axis, kind="stable"), {"ions": "axis"}
+    if kind is None:
+        raise InputError("says neither centroid nor profile", where=index.path, remedy="give --representation")
+    if mz is not None:
+        ions = np.sort(np.asarray(list(mz), dtype=np.float64))
+        if not len(ions) or not np.isfinite(ions).all() or ions[0] <= 0 or (np.diff(ions) == 0).any():
+            raise InputError("is not a list of different positive m/z", where="--mz", remedy="correct it")
+        return ions, {"ions": "list"}
+    spec = PeakSpec(tolerance_ppm)
+    # Sampled evenly over the image, not over the acquisition.
+    order = np.lexsort((raster.col, raster.row))
+    rows = order[sample_rows(len(index), spec)]
+
+    def spectra() -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        for batch in _batches(index, rows, 1):
+            mzs, values = read_arrays(index, ibd, batch, "mz"), read_arrays(index, ibd, batch, "int")
+            for i, m, v in zip(batch, mzs, values, strict=True):
+                m64, v64 = m.astype(np.float64), v.astype(np.float64)
+                _check_axis(index, m64, int(i))
+                if not np.isfinite(v64).all():
+                    _refuse_values(index, int(i))
+                yield _ascending(m64, np.maximum(v64, 0.0))
+
+    find = centroid_peaks if kind == "centroid" else profile_peaks
+    ions = find(spectra, len(rows), spec)
+    if not len(ions):
+        raise InputError(
+            f"no m/z recurs within {tolerance_ppm:g} ppm in {spec.min_fraction:.0%} of its spectra (at least 3)",
+            where=index.path,
+            remedy="give --mz or a wider --tolerance-ppm",
+        )
+    return ions, {"ions": "automatic", "peaks": {**spec.to_dict(kind), "sampled_spectra": len(rows)}}
+
+
+def _ascending(mz: NDArray[Any], values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    if len(mz) < 2 or (mz[1:] >= mz[:-1]).all():
+        return mz, values
+    order = np.argsort(mz, kind="stable")
+    return mz[order], values[order]
+
+
+def _batches(index: ImzmlIndex, rows: NDArray[np.int64], per_spectrum: int) -> Iterator[NDArray[np.int64]]:
+    """Cut spectra into runs whose arrays and ions (``per_spectrum``) stay within the memory of a batch."""
+    sizes = np.cumsum(np.maximum(index.int_length[rows], per_spectrum))
+    begin = 0
+    while begin < len(rows):
+        done = int(sizes[begin - 1]) if begin else 0
+        end = max(begin + 1, int(np.searchsorted(sizes, done + BATCH_VALUES, side="right")))
+        yield rows[begin:end]
+        begin = end
+
+
+def _refuse_values(index: ImzmlIndex, i: int) -> None:
+    raise InputError(
+        f"the spectrum at x {index.x[i]}, y {index.y[i]} has intensities that are not finite numbers",
+        where=index.ibd_path,
+        remedy="export it again or leave that pixel out",
+    )
+
+
+class _Reducer:
+    """Spectra to ions and factors, a batch at a time."""
+
+    def __init__(
+        self,
+        index: ImzmlIndex,
+        axis: NDArray[np.float64] | None,
+        ions: NDArray[np.float64],
+        how: str,
+        kind: str | None,
+        tolerance_ppm: float,
+    ) -> None:
+        self.index, self.kind, self.ions = index, kind, ions
+        self.windows = None if how == "axis" else Windows(ions, tolerance_ppm)
+        self.axis = axis
+        self.order: NDArray[np.int64] | None = None
+        if axis is not None and (np.diff(axis) < 0).any():
+            self.order = np.argsort(axis, kind="stable")
+            self.axis = axis[self.order]
+
+    def __call__(self, ibd: IO[bytes], rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float64], int]:
+        """Ions (n, M), factors (3, n) and the number of negative intensities of some spectra."""
+        values = [v.astype(np.float32) for v in read_arrays(self.index, ibd, rows, "int")]
+        if self.axis is not None:
+            block = np.stack(values)
+            if not np.isfinite(block).all():
+                _refuse_values(self.index, int(rows[int((~np.isfinite(block).all(axis=1)).argmax())]))
+            negatives = int((block < 0).sum())
+            if negatives:
+                np.maximum(block, 0, out=block)
+            factors = spectrum_factors(block)
+            if self.order is not None:
+                block = block[:, self.order]
+            if self.windows is None:
+                return block, factors, negatives
+            reduce = self.windows.sum_shared if self.kind == "centroid" else self.windows.area
+            return reduce(self.axis, block), factors, negatives
+        assert self.windows is not None
+        mzs = read_arrays(self.index, ibd, rows, "mz")
+        negatives = 0
+        factors = np.zeros((3, len(rows)))
+        for k, (i, m, v) in enumerate(zip(rows, mzs, values, strict=True)):
+            if not np.isfinite(v).all():
+                _refuse_values(self.index, int(i))
+            _check_axis(self.index, m, int(i))
+            below = v < 0
+            if below.any():
+                negatives += int(below.sum())
+                v[below] = 0
+            factors[:, k] = spectrum_factors(v[None])[:, 0]
+        if self.kind == "centroid":
+            return self.windows.sum_ragged(mzs, values), factors, negatives
+        areas = np.zeros((len(rows), len(self.ions)), dtype=np.float32)
+        for k, (m, v) in enumerate(zip(mzs, values, strict=True)):
+            m64, ordered = _ascending(m.astype(np.float64), v)
+            areas[k] = self.windows.area(m64, ordered[None])[0]
+        return areas, factors, negatives
+
+
+def _write_bands(
+    index: ImzmlIndex,
+    ibd: IO[bytes],
+    raster: Raster,
+    reduce: _Reducer,
+    writer: MeasuredWriter,
+    duplicates: str,
+    progress: Callable[[int, int], None] | None,
+) -> _Tally:
+    ny, nx = raster.shape_px
+    tally = _Tally(factors={name: np.zeros((ny, nx)) for name in FACTORS})
+    by_row = np.argsort(raster.row, kind="stable")
+    row_starts = np.searchsorted(raster.row[by_row], np.arange(ny + 1))
+    repeated = bool(raster.counts.max() > 1)
+    bands = writer.bands
+    for done, (begin, end) in enumerate(bands):
+        block = np.zeros((end - begin, nx, len(reduce.ions)), dtype=np.float32)
+        rows = np.sort(by_row[row_starts[begin] : row_starts[end]])
+        for batch in _batches(index, rows, len(reduce.ions)):
+            values, factors, negatives = reduce(ibd, batch)
+            tally.negatives += negatives
+            tally.positive = tally.positive or bool(values.any())
+            at = (raster.row[batch] - begin, raster.col[batch])
+            if repeated:
+                np.add.at(block, at, values)
+            else:
+                block[at] = values
+            for name, factor in zip(FACTORS, factors, strict=True):
+                np.add.at(tally.factors[name], (raster.row[batch], raster.col[batch]), factor)
+        counts = raster.counts[begin:end]
+        if repeated and duplicates == "mean":
+            block /= np.maximum(counts, 1)[..., None]
+        block[counts == 0] = np.nan
+        writer.write_band(begin, block)
+        if progress is not None:
+            progress(done + 1, len(bands))
+    for image in tally.factors.values():
+        if duplicates == "mean":
+            image /= np.maximum(raster.counts, 1)
+        image[raster.counts == 0] = np.nan
+    return tally

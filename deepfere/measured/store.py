@@ -1,0 +1,385 @@
+"""The ingested cube on disk: a Zarr v3 group, one image per ion, NaN where nothing was measured.
+
+Layout: ``ions`` (M, ny, nx) float32 in explicit shards, one row of shards per image band; ``mask`` (ny, nx)
+bool; ``mz`` (M,) float64, ascending; ``tic``, ``rms``, ``median`` (ny, nx) float32, NaN where not measured.
+Attributes hold the format's version, pitch, origin and provenance; ``complete`` is written last, so that a
+store whose writer was stopped is visibly unfinished and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import zarr
+from numpy.typing import ArrayLike, NDArray
+
+from deepfere.errors import InputError
+from deepfere.frame import SectionGrid
+from deepfere.store import StorageOptions, create_array, exists, open_group, remove
+
+FORMAT, FORMAT_VERSION = "deepfere-measured", 1
+CHUNK_IONS, CHUNK_PX = 64, 64
+SHARD_BYTES = 128 << 20
+FACTORS = ("tic", "rms", "median")
+Normalisation = Literal["none", "tic", "rms", "median"]
+
+
+class Measured:
+    """An ingested measurement, read lazily.
+
+    Attributes:
+        path: Where it is.
+        grid: Measured pixels and pitch.
+        mask: (ny, nx) bool, True where a pixel was measured.
+        mz: (M,) float64, ascending.
+        ions: Zarr array (M, ny, nx) float32, NaN where not measured.
+        tic: (ny, nx) float32, sum of the pixel's whole spectrum as read.
+        rms: (ny, nx) float32, root of the mean square over the spectrum's values.
+        median: (ny, nx) float32, median of the spectrum's positive values.
+        tolerance_ppm: Half-width within which an m/z means an ion.
+        attrs: Everything else that is known (origin_px, mode, source, counts...).
+    """
+
+    def __init__(self, path: str | Path, storage_options: StorageOptions | None = None) -> None:
+        self.path = str(path)
+        self._options = storage_options
+        group = open_group(path, "r", storage_options)
+        self.attrs: dict[str, Any] = dict(group.attrs)
+        if self.attrs.get("format") != FORMAT:
+            raise InputError("is not an ingested measurement", where=path, remedy="make one with `deepfere ingest`")
+        if self.attrs.get("format_version") != FORMAT_VERSION:
+            raise InputError(
+                f"has format version {self.attrs.get('format_version')}, not {FORMAT_VERSION}",
+                where=path,
+                remedy="ingest again with this version",
+            )
+        if self.attrs.get("complete") is not True:
+            raise InputError("is unfinished (its writer was stopped)", where=path, remedy="ingest again")
+        self._group = group
+        self.ions = _array(group, "ions")
+        self.mz: NDArray[np.float64] = np.asarray(_array(group, "mz")[:], dtype=np.float64)
+        self.mask: NDArray[np.bool_] = np.asarray(_array(group, "mask")[:], dtype=bool)
+        pitch = self.attrs["pitch_um"]
+        self.grid = SectionGrid((self.mask.shape[0], self.mask.shape[1]), (float(pitch[0]), float(pitch[1])))
+        self.tolerance_ppm = float(self.attrs["tolerance_ppm"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Measured, (self.path, self._options)
+
+    @cached_property
+    def tic(self) -> NDArray[np.float32]:
+        """(ny, nx) float32; see the class."""
+        return self._factor("tic")
+
+    @cached_property
+    def rms(self) -> NDArray[np.float32]:
+        """(ny, nx) float32; see the class."""
+        return self._factor("rms")
+
+    @cached_property
+    def median(self) -> NDArray[np.float32]:
+        """(ny, nx) float32; see the class."""
+        return self._factor("median")
+
+    def _factor(self, name: str) -> NDArray[np.float32]:
+        return np.asarray(_array(self._group, name)[:], dtype=np.float32)
+
+    def factor(self, normalisation: Normalisation) -> NDArray[np.float64] | None:
+        """What an intensity is multiplied by, (ny, nx): the mean factor over the pixel's; None for "none".
+
+        A pixel whose factor is zero has no signal at all: its multiplier is zero, and it stays zero.
+
+        Raises:
+            InputError: The normalisation is unknown, or its factor is zero everywhere.
+        """
+        if normalisation == "none":
+            return None
+        if normalisation not in FACTORS:
+            raise InputError(f"unknown normalisation {normalisation!r}", remedy=f"give none, {', '.join(FACTORS)}")
+        factor = self._factor(normalisation).astype(np.float64)
+        mean = float(factor[self.mask].mean())
+        if not mean > 0:
+            raise InputError(f"the {normalisation} factor is zero everywhere", where=self.path, remedy="choose another")
+        out = np.full(factor.shape, np.nan)
+        inside = factor[self.mask]
+        out[self.mask] = np.divide(mean, inside, out=np.zeros_like(inside), where=inside > 0)
+        return out
+
+    def cube(self, normalisation: Normalisation = "none") -> NDArray[np.float32]:
+        """All ions, (M, ny, nx) float32, NaN where not measured.
+
+        Args:
+            normalisation: "none", or the factor: then ``y / factor * mean(factor)``, the mean over the
+                measured pixels, so that intensities keep their scale.
+        """
+        cube = np.asarray(self.ions[:], dtype=np.float32)
+        scale = self.factor(normalisation)
+        if scale is not None:
+            cube *= scale.astype(np.float32)
+        return cube
+
+    def ion_image(
+        self, mz: float, ppm: float | None = None, normalisation: Normalisation = "none"
+    ) -> NDArray[np.float32]:
+        """The image of the ion nearest to ``mz``, (ny, nx) float32, NaN where not measured.
+
+        Args:
+            mz: Wanted m/z.
+            ppm: How far the ion may be; the store's tolerance by default.
+            normalisation: See `cube`.
+
+        Raises:
+            InputError: No ion is that near; names the nearest.
+        """
+        k = int(np.argmin(np.abs(self.mz - mz)))
+        limit = self.tolerance_ppm if ppm is None else ppm
+        # Written so that NaN is refused too.
+        if not abs(self.mz[k] - mz) <= limit * 1e-6 * mz:
+            distance = abs(self.mz[k] / mz - 1) * 1e6 if mz else float("inf")
+            raise InputError(
+                f"no ion within {limit:g} ppm of m/z {mz:g}; the nearest is {self.mz[k]:.6g} ({distance:.3g} ppm)",
+                where=self.path,
+                remedy="ask for that one or widen ppm",
+            )
+        image = np.asarray(self.ions[k], dtype=np.float32)
+        scale = self.factor(normalisation)
+        return image if scale is None else image * scale.astype(np.float32)
+
+    def spectrum(self, y: int, x: int) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        """m/z (M,) and intensity (M,) of one grid pixel (row, column).
+
+        Raises:
+            InputError: The pixel lies outside the grid or was not measured.
+        """
+        ny, nx = self.grid.shape_px
+        if not (0 <= y < ny and 0 <= x < nx):
+            raise InputError(
+                f"pixel ({y}, {x}) is outside the grid of {ny} x {nx}",
+                where=self.path,
+                remedy="give another pixel",
+            )
+        if not self.mask[y, x]:
+            raise InputError(f"pixel ({y}, {x}) was not measured", where=self.path, remedy="give another pixel")
+        return self.mz, np.asarray(self.ions[:, y, x], dtype=np.float32)
+
+
+def _array(group: zarr.Group, name: str) -> zarr.Array:
+    found = group[name]
+    assert isinstance(found, zarr.Array)
+    return found
+
+
+def open_measured(path: str | Path, storage_options: StorageOptions | None = None) -> Measured:
+    """Open an ingested measurement.
+
+    Raises:
+        InputError: It is absent, not one, of another version or unfinished.
+    """
+    return Measured(path, storage_options)
+
+
+class MeasuredWriter:
+    """Writes a measured store band by band; complete only once ``finish`` returns.
+
+    A band is ``band_rows`` image rows and owns its shards, so bands may be written in any order, each once.
+
+    Args:
+        path: Where to; an unfinished store of ours is replaced, anything else is refused.
+        mz: (M,) ascending.
+        shape_px: (ny, nx).
+        band_rows: Image rows per band; above 64 it is rounded up to a multiple of 64.
+        overwrite: Replace a finished store too.
+        storage_options: For URLs.
+
+    Raises:
+        InputError: Something stands at the path.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        mz: NDArray[np.float64],
+        shape_px: tuple[int, int],
+        *,
+        band_rows: int = CHUNK_PX,
+        overwrite: bool = False,
+        storage_options: StorageOptions | None = None,
+    ) -> None:
+        self.path, self._options = path, storage_options
+        refuse_occupied(path, overwrite, storage_options)
+        remove(path, storage_options)
+        m, (ny, nx) = len(mz), shape_px
+        self.shape_px = shape_px
+        # A shard never reaches past the image by more than a chunk, so a small image is not padded to 64 rows.
+        band_rows = max(1, min(band_rows, ny))
+        chunk_y = min(CHUNK_PX, band_rows)
+        self.band_rows = -(-band_rows // chunk_y) * chunk_y
+        chunk = (min(CHUNK_IONS, m), chunk_y, min(CHUNK_PX, nx))
+        across = -(-nx // chunk[2]) * chunk[2]
+        deep = max(1, SHARD_BYTES // (4 * chunk[0] * self.band_rows * across))
+        self.shard_ions = chunk[0] * min(deep, -(-m // chunk[0]))
+        self.group = open_group(path, "w", storage_options)
+        self.group.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION, "complete": False})
+        self.ions = create_array(
+            self.group,
+            "ions",
+            (m, ny, nx),
+            np.float32,
+            chunk,
+            (self.shard_ions, self.band_rows, across),
+            fill_value=np.nan,
+            dimension_names=("ion", "y", "x"),
+        )
+        axis = create_array(self.group, "mz", (m,), np.float64, (m,), dimension_names=("ion",))
+        axis[:] = np.asarray(mz, dtype=np.float64)
+
+    @property
+    def bands(self) -> list[tuple[int, int]]:
+        """Row ranges [begin, end) of the bands."""
+        ny = self.shape_px[0]
+        return [(r, min(r + self.band_rows, ny)) for r in range(0, ny, self.band_rows)]
+
+    def write_band(self, begin: int, block: NDArray[np.float32]) -> None:
+        """Write one band, whole shards at a time.
+
+        Args:
+            begin: First image row, a multiple of ``band_rows``.
+            block: (rows, nx, M) float32, pixel-major as spectra are read; NaN where not measured.
+        """
+        end = begin + block.shape[0]
+        for first in range(0, block.shape[2], self.shard_ions):
+            part = block[:, :, first : first + self.shard_ions]
+            self.ions[first : first + part.shape[2], begin:end, :] = np.ascontiguousarray(part.transpose(2, 0, 1))
+
+    def finish(
+        self,
+        mask: NDArray[np.bool_],
+        factors: Mapping[str, NDArray[np.float32]],
+        pitch_um: tuple[float, float],
+        attrs: Mapping[str, Any],
+    ) -> Measured:
+        """Write what is known at the end, mark the store complete and open it.
+
+        Args:
+            mask: (ny, nx).
+            factors: "tic", "rms" and "median", each (ny, nx).
+            pitch_um: Pitch (y, x).
+            attrs: Further attributes, plain values.
+        """
+        shape = self.shape_px
+        images: dict[str, NDArray[Any]] = {"mask": mask, **{name: factors[name] for name in FACTORS}}
+        for name, image in images.items():
+            fill: Any = False if name == "mask" else np.nan
+            dtype: Any = bool if name == "mask" else np.float32
+            array = create_array(self.group, name, shape, dtype, shape, fill_value=fill, dimension_names=("y", "x"))
+            array[:] = image
+        self.group.attrs.update(
+            {
+                "tolerance_ppm": 5.0,
+                "origin_px": [0, 0],
+                **attrs,
+                "pitch_um": [float(p) for p in pitch_um],
+                "axes": ["ion", "y", "x"],
+            }
+        )
+        self.group.attrs["complete"] = True
+        return Measured(self.path, self._options)
+
+    def abandon(self) -> None:
+        """Remove the unfinished store."""
+        remove(self.path, self._options)
+
+
+def refuse_occupied(path: str | Path, overwrite: bool = False, storage_options: StorageOptions | None = None) -> None:
+    """Refuse a path where something stands that must not be replaced.
+
+    Raises:
+        InputError: A finished store (without ``overwrite``) or something that is not ours.
+    """
+    if not exists(path, storage_options):
+        return
+    try:
+        attrs = dict(open_group(path, "r", storage_options).attrs)
+    except InputError:
+        attrs = {}
+    if attrs.get("format") != FORMAT:
+        raise InputError("exists and is not an ingested measurement", where=path, remedy="choose another path")
+    if attrs.get("complete") is True and not overwrite:
+        raise InputError("exists already", where=path, remedy="choose another path or overwrite it")
+
+
+def spectrum_factors(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """TIC, RMS and median of the positive values of each row of (n, M): (3, n) float64."""
+    values = np.asarray(values)
+    n, m = values.shape
+    out = np.zeros((3, n))
+    if m == 0:
+        return out
+    out[0] = values.sum(axis=1, dtype=np.float64)
+    out[1] = np.sqrt(np.einsum("ij,ij->i", values, values, dtype=np.float64) / m)
+    ordered = np.sort(values, axis=1)
+    positive = (values > 0).sum(axis=1)
+    rows = np.flatnonzero(positive)
+    # The positive values are the last ones of each sorted row.
+    low = m - positive[rows] + (positive[rows] - 1) // 2
+    high = m - positive[rows] + positive[rows] // 2
+    out[2, rows] = 0.5 * (ordered[rows, low].astype(np.float64) + ordered[rows, high])
+    return out
+
+
+def write_measured(
+    path: str | Path,
+    cube: ArrayLike,
+    mask: ArrayLike | None,
+    mz: ArrayLike,
+    pitch_um: float | tuple[float, float],
+    attrs: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+    storage_options: StorageOptions | None = None,
+) -> Measured:
+    """Write a cube that is in memory.
+
+    Args:
+        path: Where to.
+        cube: (M, ny, nx); values outside the mask do not matter. Factors are computed over its ions.
+        mask: (ny, nx) bool; None takes pixels where every ion is finite.
+        mz: (M,), ascending.
+        pitch_um: One value or (y, x).
+        attrs: Further attributes, plain values (``tolerance_ppm``, ``origin_px``...).
+        overwrite: Replace a finished store.
+        storage_options: For URLs.
+
+    Raises:
+        InputError: Shapes disagree, m/z do not ascend, nothing is measured, or a measured value is negative
+            or not finite.
+    """
+    values = np.asarray(cube, dtype=np.float32)
+    axis = np.asarray(mz, dtype=np.float64)
+    if values.ndim != 3 or axis.shape != values.shape[:1] or 0 in values.shape:
+        raise InputError(f"a cube of shape {values.shape} and {axis.shape} m/z do not go together", where=path)
+    inside = np.asarray(np.isfinite(values).all(axis=0) if mask is None else mask, dtype=bool)
+    if inside.shape != values.shape[1:]:
+        raise InputError(f"a mask of {inside.shape} does not fit a cube of shape {values.shape}", where=path)
+    if not inside.any():
+        raise InputError("no pixel is measured", where=path)
+    if not (np.isfinite(axis).all() and (np.diff(axis) >= 0).all()):
+        raise InputError("m/z must be finite and ascending", where=path)
+    spectra = np.ascontiguousarray(values[:, inside].T)
+    if not np.isfinite(spectra).all() or (spectra < 0).any():
+        raise InputError("measured intensities must be finite and not negative", where=path)
+    pair = pitch_um if isinstance(pitch_um, tuple | list) else (pitch_um, pitch_um)
+    ny, nx = inside.shape
+    factors = {name: np.full((ny, nx), np.nan, dtype=np.float32) for name in FACTORS}
+    for name, factor in zip(FACTORS, spectrum_factors(spectra), strict=True):
+        factors[name][inside] = factor
+    writer = MeasuredWriter(path, axis, (ny, nx), overwrite=overwrite, storage_options=storage_options)
+    for begin, end in writer.bands:
+        block = np.ascontiguousarray(values[:, begin:end].transpose(1, 2, 0))
+        block[~inside[begin:end]] = np.nan
+        writer.write_band(begin, block)
+    return writer.finish(inside, factors, (float(pair[0]), float(pair[1])), attrs or {})

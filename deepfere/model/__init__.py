@@ -1,0 +1,1 @@
+"""The method: registration, mapping and fusion, on torch and NumPy alone."""

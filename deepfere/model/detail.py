@@ -1,0 +1,98 @@
+"""The detail planes of a window: ``D = (I - P A) G d``, the same numbers whatever the window.
+
+Context needed around a window: one measured pixel for the projection, the network's receptive field and
+the features' smoothing. Beyond the grid's edge the stain is still there; the measurement's edge repeats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from deepfere.frame import Alignment
+from deepfere.measured.operator import cell_means, expand, pad_edge, take
+from deepfere.model.guide import Cells, GuideSpec, features_of
+from deepfere.model.network import FusionNetwork
+
+COVERED = 0.99
+"""A measured pixel gets detail only where the slide shows at least this share of its footprint."""
+
+
+@dataclass(frozen=True)
+class DetailModel:
+    """Everything that turns stain and factors into detail planes.
+
+    Attributes:
+        spec: Geometry of the section's guide.
+        alignment: Section to slide.
+        weights: (F, K) T1 weights; used when there is no network.
+        network: The deep model (T2), or None.
+        gate: (K,) factor gates.
+        coefficients: (K, ny, nx) spline coefficients of the factor images, holes filled (T2's input).
+        mask: (ny, nx) measured pixels.
+    """
+
+    spec: GuideSpec
+    alignment: Alignment
+    weights: NDArray[np.float64]
+    network: FusionNetwork | None
+    gate: NDArray[np.float64]
+    coefficients: NDArray[np.float64]
+    mask: NDArray[np.bool_]
+
+    def upsampled(self, cells: Cells, context_px: int) -> Tensor:
+        """P y_z over a window with high-resolution context, (K, H, W) float32."""
+        f = self.spec.factor
+        extra = -(-context_px // f)
+        wide = cells.grow(extra)
+        padded = take(self.coefficients, wide.i0 - 1, wide.i1 + 1, wide.j0 - 1, wide.j1 + 1)
+        image = expand(padded, f)
+        crop = extra * f - context_px
+        return torch.from_numpy(image[:, crop : image.shape[1] - crop, crop : image.shape[2] - crop]).float()
+
+    @torch.inference_mode()
+    def window(self, planes_at: Any, cells: Cells) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Detail (K, h f, w f) and cover (h f, w f) over a window of measured pixels inside the grid.
+
+        Args:
+            planes_at: Called with (r0, r1, c0, c1), returns base planes (7, h, w) uint8.
+            cells: Window.
+        """
+        f, (ny, nx) = self.spec.factor, self.spec.grid.shape_px
+        wide = cells.grow(1)
+        wide = Cells(max(wide.i0, 0), min(wide.i1, ny), max(wide.j0, 0), min(wide.j1, nx))
+        context = self.network.radius_px if self.network is not None else 0
+        features, cover = features_of(self.spec, planes_at, self.alignment, wide, context)
+        if self.network is not None:
+            raw = self.network(features[None], self.upsampled(wide, context)[None])[0]
+        else:
+            raw = torch.einsum("fyx,fk->kyx", features, torch.from_numpy(self.weights).float())
+        inner = slice(context, cover.shape[0] - context), slice(context, cover.shape[1] - context)
+        cover = cover[inner]
+        d = raw.double().numpy() * self.gate[:, None, None]
+        means = cell_means(d, f)
+        padded = pad_edge(means)
+        top, left = cells.i0 - wide.i0, cells.j0 - wide.j0
+        h, w = cells.shape
+        # One cell of context: from the wide window where it has one, repeated at the grid's edge.
+        around = padded[:, top : top + h + 2, left : left + w + 2]
+        rows, cols = slice(top * f, (top + h) * f), slice(left * f, (left + w) * f)
+        detail = d[:, rows, cols] - expand(around, f, "keys")
+        seen = cell_means(cover.double().numpy(), f)[top : top + h, left : left + w] >= COVERED
+        usable = seen & self.mask[cells.i0 : cells.i1, cells.j0 : cells.j1]
+        detail *= np.repeat(np.repeat(usable, f, 0), f, 1)
+        return detail.astype(np.float32), cover[rows, cols].numpy()
+
+
+def pooled_window(
+    spec: GuideSpec, alignment: Alignment, planes_at: Any, cells: Cells
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Footprint means of the features (F, h, w) and of the cover (h, w) over a window of measured pixels."""
+    with torch.inference_mode():
+        features, cover = features_of(spec, planes_at, alignment, cells)
+    return cell_means(features.double().numpy(), spec.factor), cell_means(cover.double().numpy(), spec.factor)

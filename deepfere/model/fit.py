@@ -1,0 +1,247 @@
+"""Fitting one section: the tiers, their gates, positivity and uncertainty, all from reduced-scale runs.
+
+Input is small: footprint-averaged stain features and the measurement, both on the measured grid. Each tier
+must beat the one below on spatial blocks left out; each ion's gate is its own evidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepfere.alignment.score import spatial_blocks
+from deepfere.measured.factors import Factors
+from deepfere.measured.operator import cell_means, fill_missing
+from deepfere.model import gate as gates
+from deepfere.model.decode import IonDecoder, positive
+from deepfere.model.guide import Cells
+from deepfere.model.ridge import DetailRows, RidgeFit, detail_rows, fit_ridge, null_guides, target_rows, usable
+
+Array = NDArray[np.float64]
+RATIO = 2
+POSITIVITY = (0, 1, 3, 5)
+
+
+@dataclass(frozen=True)
+class SectionFit:
+    """What a section's reconstruction needs, and the evidence for it.
+
+    Attributes:
+        weights: (F, K) T1 weights: detail = features @ weights.
+        basis: (M, K) ions from factors (W).
+        factor_gate: (K,) gates of the factors.
+        factor_r2: (K,) held-out R2 of the factors' detail.
+        ion_gate: (M,) gates of the ions.
+        ion_r2: (M,) held-out R2 of each ion's detail, at reduced scale.
+        ion_null_r2: (M,) its 95th percentile over null guides.
+        positivity: (M,) positivity steps.
+        uncertainty: (M, 3) variance = c0 + c1 max(s, 0) + c2 local variance.
+        feature_mean: (F,) mean of the features over the tissue.
+        feature_sd: (F,) s.d. of the features over the tissue.
+    """
+
+    weights: Array
+    basis: Array
+    factor_gate: Array
+    factor_r2: Array
+    ion_gate: Array
+    ion_r2: Array
+    ion_null_r2: Array
+    positivity: NDArray[np.int64]
+    uncertainty: Array
+    feature_mean: Array
+    feature_sd: Array
+
+    @property
+    def loadings(self) -> Array:
+        """(M, K) ion gate times W: what multiplies the stored (factor-gated) detail."""
+        return self.ion_gate[:, None] * self.basis
+
+    def informed(self) -> list[str]:
+        """Each ion's class: "stain-informed", "partly" or "smooth"."""
+        return gates.Gate(self.ion_gate, self.ion_r2, self.ion_null_r2).informed()
+
+    def save(self, path: Any) -> None:
+        """Write all arrays to one .npz."""
+        np.savez(path, **{f.name: getattr(self, f.name) for f in fields(self)})  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: Any) -> SectionFit:
+        """Read what `save` wrote."""
+        with np.load(path) as data:
+            return cls(**{f.name: data[f.name] for f in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The reduced-scale regression problem of one section.
+
+    Attributes:
+        features: (F, ny, nx) footprint-averaged features, holes filled.
+        mask: (ny, nx) measured pixels that the slide covers.
+        blocks: (ny, nx) spatial block numbers.
+        rows: Stain detail rows.
+        factor_rows: (R, K) measured detail of the factors.
+        ion_rows: (R, M) measured detail of the ions.
+    """
+
+    features: Array
+    mask: NDArray[np.bool_]
+    blocks: NDArray[np.int64]
+    rows: DetailRows
+    factor_rows: Array
+    ion_rows: Array
+
+
+def evidence(
+    features: Array, mask: NDArray[np.bool_], covered: NDArray[np.bool_], cube: Any, factors: Factors
+) -> Evidence:
+    """Set up the reduced-scale problem.
+
+    Args:
+        features: (F, ny, nx) footprint-averaged stain features.
+        mask: (ny, nx) measured pixels.
+        covered: (ny, nx) pixels that the slide shows completely.
+        cube: (M, ny, nx) ions.
+        factors: Their factors.
+    """
+    inside = mask & covered
+    filled = fill_missing(features, inside) if inside.any() else features
+    blocks = spatial_blocks(inside)
+    rows = detail_rows(filled, inside, blocks, RATIO)
+    images = fill_missing(factors.images, mask)
+    ions = fill_missing(np.asarray(cube, np.float64), mask)
+    return Evidence(
+        filled, inside, blocks, rows, target_rows(images, inside, RATIO), target_rows(ions, inside, RATIO)
+    )
+
+
+def gate_ions(
+    problem: Evidence,
+    basis: Array,
+    predicted: Array,
+    nulls: list[Array],
+    judged: NDArray[np.bool_] | None = None,
+) -> tuple[gates.Gate, gates.Gate]:
+    """Gates of the factors and of the ions for one tier's held-out predictions.
+
+    Args:
+        problem: The section's reduced-scale problem.
+        basis: (M, K) W.
+        predicted: (R, K) held-out predictions of the factors' detail.
+        nulls: The same from null guides.
+        judged: (R,) rows that may judge; all by default. With few blocks among them, the evidence is
+            counted over finer ones.
+    """
+    rows = np.ones(len(predicted), bool) if judged is None else judged
+    eye = np.eye(basis.shape[1])
+    per_side = 4 if judged is None else 12
+    block = spatial_blocks(problem.mask, per_side).ravel()[problem.rows.index][rows]
+    factor_rows, ion_rows = problem.factor_rows[rows], problem.ion_rows[rows]
+
+    def factor_gain(p: Array) -> gates.Gain:
+        return gates.gains(gates.moments(factor_rows, p[rows], block), eye)
+
+    factor = gates.decide(factor_gain(predicted), [factor_gain(p) for p in nulls])
+    loadings = basis * factor.gate
+
+    def ion_gain(p: Array) -> gates.Gain:
+        return gates.gains(gates.moments(ion_rows, p[rows], block), loadings)
+
+    ion = gates.decide(ion_gain(predicted), [ion_gain(p) for p in nulls])
+    return factor, ion
+
+
+def fit_t1(problem: Evidence, null_count: int, seed: int) -> tuple[RidgeFit, list[Array]]:
+    """The closed-form tier and its null guides' held-out predictions."""
+    fit = fit_ridge(problem.rows, problem.factor_rows)
+    nulls = []
+    for features in null_guides(problem.features, null_count, seed):
+        rows = detail_rows(features, problem.mask, problem.blocks, RATIO)
+        nulls.append(fit_ridge(rows, problem.factor_rows).predicted)
+    return fit, nulls
+
+
+def tier_error(problem: Evidence, weight: Array, predicted: Array, where: NDArray[np.bool_]) -> float:
+    """Weighted share of the factors' detail that a prediction leaves unexplained on some rows.
+
+    Gains are free per factor, so that a tier is judged by its structure, as its gate will use it.
+    """
+    t, p = problem.factor_rows[where], predicted[where]
+    cross, power = (t * p).sum(0), (p * p).sum(0)
+    gain = np.clip(cross / np.where(power > 0, power, np.inf), 0, 1)
+    left = ((t - gain * p) ** 2).sum(0) / np.maximum((t**2).sum(0), 1e-300)
+    return float((weight * left).sum() / weight.sum())
+
+
+def local_variance(cells: Array) -> Array:
+    """Variance over 3 x 3 neighbours of (..., ny, nx), edges repeated."""
+    padded = np.pad(cells, [(0, 0)] * (cells.ndim - 2) + [(1, 1), (1, 1)], mode="edge")
+    stack = [padded[..., a : a + cells.shape[-2], b : b + cells.shape[-1]] for a in range(3) for b in range(3)]
+    return np.stack(stack).var(0)
+
+
+def select_positivity(
+    cube: Any,
+    mask: NDArray[np.bool_],
+    detail_at: Callable[[int], Array] | None,
+    loadings: Array,
+) -> tuple[NDArray[np.int64], Array]:
+    """Positivity steps and uncertainty of every ion, from one reduced-scale reconstruction (ratio 2).
+
+    Args:
+        cube: (M, ny, nx) ions.
+        mask: (ny, nx) measured pixels.
+        detail_at: Returns the reduced-scale detail (K, ny', nx') for the cropped grid; None = none.
+        loadings: (M, K) gated W.
+
+    Returns:
+        Steps (M,) and variance coefficients (M, 3).
+    """
+    ny, nx = (n // RATIO * RATIO for n in mask.shape)
+    count = len(loadings)
+    steps_out, variance = np.zeros(count, np.int64), np.zeros((count, 3))
+    if min(ny, nx) < 2 * RATIO:
+        return steps_out, variance
+    inside = usable(mask, RATIO, (0, 0))
+    if inside.sum() < 8:
+        return steps_out, variance
+    detail = detail_at(RATIO) if detail_at is not None and loadings.any() else None
+    for m in range(count):
+        fine = fill_missing(np.asarray(cube[m], np.float64), mask)[:ny, :nx]
+        coarse = cell_means(fine, RATIO)
+        decoder = IonDecoder.build(coarse, loadings[m], RATIO, 0)
+        whole = Cells(0, ny // RATIO, 0, nx // RATIO)
+        linear = decoder.window(whole, (lambda _: detail) if detail is not None else None)  # type: ignore[arg-type,return-value]
+        errors, images = [], []
+        for steps in POSITIVITY:
+            image = positive(linear, coarse, RATIO, steps) if (coarse >= 0).all() else linear
+            images.append(image)
+            errors.append(float(((image - fine)[inside] ** 2).mean()))
+        # A step must pay: positivity is taken where it is not worse, fewer steps where equal.
+        best = int(np.argmin(np.array(errors) * (1 + 1e-3 * np.arange(len(POSITIVITY)))))
+        steps_out[m] = POSITIVITY[best]
+        variance[m] = _variance_model(images[best], fine, coarse, inside)
+    return steps_out, variance
+
+
+def _variance_model(image: Array, truth: Array, coarse: Array, inside: NDArray[np.bool_]) -> Array:
+    """Non-negative least squares of squared errors on 1, the level and the local variance."""
+    from scipy.optimize import nnls
+
+    spread = np.repeat(np.repeat(local_variance(coarse), RATIO, 0), RATIO, 1)
+    design = np.stack([np.ones_like(image), np.maximum(image, 0), spread], -1)[inside]
+    scale = design.mean(0)
+    scale[scale <= 0] = 1.0
+    squared = ((image - truth) ** 2)[inside]
+    level = squared.mean()
+    if level <= 0:
+        return np.zeros(3)
+    # Weighted towards relative errors: squared errors are as uncertain as they are large.
+    weight = 1.0 / (0.1 * level + (design / scale).mean(1) * level)
+    solution, _ = nnls(design / scale * weight[:, None], squared * weight)
+    return solution / scale

@@ -1,0 +1,149 @@
+"""The stain as the model sees it: features of a window of the section's high-resolution grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deepfere.frame import Alignment, Points, SectionGrid
+from deepfere.model.features import smoothing_radius, stain_features
+from deepfere.model.registration import plane_window, sample_window
+
+SUPERSAMPLE = 2
+"""Sample points per high-resolution pixel and axis: plane pixels are at most half as large."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A window of measured pixels: rows i0..i1 and columns j0..j1 (ends excluded; may leave the grid)."""
+
+    i0: int
+    i1: int
+    j0: int
+    j1: int
+
+    def grow(self, by: int) -> Cells:
+        """The window with ``by`` more pixels on every side."""
+        return Cells(self.i0 - by, self.i1 + by, self.j0 - by, self.j1 + by)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.i1 - self.i0, self.j1 - self.j0
+
+
+@dataclass(frozen=True)
+class GuideSpec:
+    """How stain features follow from base planes, for one section.
+
+    Attributes:
+        grid: Measured grid.
+        factor: High-resolution pixels per measured pixel and axis.
+        spacing_um: Plane pixel size (y, x) on the slide.
+        planes_shape: Rows and columns of the whole plane grid.
+        white: RGB of glass.
+        smoothing_pitch: S.d. of the feature smoothing in measured pixels.
+    """
+
+    grid: SectionGrid
+    factor: int
+    spacing_um: tuple[float, float]
+    planes_shape: tuple[int, int]
+    white: tuple[float, float, float]
+    smoothing_pitch: float
+
+    @property
+    def sigma_px(self) -> float:
+        """S.d. of the smoothing in high-resolution pixels."""
+        return self.smoothing_pitch * self.factor
+
+    @property
+    def radius_px(self) -> int:
+        """Context of the smoothing in high-resolution pixels."""
+        return smoothing_radius(self.sigma_px)
+
+    def points_um(self, cells: Cells, context_px: int) -> Points:
+        """Section positions ((H + 2 r) s, (W + 2 r) s, 2) of all sample points of a window.
+
+        Args:
+            cells: Window of measured pixels; H, W = its size times the factor, plus twice the context.
+            context_px: High-resolution pixels around the window that features are wanted for.
+        """
+        s, margin = SUPERSAMPLE, context_px + self.radius_px
+        origin = (cells.i0 * self.factor - margin, cells.j0 * self.factor - margin)
+        shape = tuple(n * self.factor + 2 * margin for n in cells.shape)
+        fine = self.grid.refine(self.factor * s)
+        return fine.centres_um((origin[0] * s, origin[1] * s), (shape[0] * s, shape[1] * s))
+
+    def window(self, slide_um: Points, margin_px: int = 1) -> tuple[int, int, int, int]:
+        """Rows and columns of the plane grid that sampling at slide positions needs."""
+        edge = np.concatenate([slide_um[0], slide_um[-1], slide_um[:, 0], slide_um[:, -1]])
+        return plane_window(edge, self.spacing_um, self.planes_shape, margin_px)
+
+    def features(self, planes: Tensor, origin_px: tuple[int, int], slide_um: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and cover of a window.
+
+        Args:
+            planes: (h, w, 7) float32 window of the base planes.
+            origin_px: Its first row and column in the plane grid.
+            slide_um: Mapped `points_um`.
+
+        Returns:
+            Features (F, H, W) and cover (H, W) in [0, 1]: the share of each pixel that the slide shows.
+        """
+        sampled = sample_window(planes, origin_px, self.spacing_um, slide_um, SUPERSAMPLE)
+        features = stain_features(sampled[None], self.white, self.sigma_px)[0]
+        r, (h, w) = self.radius_px, sampled.shape[-2:]
+        # Sampling repeats the edge pixel beyond the slide: positions there are not covered.
+        high = slide_um.new_tensor([n * s for n, s in zip(self.planes_shape, self.spacing_um, strict=True)])
+        on_slide = ((slide_um >= 0) & (slide_um <= high)).all(-1).float()
+        on_slide = torch.nn.functional.avg_pool2d(on_slide[None, None], SUPERSAMPLE)[0, 0]
+        cover = (sampled[-1].detach() / 255 * on_slide)[r : h - r, r : w - r]
+        return features, cover
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the plan."""
+        return {
+            "shape_px": list(self.grid.shape_px),
+            "pitch_um": list(self.grid.pitch_um),
+            "factor": self.factor,
+            "spacing_um": list(self.spacing_um),
+            "planes_shape": list(self.planes_shape),
+            "white": list(self.white),
+            "smoothing_pitch": self.smoothing_pitch,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> GuideSpec:
+        """Read what `to_dict` wrote."""
+        shape, pitch, spacing = values["shape_px"], values["pitch_um"], values["spacing_um"]
+        return cls(
+            SectionGrid((shape[0], shape[1]), (pitch[0], pitch[1])),
+            values["factor"],
+            (spacing[0], spacing[1]),
+            (values["planes_shape"][0], values["planes_shape"][1]),
+            (values["white"][0], values["white"][1], values["white"][2]),
+            values["smoothing_pitch"],
+        )
+
+
+def features_of(
+    spec: GuideSpec, planes_at: Any, alignment: Alignment, cells: Cells, context_px: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Features (F, H, W) and cover (H, W) of a window, planes fetched as needed.
+
+    Args:
+        spec: The section's geometry.
+        planes_at: Called with (r0, r1, c0, c1), returns (7, h, w) uint8.
+        alignment: Section to slide.
+        cells: Window of measured pixels.
+        context_px: High-resolution context around it.
+    """
+    slide_um = alignment.map(spec.points_um(cells, context_px))
+    r0, r1, c0, c1 = spec.window(slide_um)
+    planes = torch.from_numpy(np.ascontiguousarray(planes_at(r0, r1, c0, c1).transpose(1, 2, 0))).float()
+    return spec.features(planes, (r0, c0), torch.from_numpy(slide_um))

@@ -1,0 +1,174 @@
+"""Registration: where each high-resolution section pixel lies on the slide, differentiably.
+
+Coordinates stay float64 until the fraction inside a plane pixel is taken, so a tile and the whole
+section sample the same numbers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deepfere.frame import Alignment, Displacement, Points
+
+
+def bilinear(planes: Tensor, origin_px: tuple[int, int], coordinates_px: Tensor) -> Tensor:
+    """Bilinear samples (N, C) of planes (h, w, C) at pixel coordinates (N, 2).
+
+    Channels come last so that one sample gathers one contiguous run of memory.
+
+    Args:
+        planes: A window of a larger image.
+        origin_px: Row and column of the window's first pixel in the larger image.
+        coordinates_px: (N, 2) float64 continuous pixel indices (y, x) in the larger image: pixel k's
+            centre is at k. Beyond the window the edge pixel repeats.
+    """
+    height, width, channels = planes.shape
+    rel = coordinates_px - coordinates_px.new_tensor(origin_px)
+    y, x = rel[:, 0].clamp(0, height - 1), rel[:, 1].clamp(0, width - 1)
+    row = y.detach().floor().clamp(max=max(height - 2, 0))
+    col = x.detach().floor().clamp(max=max(width - 2, 0))
+    fy, fx = (y - row).to(planes.dtype)[:, None], (x - col).to(planes.dtype)[:, None]
+    top, left = row.long(), col.long()
+    bottom, right = (top + 1).clamp(max=height - 1), (left + 1).clamp(max=width - 1)
+    flat = planes.reshape(-1, channels)
+
+    def take(r: Tensor, c: Tensor) -> Tensor:
+        return flat.index_select(0, r * width + c)
+
+    upper = torch.lerp(take(top, left), take(top, right), fx)
+    lower = torch.lerp(take(bottom, left), take(bottom, right), fx)
+    return torch.lerp(upper, lower, fy)
+
+
+def _cubic_basis(u: Tensor) -> Tensor:
+    """Torch twin of `deepfere.frame.cubic_basis`."""
+    v = 1.0 - u
+    return torch.stack(
+        [v**3 / 6, (3 * u**3 - 6 * u**2 + 4) / 6, (3 * v**3 - 6 * v**2 + 4) / 6, u**3 / 6], dim=-1
+    )
+
+
+class Registration(nn.Module):
+    """One section's alignment as a trainable module, float64.
+
+    The parameters are increments in micrometres over a starting alignment, about the section's
+    centre: ``shift_um`` (2,) and ``shear_um`` (2, 2), the displacement at half the section's extent.
+
+    Args:
+        start: The alignment to begin from.
+        extent_um: Outer size (y, x) of the section grid.
+        knots: Knots (ny, nx) of a trainable B-spline over the extent, or None for the affine part
+            alone (a displacement that ``start`` has is kept as it is).
+    """
+
+    def __init__(
+        self, start: Alignment, extent_um: tuple[float, float], knots: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__()
+        self.start = start
+        self.half_um = max(extent_um) / 2
+        self.register_buffer("centre_um", torch.tensor(extent_um, dtype=torch.float64) / 2)
+        self.register_buffer("matrix", torch.as_tensor(start.matrix, dtype=torch.float64))
+        self.register_buffer("offset_um", torch.as_tensor(start.offset_um, dtype=torch.float64))
+        self.shift_um = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        self.shear_um = nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
+        self.knots_um: nn.Parameter | None = None
+        self._fixed = start.displacement
+        if knots is not None:
+            # One knot beyond the grid on every side keeps the spline complete over the section.
+            spacing = tuple(e / max(n - 1, 1) for e, n in zip(extent_um, knots, strict=True))
+            shape = (knots[0] + 2, knots[1] + 2, 2)
+            self._spacing = (spacing[0], spacing[1])
+            self._origin = (-spacing[0], -spacing[1])
+            initial = torch.zeros(shape, dtype=torch.float64)
+            if start.displacement is not None:
+                if start.displacement.coefficients_um.shape != shape:
+                    raise ValueError("the starting displacement has another grid of knots")
+                initial = torch.as_tensor(start.displacement.coefficients_um).clone()
+            self.knots_um = nn.Parameter(initial)
+
+    def displacement(self) -> Displacement | None:
+        """The B-spline part as it stands."""
+        if self.knots_um is None:
+            return self._fixed
+        return Displacement(self._origin, self._spacing, self.knots_um.detach().numpy().copy())
+
+    def alignment(self) -> Alignment:
+        """The current transform as a plain `Alignment`, the start's evidence kept."""
+        gain = self.shear_um.detach().numpy() / self.half_um
+        shift = self.shift_um.detach().numpy()
+        centre = self.centre_um.numpy()  # type: ignore[operator]
+        return Alignment(
+            self.start.matrix + gain,
+            self.start.offset_um + shift - gain @ centre,
+            self.displacement(),
+            dict(self.start.evidence),
+        )
+
+    def forward(self, points_um: Tensor) -> Tensor:
+        """Slide micrometres (N, 2) of section micrometres (N, 2), float64, differentiable."""
+        out = points_um @ self.matrix.T + self.offset_um  # type: ignore[operator]
+        relative = (points_um - self.centre_um) / self.half_um
+        out = out + self.shift_um + relative @ self.shear_um.T
+        if self.knots_um is not None:
+            out = out + self._spline(points_um)
+        elif self._fixed is not None:
+            out = out + torch.as_tensor(self._fixed.at(points_um.detach().numpy()))
+        return out
+
+    def _spline(self, points_um: Tensor) -> Tensor:
+        assert self.knots_um is not None
+        rel = (points_um - points_um.new_tensor(self._origin)) / points_um.new_tensor(self._spacing)
+        base = rel.floor()
+        wy, wx = _cubic_basis(rel[:, 0] - base[:, 0]), _cubic_basis(rel[:, 1] - base[:, 1])
+        ny, nx = self.knots_um.shape[:2]
+        row, col = base[:, 0].long() - 1, base[:, 1].long() - 1
+        out = torch.zeros_like(points_um)
+        for a in range(4):
+            for b in range(4):
+                r, c = row + a, col + b
+                inside = (r >= 0) & (r < ny) & (c >= 0) & (c < nx)
+                weight = wy[:, a] * wx[:, b] * inside
+                out = out + weight[:, None] * self.knots_um[r.clamp(0, ny - 1), c.clamp(0, nx - 1)]
+        return out
+
+
+def sample_window(
+    planes: Tensor,
+    origin_px: tuple[int, int],
+    spacing_um: tuple[float, float],
+    slide_um: Tensor,
+    supersample: int = 2,
+) -> Tensor:
+    """Area-averaged samples (C, H, W) of planes at a window of section pixels.
+
+    Args:
+        planes: (h, w, C) window of the plane grid, floating point.
+        origin_px: First row and column of that window in the plane grid.
+        spacing_um: Plane pixel size (y, x), slide micrometres; the grid starts at the slide's corner.
+        slide_um: (H s, W s, 2) float64 slide positions of s x s points per section pixel.
+        supersample: s; each output pixel is the mean of its s x s bilinear samples.
+    """
+    s = supersample
+    height, width = slide_um.shape[0] // s, slide_um.shape[1] // s
+    coordinates = slide_um.reshape(-1, 2) / slide_um.new_tensor(spacing_um) - 0.5
+    samples = bilinear(planes, origin_px, coordinates)
+    pooled = samples.reshape(height, s, width, s, -1).mean((1, 3))
+    return pooled.permute(2, 0, 1)
+
+
+def plane_window(
+    points_um: Points, spacing_um: tuple[float, float], shape_px: tuple[int, int], margin_px: int = 1
+) -> tuple[int, int, int, int]:
+    """Rows and columns (r0, r1, c0, c1) of the plane grid that bilinear sampling of points needs.
+
+    Clipped to the grid; at least one pixel even where the points lie beyond it.
+    """
+    rel = np.asarray(points_um).reshape(-1, 2) / np.asarray(spacing_um) - 0.5
+    low = np.floor(rel.min(0)).astype(int) - margin_px
+    high = np.floor(rel.max(0)).astype(int) + 2 + margin_px
+    r0, c0 = (int(np.clip(low[d], 0, shape_px[d] - 1)) for d in (0, 1))
+    r1, c1 = (int(np.clip(high[d], lo + 1, shape_px[d])) for d, lo in ((0, r0), (1, c0)))
+    return r0, r1, c0, c1

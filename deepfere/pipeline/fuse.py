@@ -1,0 +1,177 @@
+"""``fuse``: one section through all stages; and the same stages over a study."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from deepfere.config import Config, digest, load_config
+from deepfere.errors import InputError
+from deepfere.pipeline.learn import learn_stage
+from deepfere.pipeline.prepare import align_stage, ingest_stage, prepared, tile_stage
+from deepfere.pipeline.workspace import Progress, Workspace
+from deepfere.pipeline.write import Outcome, claim_result, reconstruct_stage
+from deepfere.readers.digest import content_digest
+from deepfere.readers.imzml import msi_digest
+from deepfere.readers.slide import open_slide
+from deepfere.reconstruction.result import Result, open
+from deepfere.section import Section, make_section
+
+RESULT_FORMAT = 1
+
+
+def quiet(stage: str, share: float) -> None:
+    """Progress that says nothing."""
+
+
+def input_digests(section: Section, config: Config) -> dict[str, str]:
+    """Content digests of everything that the user gave for a section.
+
+    Raises:
+        InputError: A file is missing or cannot be read.
+    """
+    out = {"msi": msi_digest(section.msi)}
+    named = {"alignment": section.alignment, "landmarks": section.landmarks}
+    if config.guide:
+        named["slide"] = section.slide
+    for name, path in named.items():
+        if path is not None:
+            if not Path(path).is_file():
+                raise InputError("does not exist", where=path, remedy="check the path")
+            out[name] = content_digest(path)
+    return out
+
+
+def identity_of(sections: list[Section], inputs: list[dict[str, str]], config: Config) -> str:
+    """Hash of inputs and resolved settings: what makes a result what it is."""
+    stated = [[s.name, s.pitch_um, s.slide_mpp_um] for s in sections]
+    return digest([RESULT_FORMAT, stated, inputs, config.digest()])
+
+
+def check_output(path: Path) -> None:
+    """Refuse an output that cannot be written, before work starts."""
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError("cannot be written", where=path, remedy="choose an output in a folder that you may write to")
+    if path.suffix and path.is_file():
+        raise InputError("is a file", where=path, remedy="choose another output")
+
+
+def fuse(
+    msi: str | Path,
+    slide: str | Path | None,
+    out: str | Path,
+    *,
+    factor: int | None = None,
+    mz: Iterable[float] | None = None,
+    pitch_um: Any = None,
+    slide_mpp_um: Any = None,
+    alignment: str | Path | None = None,
+    landmarks: str | Path | None = None,
+    guide: bool | None = None,
+    config: str | Path | Config | None = None,
+    overrides: Iterable[str] = (),
+    overwrite: bool = False,
+    progress: Progress = quiet,
+) -> Result:
+    """Register and fuse one section: every stage, from files to a result.
+
+    The same call again resumes unfinished work and leaves a finished result as it is.
+
+    Args:
+        msi: The .imzML file.
+        slide: The stained slide; None with ``guide=False``.
+        out: Where the result store goes; unfinished work lies in ``OUT.work/``.
+        factor: High-resolution pixels per measured pixel and axis; None lets the data choose.
+        mz: Target list; None takes the file's axis or automatic peaks.
+        pitch_um: Measured pixel size, where the file does not state it.
+        slide_mpp_um: Slide pixel size, where the file does not state it.
+        alignment: Alignment JSON to use as it is.
+        landmarks: Landmark CSV that fixes the affine.
+        guide: False reconstructs without the stain: the baseline of everything.
+        config: Settings file (YAML) or object.
+        overrides: ``section.key=value`` strings.
+        overwrite: Replace a result or work of other inputs or settings.
+        progress: Called with (stage, share done).
+
+    Returns:
+        The opened result.
+
+    Raises:
+        InputError: The input is wrong; nothing was left behind.
+        DeepfereError: A stage failed; the same call resumes.
+    """
+    if isinstance(config, Config):
+        settings = config
+    else:
+        settings = load_config(
+            config, overrides, factor=factor, guide=guide, ingest__mz=None if mz is None else [float(v) for v in mz]
+        )
+    if settings.guide and slide is None:
+        raise InputError("no slide is given", remedy="give the slide, or --no-guide")
+    section = make_section(
+        name="section",
+        msi=str(Path(msi).resolve()),
+        slide=None if slide is None or not settings.guide else str(Path(slide).resolve()),
+        pitch_um=pitch_um,
+        slide_mpp_um=slide_mpp_um,
+        alignment=None if alignment is None else str(Path(alignment).resolve()),
+        landmarks=None if landmarks is None else str(Path(landmarks).resolve()),
+    )
+    if alignment is not None and landmarks is not None:
+        raise InputError("both an alignment and landmarks are given", remedy="give one of them")
+    target = Path(str(out).rstrip("/")).resolve()
+    check_output(target)
+    inputs = input_digests(section, settings)
+    if section.slide is not None:
+        open_slide(section.slide, section.slide_mpp_um).close()
+    identity = identity_of([section], [inputs], settings)
+    if claim_result(target, identity, overwrite):
+        return open(target)
+    work = Workspace(target.with_name(target.name + ".work"))
+    resumed = work.claim(identity, overwrite)
+    try:
+        result = _run(section, inputs, identity, target, work, settings, progress)
+    except InputError:
+        # The user's input is wrong: leave nothing behind that this call made.
+        if not resumed:
+            work.remove()
+        raise
+    work.remove()
+    return result
+
+
+def _run(
+    section: Section,
+    inputs: dict[str, str],
+    identity: str,
+    target: Path,
+    work: Workspace,
+    config: Config,
+    progress: Progress,
+) -> Result:
+    from deepfere.pipeline.track import tracked
+
+    ingest_stage(section, inputs, work, config, progress)
+    prep = prepared(section, work, config)
+    if config.guide:
+        align_stage(prep, inputs, work, config, progress)
+        tile_stage(prep, inputs, work, config, progress)
+    with tracked(work, [section], [inputs], config, target.name) as run:
+        history = learn_stage([prep], inputs, work, config, progress, f"run-{identity[:12]}")
+        model = run.log_learning([prep], history)
+        outcome = Outcome(identity, inputs, run.describe(), model, [])
+        result = reconstruct_stage(prep, target, [inputs, config.digest()], outcome, work, config, progress)
+        run.log_result(result)
+    return result
+
+
+def load_stage_facts(work: Workspace) -> dict[str, Any]:
+    """All stage markers by name, for reports."""
+    folder = work.root / "done"
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}

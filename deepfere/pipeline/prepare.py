@@ -1,0 +1,262 @@
+"""The stages before learning: ingest, align, tile (plane cache and footprint averages)."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepfere.alignment.overview import MeasuredOverview, StainOverview
+from deepfere.alignment.refine import AFFINE_STAGES, refine
+from deepfere.alignment.score import slide_cover
+from deepfere.alignment.search import MIN_COVER, centred_alignment, describe, search
+from deepfere.cluster import Journal, connect, run_rows
+from deepfere.config import Config, digest
+from deepfere.errors import InputError
+from deepfere.frame import Alignment
+from deepfere.measured.factors import factor_weight, factorise
+from deepfere.measured.ingest import ingest
+from deepfere.measured.store import Measured, open_measured
+from deepfere.model.features import FEATURES, StainReference, base_planes, stain_reference
+from deepfere.model.guide import GuideSpec
+from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace, write_json
+from deepfere.readers.slide import Slide, open_slide, read_area
+from deepfere.reconstruction.shards import CacheWorker, PoolWorker
+from deepfere.section import Section
+from deepfere.store import create_array, open_group, remove
+from deepfere.tiling.cache import CacheSpec, create_cache
+from deepfere.tiling.plan import PlaneGrid, check_factor, needed_shards, plan_planes, plan_windows
+
+OVERVIEW_PX = 16_000_000
+POOL_PX = 1024
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A section ready to learn from.
+
+    Attributes:
+        section: What the user gave.
+        folder: Its work.
+        measured: The ingested cube.
+        factor: High-resolution pixels per measured pixel and axis.
+    """
+
+    section: Section
+    folder: SectionFolder
+    measured: Measured
+    factor: int
+
+    def cube(self, config: Config) -> NDArray[np.float32]:
+        """(M, ny, nx) in the chosen normalisation, 0 where not measured."""
+        return np.nan_to_num(self.measured.cube(config.ingest.normalisation), nan=0.0)
+
+
+def ingest_stage(section: Section, inputs: dict[str, str], work: Workspace, config: Config, progress: Progress) -> None:
+    """ImzML -> ``measured.zarr``."""
+    folder = work.section(section.name)
+    depends = [inputs, config.ingest.model_dump(), section.pitch_um]
+    with work.stage("ingest", depends, section.name) as facts:
+        if facts is None:
+            return
+        remove(folder.measured)
+        folder.root.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ingest(
+                section.msi,
+                folder.measured,
+                pitch_um=section.pitch_um,
+                mz=config.ingest.mz,
+                tolerance_ppm=config.ingest.tolerance_ppm,
+                band_rows=config.ingest.band_rows,
+                progress=lambda done, total: progress("ingest", done / max(total, 1)),
+            )
+        facts["warnings"] = sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
+
+
+def prepared(section: Section, work: Workspace, config: Config) -> Prepared:
+    """An ingested section with its factor decided."""
+    folder = work.section(section.name)
+    measured = open_measured(folder.measured)
+    mpp = open_slide(section.slide, section.slide_mpp_um).mpp_um if section.slide and config.guide else None
+    return Prepared(section, folder, measured, check_factor(config.factor, measured.grid, mpp))
+
+
+def stain_overview(slide: Slide, pitch_um: float) -> tuple[StainOverview, NDArray[np.uint8]]:
+    """Base planes and picture of the whole slide, at about an eighth of the measured pitch."""
+    extent = (slide.shape_px[0] * slide.mpp_um[0], slide.shape_px[1] * slide.mpp_um[1])
+    wanted = max(pitch_um / 8, float(np.sqrt(extent[0] * extent[1] / OVERVIEW_PX)), *slide.mpp_um)
+    step = max(1, int(wanted / max(slide.mpp_um) + 1e-9))
+    spacing = (slide.mpp_um[0] * step, slide.mpp_um[1] * step)
+    shape = (max(1, slide.shape_px[0] // step), max(1, slide.shape_px[1] // step))
+    rgb, coverage = read_area(slide, (0.0, 0.0), shape, spacing)
+    reference = stain_reference(rgb, coverage)
+    planes = base_planes(rgb, coverage, 1, reference)
+    if (planes[5] > 127).mean() < 0.002:
+        raise InputError("shows no tissue", where=slide.path, remedy="give the slide of this section")
+    return StainOverview(planes, spacing, reference), rgb
+
+
+def measured_overview(prep: Prepared, config: Config) -> MeasuredOverview:
+    """The section's own leading factors, for the alignment."""
+    (factors,) = factorise([prep.cube(config)], [prep.measured.mask], config.model.max_factors)
+    return MeasuredOverview.build(factors.images, prep.measured.mask, factor_weight(factors), prep.measured.grid)
+
+
+def tissue_pixels(measured: MeasuredOverview) -> NDArray[np.bool_]:
+    """Measured pixels (ny, nx) that are tissue, as far as the measurement itself tells.
+
+    Two clusters of the leading factors; the one with the smaller share of the raster's rim is the tissue.
+    Where the rim does not tell them apart, the tissue fills the raster: all pixels.
+    """
+    mask = measured.mask
+    values = (measured.images * np.sqrt(measured.weight)[:, None, None])[:, mask].T
+    direction = np.linalg.svd(values - values.mean(0), full_matrices=False)[2][0]
+    axis = (values - values.mean(0)) @ direction
+    from deepfere.model.features import otsu
+
+    label = axis > otsu(axis)
+    from scipy.ndimage import binary_erosion
+
+    rim = (mask & ~binary_erosion(mask, np.ones((3, 3))))[mask]
+    share = [float(rim[label == side].mean()) if (label == side).any() else 1.0 for side in (False, True)]
+    out = mask.copy()
+    if min(share) < 0.3 * max(share):
+        out[mask] = label == bool(np.argmin(share))
+    return out
+
+
+def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config: Config, progress: Progress) -> None:
+    """Slide and measurement -> ``alignment.json``; user-given alignments and landmarks win."""
+    section, folder = prep.section, prep.folder
+    depends = [inputs, config.digest(), section.model_dump(mode="json")]
+    with work.stage("align", depends, section.name) as facts:
+        if facts is None:
+            return
+        slide = open_slide(str(section.slide), section.slide_mpp_um)
+        pitch = float(np.mean(prep.measured.grid.pitch_um))
+        stain, rgb = stain_overview(slide, pitch)
+        measured = measured_overview(prep, config)
+        start = centred_alignment(prep.measured.grid, stain.extent_um, np.eye(2))
+        if section.alignment:
+            found = Alignment.load(section.alignment).with_evidence(source="given")
+        elif section.landmarks:
+            found = Alignment.from_landmarks(section.landmarks)
+        else:
+            best, _ = search(
+                measured,
+                stain,
+                angle_step_deg=config.align.angle_step_deg,
+                refined=config.align.candidates,
+                progress=lambda share: progress("align", 0.9 * share),
+            )
+            found = refine(measured, stain, best, AFFINE_STAGES)
+        flip, rotation, scale = describe(found)
+        tissue = MeasuredOverview(measured.images, tissue_pixels(measured), measured.weight, measured.grid)
+        cover = slide_cover(tissue, stain, found)
+        if cover < MIN_COVER:
+            raise InputError(
+                f"covers {100 * cover:.0f} % of the measured tissue; at least 70 % is needed",
+                where=section.slide,
+                remedy="give a slide that shows the section, or correct the alignment, --pitch-um or --slide-mpp-um",
+            )
+        found = found.with_evidence(flip=flip, rotation_deg=rotation, scale=scale, slide_cover=cover)
+        found.save(folder.alignment)
+        start.save(folder.alignment_start)
+        np.savez_compressed(folder.overview, rgb=rgb, spacing_um=np.asarray(stain.spacing_um))
+        facts["reference"] = stain.reference.to_dict()
+        progress("align", 1.0)
+
+
+def guide_spec(prep: Prepared, work: Workspace, config: Config) -> tuple[GuideSpec, PlaneGrid, StainReference, Slide]:
+    """Geometry of the section's guide, from the slide and the alignment stage."""
+    slide = open_slide(str(prep.section.slide), prep.section.slide_mpp_um)
+    hr = prep.measured.grid.refine(prep.factor).pitch_um
+    planes = plan_planes(slide.shape_px, slide.mpp_um, hr)
+    reference = StainReference.from_dict(work.facts("align", prep.section.name)["reference"])
+    spec = GuideSpec(
+        prep.measured.grid,
+        prep.factor,
+        planes.spacing_um,
+        planes.shape_px,
+        reference.white,
+        config.model.smoothing_pitch,
+    )
+    return spec, planes, reference, slide
+
+
+def tile_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config: Config, progress: Progress) -> None:
+    """Plan, then decode the slide once into the plane cache (Ray Data), then average over footprints."""
+    folder, name = prep.folder, prep.section.name
+    alignment = Alignment.load(folder.alignment)
+    spec, planes, reference, slide = guide_spec(prep, work, config)
+    depends = [inputs, spec.to_dict(), planes.to_dict(), alignment.to_dict(), reference.to_dict()]
+    with work.stage("tile", depends, name) as facts:
+        if facts is None:
+            return
+        margin = float(3 * max(prep.measured.grid.pitch_um))
+        shards = needed_shards(planes, alignment, prep.measured.grid, prep.measured.mask, margin)
+        cache = CacheSpec(str(folder.planes), str(prep.section.slide), slide.mpp_um, planes, reference)
+        fingerprint = digest(depends)
+        write_json(folder.plan, {"guide": spec.to_dict(), "planes": planes.to_dict(), "fingerprint": fingerprint})
+        journal = Journal(folder.journal / "tile", fingerprint)
+        finished = journal.done()
+        if not finished:
+            create_cache(cache)
+        rows = [{"unit": f"{r}/{c}", "row": int(r), "col": int(c)} for r, c in shards]
+        todo = [row for row in rows if row["unit"] not in finished]
+        connect(config.ray)
+        counter = _Counter(progress, "tile", len(rows), len(rows) - len(todo), 0.0, 0.7)
+        run_rows(
+            todo, CacheWorker, (cache, str(journal.folder), fingerprint), what=f"tiling {name}", on_done=counter.step
+        )
+        pool(prep, spec, alignment, progress)
+        facts["shards"] = len(rows)
+
+
+def pool(prep: Prepared, spec: GuideSpec, alignment: Alignment, progress: Progress) -> None:
+    """Footprint averages of the stain features under an alignment -> ``pooled.zarr`` (F + 1, ny, nx)."""
+    folder, grid = prep.folder, prep.measured.grid
+    side = max(1, POOL_PX // spec.factor)
+    group = open_group(folder.pooled, "w")
+    create_array(
+        group,
+        "pooled",
+        (len(FEATURES) + 1, *grid.shape_px),
+        "float64",
+        (len(FEATURES) + 1, side, side),
+        fill_value=0.0,
+        dimension_names=("feature", "y", "x"),
+    )
+    windows = plan_windows(grid, prep.measured.mask, side)
+    rows = [{"unit": f"{c.i0}/{c.j0}", "cells": [c.i0, c.i1, c.j0, c.j1]} for c in windows]
+    arguments = (spec.to_dict(), alignment.to_dict(), str(folder.planes), str(folder.pooled))
+    counter = _Counter(progress, "tile", len(rows), 0, 0.7, 1.0)
+    run_rows(rows, PoolWorker, arguments, what=f"averaging {prep.section.name}", on_done=counter.step)
+
+
+def read_pooled(folder: SectionFolder) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Pooled features (F, ny, nx) and cover (ny, nx)."""
+    array: Any = open_group(folder.pooled, "r")["pooled"]
+    values = np.asarray(array[:])
+    return values[:-1], values[-1]
+
+
+def load_plan(folder: SectionFolder) -> GuideSpec:
+    """The guide geometry that the plane cache was made for."""
+    return GuideSpec.from_dict(json.loads(folder.plan.read_text())["guide"])
+
+
+class _Counter:
+    def __init__(self, progress: Progress, stage: str, total: int, done: int, low: float, high: float) -> None:
+        self._tell = lambda n: progress(stage, low + (high - low) * n / max(total, 1))
+        self._done = done
+
+    def step(self, record: dict[str, Any]) -> None:
+        self._done += 1
+        self._tell(self._done)

@@ -1,0 +1,123 @@
+"""What a run leaves in MLflow: settings, dataset digests, losses, held-out scores, figures, the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from deepfere import __version__
+from deepfere.config import Config
+from deepfere.model.fit import SectionFit
+from deepfere.pipeline.prepare import Prepared
+from deepfere.pipeline.workspace import Workspace, write_json
+from deepfere.reconstruction.result import Result
+from deepfere.section import Section
+from deepfere.training.tracking import Tracker, log_history
+
+
+class Run:
+    """One MLflow run of one job (or nothing, with ``tracking.uri: none``)."""
+
+    def __init__(self, tracker: Tracker, work: Workspace, config: Config) -> None:
+        self._tracker, self._work, self._config = tracker, work, config
+
+    def describe(self) -> dict[str, str]:
+        """Run id and store, for the provenance."""
+        if not self._tracker.run_id:
+            return {}
+        return {
+            "run_id": self._tracker.run_id,
+            "uri": self._tracker.uri,
+            "experiment": self._config.tracking.experiment,
+        }
+
+    def log_learning(self, preps: list[Prepared], history: list[dict[str, float]]) -> dict[str, str]:
+        """Losses, held-out scores and the model; returns the registered model's name and version."""
+        log_history(self._tracker, history)
+        summary: dict[str, float] = {}
+        for prep in preps:
+            fit = SectionFit.load(prep.folder.fit)
+            head = "" if len(preps) == 1 else f"{prep.section.name}."
+            informed = fit.informed()
+            summary |= {
+                f"{head}held_out_r2_median": float(np.median(fit.ion_r2)),
+                f"{head}held_out_r2_best": float(fit.ion_r2.max()),
+                f"{head}ions_informed": informed.count("stain-informed"),
+                f"{head}ions_partly": informed.count("partly"),
+                f"{head}ions_smooth": informed.count("smooth"),
+            }
+            notes = json.loads(prep.folder.model.read_text())["notes"]
+            summary |= {f"{head}{k}": v for k, v in notes.items() if isinstance(v, int | float)}
+            self._tracker.log_dict({**notes, "tier": notes.get("tier")}, f"{head}choice.json")
+        self._tracker.log_metrics(summary)
+        return self._register(preps)
+
+    def _register(self, preps: list[Prepared]) -> dict[str, str]:
+        model = json.loads(preps[0].folder.model.read_text())
+        name = self._config.tracking.register_as
+        if not self._tracker.run_id or name is None or model["state"] is None:
+            return {}
+        known = self._work.facts("register")
+        if known.get("run_id") == self._tracker.run_id:
+            return {"name": known["name"], "version": known["version"]}
+        from deepfere.training.tracking import register_model
+
+        fit = SectionFit.load(preps[0].folder.fit)
+        settings = {
+            "network": model["network"],
+            "tier": model["tier"],
+            "deepfere": __version__,
+            "config": self._config.resolved(),
+            "mz": preps[0].measured.mz.tolist(),
+            "basis": fit.basis.tolist(),
+        }
+        info = register_model(self._tracker, name, model["state"], settings)
+        out = {"name": info.name, "version": str(info.version)}
+        write_json(self._work.root / "done" / "register.json", {**out, "run_id": self._tracker.run_id, "seconds": 0})
+        return out
+
+    def log_result(self, result: Result) -> None:
+        """Consistency, figures and the result's path."""
+        from deepfere.evaluation.figures import r2_histogram
+
+        ions = result.ions
+        self._tracker.log_metrics({"consistency_worst": float(ions["consistency"].max())})
+        figure = r2_histogram(ions["held_out_r2"], list(ions["informed"]), ions["null_r2"])
+        self._tracker.log_figure(figure, "held_out_r2.png")
+        self._tracker.log_dict(
+            {"result": result.path, "identity": result.provenance["identity"], "ions": len(ions)}, "result.json"
+        )
+
+
+@contextmanager
+def tracked(
+    work: Workspace, sections: list[Section], inputs: list[dict[str, str]], config: Config, name: str
+) -> Iterator[Run]:
+    """Open the job's run, or go on with it after a restart; close it with how the job ended."""
+    known = work.facts("track")
+    uri = config.tracking.uri
+    tracker = Tracker.start(
+        uri,
+        config.tracking.experiment,
+        name,
+        config.resolved(),
+        {"deepfere.config": config.digest()},
+        run_id=known.get("run_id") if known.get("run_id") else None,
+    )
+    if tracker.run_id and not known:
+        write_json(work.root / "done" / "track.json", {"run_id": tracker.run_id, "seconds": 0})
+        for section, digests in zip(sections, inputs, strict=True):
+            rows = [{"file": kind, "sha256": value} for kind, value in digests.items()]
+            tracker.log_dataset(section.name, digests["msi"], section.msi, rows)
+    try:
+        yield Run(tracker, work, config)
+    except KeyboardInterrupt:
+        tracker.finish("KILLED")
+        raise
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+    tracker.finish("FINISHED")

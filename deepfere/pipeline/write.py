@@ -1,0 +1,343 @@
+"""Reconstruction: create the result, fill its shards, build the pyramids, seal it with metadata last."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepfere import __version__
+from deepfere.cluster import Journal, connect, run_rows
+from deepfere.config import Config, digest
+from deepfere.errors import IdentityError, InputError
+from deepfere.evaluation.metrics import consistency
+from deepfere.frame import Alignment
+from deepfere.model.fit import SectionFit
+from deepfere.pipeline.prepare import Prepared, load_plan
+from deepfere.pipeline.workspace import Progress, Workspace, write_json
+from deepfere.reconstruction.ome import AXIS_NAMES, level_shapes, multiscale
+from deepfere.reconstruction.pyramid import build_pyramid
+from deepfere.reconstruction.result import FORMAT, FORMAT_VERSION, Result
+from deepfere.reconstruction.shards import DetailWorker, SectionModel
+from deepfere.store import create_array, open_group
+from deepfere.tiling.plan import ShardGrid
+
+CHECKED_PX = 2_000_000_000
+"""Consistency is checked for every ion on all pixels up to this many decoded pixels, else on windows."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the provenance records besides settings.
+
+    Attributes:
+        identity: Hash of inputs and settings.
+        inputs: Digests of the inputs.
+        run: MLflow run: uri, id, experiment (empty when tracking is off).
+        model: Registered model: name and version, or empty.
+        warnings: What the user should know.
+    """
+
+    identity: str
+    inputs: dict[str, str]
+    run: dict[str, str]
+    model: dict[str, str]
+    warnings: list[str]
+
+
+def claim_result(path: Path, identity: str, overwrite: bool) -> bool:
+    """Whether a finished result of this identity stands at ``path``; makes way for a new one otherwise.
+
+    Raises:
+        IdentityError: Something else stands there.
+    """
+    if not path.exists():
+        return False
+    try:
+        attrs: dict[str, Any] = dict(open_group(path, "r").attrs)
+    except InputError:
+        attrs = {}
+    if attrs.get("format") != FORMAT:
+        raise IdentityError("is not a deepfere result", where=path, remedy="choose another output")
+    if attrs.get("identity") == identity and not overwrite:
+        return attrs.get("complete") is True
+    if not overwrite:
+        raise IdentityError(
+            "holds a result of other inputs or settings", where=path, remedy="choose another output or give --overwrite"
+        )
+    shutil.rmtree(path)
+    return False
+
+
+def section_model(prep: Prepared, model: dict[str, Any]) -> SectionModel:
+    """The fitted section as the workers need it."""
+    deep = model["tier"] == "T2"
+    return SectionModel(
+        load_plan(prep.folder).to_dict(),
+        model["alignment"],
+        str(prep.folder.arrays),
+        str(prep.folder.planes),
+        model["network"] if deep else None,
+        model["state"] if deep else None,
+    )
+
+
+def reconstruct_stage(
+    prep: Prepared, out: Path, depends: Any, outcome: Outcome, work: Workspace, config: Config, progress: Progress
+) -> Result:
+    """Write the result of one section.
+
+    Args:
+        prep: The section, learned.
+        out: Where the result goes.
+        depends: What the shards depend on, for the journals.
+        outcome: For the provenance.
+        work: Unfinished work.
+        config: Settings.
+        progress: Called with ("reconstruct", share).
+    """
+    out = out.resolve()
+    model = json.loads(prep.folder.model.read_text())
+    fit = SectionFit.load(prep.folder.fit)
+    f, grid = prep.factor, prep.measured.grid
+    shards = ShardGrid.plan(grid, f, config.reconstruct.chunk_px, config.reconstruct.shard_px)
+    power_of_two = f & (f - 1) == 0
+    shapes = level_shapes(shards.shape_px, least=(f.bit_length() if power_of_two else 1))
+    guided = config.guide and model["tier"] != "T0" and bool(fit.factor_gate.any())
+    fingerprint = digest([depends, model["alignment"], fit.weights.tolist(), fit.factor_gate.tolist(), shards.shard_px])
+    journal = Journal(prep.folder.journal / "reconstruct", fingerprint)
+    with work.stage("reconstruct", [fingerprint, str(out)], prep.section.name) as facts:
+        if facts is not None:
+            finished = journal.done()
+            if not finished or not (out / "zarr.json").exists():
+                _create(out, shards, shapes, len(fit.factor_gate), config, outcome.identity)
+                finished = {}
+            if config.guide:
+                _shards(prep, out, shards, model, journal, finished, fit, config, progress, guided)
+            else:
+                progress("reconstruct", 0.7)
+            images = ["detail", "stain"] if config.guide else ["detail"]
+            if guided or config.guide:
+                pyramid = Journal(prep.folder.journal / "pyramid", fingerprint)
+                tell = lambda done, total: progress("reconstruct", 0.7 + 0.15 * done / max(total, 1))  # noqa: E731
+                build_pyramid(str(out), images, len(shapes), pyramid, tell)
+    return _seal(prep, out, shards, shapes, model, fit, outcome, work, config, progress)
+
+
+def _create(out: Path, shards: ShardGrid, shapes: Any, count: int, config: Config, identity: str) -> None:
+    """Groups and arrays, by one writer before any worker starts; no metadata that says finished."""
+    if out.exists():
+        shutil.rmtree(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        group = open_group(out, "w")
+    except OSError as error:
+        raise InputError(
+            f"cannot be written ({error.strerror or error})", where=out, remedy="choose another output"
+        ) from error
+    group.attrs.update({"format": FORMAT, "complete": False, "identity": identity})
+    images = [("detail", count, "float16")] + ([("stain", 3, "uint8")] if config.guide else [])
+    for name, channels, dtype in images:
+        image = group.create_group(name)
+        for level, shape in enumerate(shapes):
+            create_array(
+                image,
+                str(level),
+                (channels, *shape),
+                dtype,
+                (channels, shards.chunk_px, shards.chunk_px),
+                (channels, shards.shard_px, shards.shard_px),
+                fill_value=0,
+                dimension_names=AXIS_NAMES,
+            )
+
+
+def _shards(
+    prep: Prepared,
+    out: Path,
+    shards: ShardGrid,
+    model: dict[str, Any],
+    journal: Journal,
+    finished: dict[str, Any],
+    fit: SectionFit,
+    config: Config,
+    progress: Progress,
+    guided: bool,
+) -> None:
+    rows_n, cols_n = shards.shards
+    rows = []
+    for r in range(rows_n):
+        for c in range(cols_n):
+            cells = shards.cells(r, c)
+            if prep.measured.mask[cells.i0 : cells.i1, cells.j0 : cells.j1].any():
+                rows.append({"unit": f"0/{r}/{c}", "row": r, "col": c})
+    todo = [row for row in rows if row["unit"] not in finished]
+    if not todo:
+        return
+    connect(config.ray)
+    done = len(rows) - len(todo)
+
+    def step(_: dict[str, Any]) -> None:
+        nonlocal done
+        done += 1
+        progress("reconstruct", 0.7 * done / len(rows))
+
+    section = section_model(prep, model)
+    if not guided:
+        section = replace(section, network=None, state=None)
+    scale = detail_scale(fit)
+    arguments = (section, str(out), shards, str(journal.folder), journal.fingerprint, scale)
+    run_rows(todo, DetailWorker, arguments, what=f"reconstructing {prep.section.name}", on_done=step)
+
+
+def detail_scale(fit: SectionFit) -> list[float]:
+    """Unit of the stored detail planes (K,): factors have unit variance, so 1 fits half precision."""
+    return [1.0] * len(fit.factor_gate)
+
+
+def _seal(
+    prep: Prepared,
+    out: Path,
+    shards: ShardGrid,
+    shapes: Any,
+    model: dict[str, Any],
+    fit: SectionFit,
+    outcome: Outcome,
+    work: Workspace,
+    config: Config,
+    progress: Progress,
+) -> Result:
+    """Write what is small, check every ion, and mark the result complete: the last thing written."""
+    group: Any = open_group(out, "r+")
+    _replace_tree(prep.folder.measured, out / "measured")
+    hr = prep.measured.grid.refine(prep.factor).pitch_um
+    count = len(fit.factor_gate)
+    labels = [f"detail {k}" for k in range(count)]
+    group["detail"].attrs["ome"] = multiscale("detail", hr, len(shapes), labels, "detail planes, factor units")
+    if config.guide:
+        text = "stain on the section grid"
+        group["stain"].attrs["ome"] = multiscale("stain", hr, len(shapes), ["red", "green", "blue"], text)
+        with np.load(prep.folder.overview) as data:
+            rgb, spacing = data["rgb"], data["spacing_um"]
+        stored = create_array(group, "overview", rgb.shape, "uint8", (512, 512, 3), dimension_names=("y", "x", "c"))
+        stored[:] = rgb
+        stored.attrs["spacing_um"] = spacing.tolist()
+        Alignment.from_dict(model["alignment"]).save(out / "alignment.json")
+        shutil.copyfile(prep.folder.alignment_start, out / "alignment_start.json")
+    basis = group.require_group("basis")
+    arrays = {
+        "loadings": fit.basis,
+        "gate": fit.ion_gate,
+        "held_out_r2": fit.ion_r2,
+        "null_r2": fit.ion_null_r2,
+        "positivity": fit.positivity,
+        "factor_gate": fit.factor_gate,
+        "factor_r2": fit.factor_r2,
+        "detail_scale": np.asarray(detail_scale(fit)),
+        "weights": fit.weights,
+        "consistency": np.zeros(len(fit.ion_gate)),
+    }
+    for name, values in arrays.items():
+        _small(basis, name, values)
+    _small(group.require_group("uncertainty"), "coefficients", fit.uncertainty)
+    series = ["detail", "stain"] if config.guide else ["detail"]
+    group.require_group("OME").attrs["ome"] = {"version": "0.5", "series": series}
+    attrs = {
+        "ome": {"version": "0.5", "bioformats2raw.layout": 3},
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "identity": outcome.identity,
+        "factor": prep.factor,
+        "levels": len(shapes),
+        "chunk_px": shards.chunk_px,
+        "normalisation": config.ingest.normalisation,
+        "informed": fit.informed(),
+        "tier": model["tier"],
+    }
+    group.attrs.update(attrs)
+    _provenance(prep, out, model, fit, outcome, work, config)
+    # Checked through the public reader, which refuses unfinished results: a private door for the seal.
+    group.attrs["complete"] = True
+    try:
+        _small(basis, "consistency", _check(Result(out), prep, config, progress))
+    except BaseException:
+        group.attrs["complete"] = False
+        raise
+    progress("reconstruct", 1.0)
+    return Result(out)
+
+
+def _small(group: Any, name: str, values: Any) -> None:
+    values = np.asarray(values)
+    if name in group:
+        del group[name]
+    shape = values.shape
+    array = create_array(group, name, shape, values.dtype, tuple(max(1, n) for n in shape))
+    array[...] = values
+
+
+def _replace_tree(source: Path, target: Path) -> None:
+    if target.exists():
+        shutil.rmtree(target)
+    shutil.copytree(source, target)
+
+
+def _check(result: Result, prep: Prepared, config: Config, progress: Progress) -> np.ndarray:
+    """Consistency (M,) of every ion: max |A s - y| / max |y|, decoded through the public reader."""
+    mz = prep.measured.mz
+    pixels = int(np.prod(prep.measured.grid.shape_px)) * result.factor**2
+    side = 0 if pixels * len(mz) <= CHECKED_PX else max(1, 256 // result.factor)
+    rng = np.random.default_rng(config.seed)
+    out = np.zeros(len(mz))
+    cells = np.argwhere(result.mask)
+    for m, value in enumerate(mz):
+        y = result.measured(float(value))
+        image = result.ion(float(value))
+        if side:
+            i, j = cells[rng.integers(len(cells))]
+            i, j = max(0, int(i) - side // 2), max(0, int(j) - side // 2)
+            y = y[i : i + side, j : j + side]
+            f = result.factor
+            image = image[i * f : (i + y.shape[0]) * f, j * f : (j + y.shape[1]) * f]
+        seen = np.isfinite(y)
+        out[m] = consistency(image.compute(scheduler="threads"), y, result.factor, seen) if np.any(y[seen]) else 0.0
+        if m % 16 == 0:
+            progress("reconstruct", 0.85 + 0.14 * m / len(mz))
+    return out
+
+
+def _provenance(
+    prep: Prepared, out: Path, model: dict[str, Any], fit: SectionFit, outcome: Outcome, work: Workspace, config: Config
+) -> None:
+    from importlib.metadata import version
+
+    packages = ("ray", "torch", "zarr", "numpy", "openslide-python", "pyimzml", "mlflow")
+    notes = list(outcome.warnings)
+    notes += work.facts("ingest", prep.section.name).get("warnings", [])
+    forced = prep.section.alignment or prep.section.landmarks
+    if config.guide and not fit.ion_gate.any():
+        notes.append(
+            "the stain informs no ion"
+            + (" at the alignment that was given" if forced else "")
+            + ": the result is plain interpolation"
+        )
+    write_json(
+        out / "provenance.json",
+        {
+            "identity": outcome.identity,
+            "section": prep.section.model_dump(mode="json"),
+            "inputs": outcome.inputs,
+            "config": config.resolved(),
+            "versions": {"deepfere": __version__, "python": platform.python_version()}
+            | {name: version(name) for name in packages},
+            "model": {"tier": model["tier"], **outcome.model, "notes": model["notes"]},
+            "run": outcome.run,
+            "timings_s": work.timings_s(),
+            "warnings": notes,
+        },
+    )

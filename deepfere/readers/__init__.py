@@ -1,0 +1,1 @@
+"""Readers for what users bring: slides and mass spectrometry images."""

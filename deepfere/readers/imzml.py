@@ -1,0 +1,383 @@
+"""imzML: a streaming index of the XML, checked against the .ibd, and the arrays behind it.
+
+``read_index`` reads no spectrum: it knows every coordinate, byte range and type, and refuses a truncated
+.ibd from these alone. Bytes are read on demand with ``spectrum``, or many at a time with ``read_arrays``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+from xml.parsers import expat
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepfere.errors import InputError
+from deepfere.readers import imzml_head as head
+from deepfere.readers.digest import content_digest
+
+# Metres and friends in micrometres, by Unit Ontology accession or by name.
+UNITS_UM = {
+    "UO:0000008": 1e6,
+    "UO:0000015": 1e4,
+    "UO:0000016": 1e3,
+    "UO:0000017": 1.0,
+    "UO:0000018": 1e-3,
+    "meter": 1e6,
+    "centimeter": 1e4,
+    "millimeter": 1e3,
+    "micrometer": 1.0,
+    "micron": 1.0,
+    "um": 1.0,
+    "nanometer": 1e-3,
+    "": 1.0,  # the convention where a file states none
+}
+COALESCE_GAP_BYTES = 1 << 16
+COALESCE_READ_BYTES = 1 << 25
+
+
+@dataclass(frozen=True, eq=False)
+class ImzmlIndex:
+    """Where everything in an imzML pair is; N spectra.
+
+    Attributes:
+        path: The .imzML.
+        ibd_path: The .ibd.
+        mode: "continuous" or "processed", as the file says.
+        representation: "centroid", "profile", or None where the file does not say.
+        polarity: "positive", "negative", or None where the file does not say or mixes them.
+        x: (N,) int64, position x as in the file.
+        y: (N,) int64, position y as in the file.
+        mz_offset: (N,) int64, byte offset of the m/z array in the .ibd.
+        mz_length: (N,) int64, its elements.
+        mz_bytes: (N,) int64, its bytes in the .ibd.
+        mz_dtype: Type of an m/z value.
+        mz_compressed: Whether m/z arrays are zlib streams.
+        int_offset: As mz_offset, of the intensities.
+        int_length: As mz_length.
+        int_bytes: As mz_bytes.
+        int_dtype: As mz_dtype.
+        int_compressed: As mz_compressed.
+        pitch_um: Pixel pitch (y, x) in micrometres, or None where the file gives none that can be trusted.
+        pitch_problem: Why ``pitch_um`` is None, in words; empty otherwise.
+        uuid: The file's identifier, 32 hexadecimal digits, or None.
+        uuid_matches: Whether the .ibd begins with it; None where the file states none.
+    """
+
+    path: Path
+    ibd_path: Path
+    mode: str
+    representation: str | None
+    polarity: str | None
+    x: NDArray[np.int64]
+    y: NDArray[np.int64]
+    mz_offset: NDArray[np.int64]
+    mz_length: NDArray[np.int64]
+    mz_bytes: NDArray[np.int64]
+    mz_dtype: np.dtype[Any]
+    mz_compressed: bool
+    int_offset: NDArray[np.int64]
+    int_length: NDArray[np.int64]
+    int_bytes: NDArray[np.int64]
+    int_dtype: np.dtype[Any]
+    int_compressed: bool
+    pitch_um: tuple[float, float] | None
+    pitch_problem: str
+    uuid: str | None
+    uuid_matches: bool | None
+
+    @property
+    def shared_axis(self) -> bool:
+        """Whether all spectra point at one and the same m/z array."""
+        return bool((self.mz_offset == self.mz_offset[0]).all() and (self.mz_length == self.mz_length[0]).all())
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+def read_index(path: str | Path) -> ImzmlIndex:
+    """Index an imzML pair without reading its spectra.
+
+    Args:
+        path: The .imzML; the .ibd beside it is found whatever the case of its extension.
+
+    Raises:
+        InputError: The XML is broken or not imzML, holds no spectra or contradicts itself; the .ibd is
+            missing or shorter than the index says.
+
+    Warns:
+        UserWarning: The .ibd does not begin with the identifier that the .imzML states.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".ibd":
+        raise InputError("is the binary half of an imzML", where=path, remedy="give the .imzML beside it")
+    walk = _walk(path)
+    if not len(walk.columns["x"]):
+        raise InputError("holds no spectra", where=path, remedy="export the imzML again")
+    modes = [m for a, m in ((head.CONTINUOUS, "continuous"), (head.PROCESSED, "processed")) if a in walk.content]
+    if len(modes) != 1:
+        stated = "both continuous and processed" if modes else "neither continuous nor processed"
+        raise InputError(f"states {stated}", where=path, remedy="correct its fileContent (IMS:1000030 or 31)")
+    columns = {name: np.array(values, dtype=np.int64) for name, values in walk.columns.items()}
+    ibd_path = _find_ibd(path)
+    _check_length(ibd_path, columns)
+    pitch_um, problem = _pitch(walk.scan_settings)
+    uuid, matches = _check_uuid(walk.content, path, ibd_path)
+    # What the spectra say is nearer to the data than what the file says.
+    representations = walk.representations or {
+        name for a, name in ((head.CENTROID, "centroid"), (head.PROFILE, "profile")) if a in walk.content
+    }
+    polarities = walk.polarities or {
+        name for a, name in ((head.NEGATIVE, "negative"), (head.POSITIVE, "positive")) if a in walk.content
+    }
+    return ImzmlIndex(
+        path=path,
+        ibd_path=ibd_path,
+        mode=modes[0],
+        representation=min(representations) if len(representations) == 1 else None,
+        polarity=min(polarities) if len(polarities) == 1 else None,
+        mz_dtype=np.dtype(walk.dtypes["mz"]),
+        mz_compressed=walk.compressed["mz"],
+        int_dtype=np.dtype(walk.dtypes["int"]),
+        int_compressed=walk.compressed["int"],
+        pitch_um=pitch_um,
+        pitch_problem=problem,
+        uuid=uuid,
+        uuid_matches=matches,
+        **columns,
+    )
+
+
+def spectrum(index: ImzmlIndex, ibd: Any, i: int) -> tuple[NDArray[np.float64], NDArray[Any]]:
+    """One spectrum.
+
+    Args:
+        index: Of the file.
+        ibd: The .ibd's bytes (a memory map, an array, bytes) or a binary file opened for reading.
+        i: Which spectrum, in file order.
+
+    Returns:
+        m/z (P,) float64 and intensity (P,), float64 or float32 (float32 only where the file has it).
+
+    Raises:
+        InputError: The bytes are missing or not a valid zlib stream.
+    """
+    mz = _decode(index, "mz", _cut(ibd, int(index.mz_offset[i]), int(index.mz_bytes[i])), i)
+    values = _decode(index, "int", _cut(ibd, int(index.int_offset[i]), int(index.int_bytes[i])), i)
+    kind = np.float32 if values.dtype == np.float32 else np.float64
+    return mz.astype(np.float64), values.astype(kind)
+
+
+def read_arrays(index: ImzmlIndex, ibd: IO[bytes], rows: NDArray[np.int64], kind: str) -> list[NDArray[Any]]:
+    """The m/z ("mz") or intensity ("int") arrays of many spectra, in the file's own number type.
+
+    Reads are in file order, and byte ranges that nearly touch are read as one; memory is what the arrays
+    need, however large the .ibd.
+
+    Args:
+        index: Of the file.
+        ibd: The .ibd, opened for binary reading.
+        rows: Which spectra.
+        kind: "mz" or "int".
+
+    Returns:
+        One read-only array per entry of ``rows``, in its order.
+    """
+    offsets = (index.mz_offset if kind == "mz" else index.int_offset)[rows]
+    sizes = (index.mz_bytes if kind == "mz" else index.int_bytes)[rows]
+    out: list[NDArray[Any]] = [np.empty(0)] * len(rows)
+    order = np.argsort(offsets, kind="stable")
+    start = 0
+    while start < len(order):
+        begin = end = int(offsets[order[start]])
+        stop = start
+        while stop < len(order):
+            at, size = int(offsets[order[stop]]), int(sizes[order[stop]])
+            if stop > start and (at - end > COALESCE_GAP_BYTES or at + size - begin > COALESCE_READ_BYTES):
+                break
+            end = max(end, at + size)
+            stop += 1
+        block = _cut(ibd, begin, end - begin)
+        for k in order[start:stop]:
+            at = int(offsets[k]) - begin
+            out[k] = _decode(index, kind, block[at : at + int(sizes[k])], int(rows[k]))
+        start = stop
+    return out
+
+
+def msi_digest(path: str | Path) -> str:
+    """sha256 (hexadecimal) over the content digests of an .imzML and its .ibd (see ``content_digest``)."""
+    path = Path(path)
+    parts = content_digest(path) + content_digest(_find_ibd(path))
+    return hashlib.sha256(parts.encode()).hexdigest()
+
+
+def _walk(path: Path) -> head.Walk:
+    problem: expat.ExpatError | None = None
+    # Files that declare UTF-8 but hold Latin-1 text ("µm") exist; all that is kept is ASCII either way.
+    for encoding in (None, "iso-8859-1"):
+        walk = head.Walk(path)
+        try:
+            walk.run(encoding)
+            return walk
+        except (expat.ExpatError, LookupError) as error:
+            if isinstance(error, LookupError):
+                continue
+            problem = problem or error
+            if error.code != expat.errors.codes[expat.errors.XML_ERROR_INVALID_TOKEN]:
+                break
+        except OSError as error:
+            raise InputError(
+                f"cannot be read ({error.strerror or error})", where=path, remedy="check the path"
+            ) from error
+    raise InputError(
+        f"not well-formed XML ({problem})", where=path, remedy="copy or export the imzML again"
+    ) from problem
+
+
+def _find_ibd(path: Path) -> Path:
+    exact = path.with_suffix(".ibd")
+    if exact.exists():
+        return exact
+    if path.parent.is_dir():
+        for candidate in sorted(path.parent.iterdir()):
+            if candidate.stem == path.stem and candidate.suffix.lower() == ".ibd":
+                return candidate
+    raise InputError(f"its binary file {exact.name} is missing", where=path, remedy="put it beside the .imzML")
+
+
+def _check_length(ibd_path: Path, columns: dict[str, NDArray[np.int64]]) -> None:
+    size = ibd_path.stat().st_size
+    ends = np.maximum(columns["mz_offset"] + columns["mz_bytes"], columns["int_offset"] + columns["int_bytes"])
+    beyond = np.flatnonzero(ends > size)
+    if len(beyond):
+        raise InputError(
+            f"truncated: spectrum {beyond[0] + 1} of {len(ends)} ends beyond it; {int(ends.max())} bytes "
+            f"needed, {size} present",
+            where=ibd_path,
+            remedy="copy the .ibd again",
+        )
+
+
+def _check_uuid(content: head.Terms, path: Path, ibd_path: Path) -> tuple[str | None, bool | None]:
+    stated = content.get(head.UUID, ("", "", ""))[0]
+    uuid = "".join(c for c in stated.lower() if c in "0123456789abcdef")
+    if len(uuid) != 32:
+        return None, None
+    with ibd_path.open("rb") as handle:
+        matches = handle.read(16).hex() == uuid
+    if not matches:
+        warnings.warn(
+            f"{path}: {ibd_path.name} does not begin with the identifier that the .imzML states; "
+            "make sure that the two belong together",
+            UserWarning,
+            stacklevel=3,
+        )
+    return uuid, matches
+
+
+def _length_um(terms: head.Terms, accession: str) -> tuple[float | None, str]:
+    """A length in micrometres and, where it cannot be had, why."""
+    if accession not in terms:
+        return None, ""
+    text, unit, name = terms[accession]
+    scale = UNITS_UM.get(unit, UNITS_UM.get(unit.lower().replace("metre", "meter").replace("µ", "u")))
+    if scale is None:
+        return None, f"{name or accession} is in {unit!r}, not a length that is known"
+    try:
+        value = float(text) * scale
+    except ValueError:
+        return None, f"{name or accession} is {text!r}, not a number"
+    if not (math.isfinite(value) and value > 0):
+        return None, f"{name or accession} is {text}, not a positive length"
+    return value, ""
+
+
+def _pitch(settings: list[head.Terms]) -> tuple[tuple[float, float] | None, str]:
+    """The one pitch (y, x) that all scanSettings agree on, or why there is none."""
+    found: list[tuple[float, float]] = []
+    for terms in settings:
+        x, problem_x = _length_um(terms, "IMS:1000046")
+        y, problem_y = _length_um(terms, "IMS:1000047")
+        if problem_x or problem_y:
+            return None, problem_x or problem_y
+        if x is None and y is None:
+            continue
+        if x is None:
+            return None, "states pixel size y but not x"
+        if y is None:
+            problem = _lone_size_problem(terms, x)
+            if problem:
+                return None, problem
+        found.append((x if y is None else y, x))
+    if not found:
+        return None, "states no pixel size"
+    if any(not np.allclose(f, found[0], rtol=1e-6) for f in found):
+        sizes = " and ".join(f"{x:g} x {y:g} um" for y, x in dict.fromkeys(found))
+        return None, f"its scanSettings contradict each other on the pixel size ({sizes})"
+    return found[0], ""
+
+
+def _lone_size_problem(terms: head.Terms, size: float) -> str:
+    """Why a pixel size given once, for both axes, cannot be believed; empty where it can.
+
+    Older versions of the vocabulary called IMS:1000046 "pixel size" and meant an area; the image's outer
+    dimensions tell, where they are there. A term named "pixel size x" is a length, and pixels are square.
+    """
+    agree, known = True, False
+    for count_term, extent_term in (("IMS:1000042", "IMS:1000044"), ("IMS:1000043", "IMS:1000045")):
+        extent, _ = _length_um(terms, extent_term)
+        try:
+            count = float(terms[count_term][0])
+        except (KeyError, ValueError):
+            continue
+        if extent is None or count < 1:
+            continue
+        known = True
+        # Extents are rounded to whole micrometres, and some count first to last centre.
+        agree &= any(abs(extent - n * size) <= 1.0 + 0.02 * extent for n in (count, count - 1))
+    name = terms["IMS:1000046"][2]
+    if known and not agree:
+        return f"its {name or 'pixel size'} {size:g} contradicts its dimensions (it may be an area)"
+    if not known and name.strip().lower() == "pixel size":
+        return f"its only 'pixel size', {size:g}, may be a length or an area"
+    return ""
+
+
+def _cut(ibd: Any, offset: int, size: int) -> memoryview:
+    if hasattr(ibd, "read"):
+        ibd.seek(offset)
+        return memoryview(ibd.read(size))
+    return memoryview(ibd)[offset : offset + size]
+
+
+def _decode(index: ImzmlIndex, kind: str, raw: memoryview, i: int) -> NDArray[Any]:
+    dtype, compressed, lengths = (
+        (index.mz_dtype, index.mz_compressed, index.mz_length)
+        if kind == "mz"
+        else (index.int_dtype, index.int_compressed, index.int_length)
+    )
+    length = int(lengths[i])
+    data: bytes | memoryview = raw
+    if compressed and length:
+        try:
+            data = zlib.decompress(raw)
+        except zlib.error as error:
+            raise InputError(
+                f"the {kind} array of spectrum {i + 1} is not a valid zlib stream ({error})",
+                where=index.ibd_path,
+                remedy="copy the .ibd again",
+            ) from error
+    if len(data) < length * dtype.itemsize:
+        raise InputError(
+            f"the {kind} array of spectrum {i + 1} has {len(data)} bytes, not {length * dtype.itemsize}",
+            where=index.ibd_path,
+            remedy="copy the .ibd again",
+        )
+    return np.frombuffer(data, dtype=dtype, count=length)

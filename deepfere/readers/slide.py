@@ -1,0 +1,325 @@
+"""Slides: one small protocol over OpenSlide and plain images, and area-averaged reading at an exact mpp.
+
+Frame: the origin is the outer corner of level 0's first pixel (OpenSlide's ``bounds-*`` are ignored); level-0
+pixel (r, c) has its centre at ``((r + 1/2) mpp_y, (c + 1/2) mpp_x)`` micrometres.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepfere.errors import InputError
+from deepfere.readers.digest import content_digest
+from deepfere.readers.slide_area import Axis, average
+
+MPP_RANGE_UM = (0.05, 100.0)
+# 25 400 um per inch over the dots per inch that software writes when it knows nothing.
+UNBELIEVED_MPP_UM = {72: 25400 / 72, 96: 25400 / 96}
+CACHE_BYTES = 256 << 20
+GIVE_MPP = "give --slide-mpp-um"
+READ_PIXELS = 1 << 24
+ANCHOR_SEARCH_PX = 64
+CELL_PX = 1024
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of the pyramid.
+
+    Attributes:
+        shape_px: Pixels (h, w).
+        downsample: Level-0 pixels per pixel of this level, (y, x).
+    """
+
+    shape_px: tuple[int, int]
+    downsample: tuple[float, float]
+
+
+class Slide(Protocol):
+    """An opened slide.
+
+    Attributes:
+        path: Where it is.
+        backend: "openslide" or "flat".
+        shape_px: Level-0 pixels (h, w).
+        mpp_um: Micrometres per level-0 pixel (y, x).
+        levels: The pyramid, level 0 first.
+        background: (3,) uint8, the colour where there is no image.
+    """
+
+    path: str
+    backend: str
+    shape_px: tuple[int, int]
+    mpp_um: tuple[float, float]
+    levels: tuple[Level, ...]
+    background: NDArray[np.uint8]
+
+    def read(self, level: int, row: int, col: int, height: int, width: int) -> NDArray[np.uint8]:
+        """RGB (height, width, 3) of a window in pixels of ``level``; background outside the image."""
+        ...
+
+    def close(self) -> None:
+        """Give its file and memory back."""
+        ...
+
+
+def open_slide(path: str | Path, mpp_um: float | tuple[float, float] | None = None) -> Slide:
+    """Open a slide or a plain picture.
+
+    OpenSlide reads what it knows. Plain TIFFs are read directly where OpenSlide cannot be exact (it ignores
+    the orientation tag, and places levels whose size is not a whole fraction of level 0 approximately), and
+    so are TIFFs that it does not know, PNG and JPEG.
+
+    Args:
+        path: The slide.
+        mpp_um: Micrometres per level-0 pixel, one value or (y, x); wins over what the file says.
+
+    Raises:
+        InputError: No reader takes the file; it is not an 8-bit RGB or grey picture; or nothing trustworthy
+            says how large a pixel is: no mpp, one outside 0.05-100 um, or the 72- or 96-dpi default.
+    """
+    import openslide
+
+    from deepfere.readers import slide_flat
+
+    path = Path(path)
+    if not path.exists():
+        raise InputError("does not exist", where=path, remedy="check the path")
+    given = None if mpp_um is None else _given_mpp(mpp_um)
+    detected = openslide.OpenSlide.detect_format(str(path))
+    if detected is None or (detected == "generic-tiff" and slide_flat.prefer_flat_tiff(path)):
+        return slide_flat.open_flat(path, given)
+    try:
+        handle = openslide.OpenSlide(str(path))
+    except openslide.OpenSlideError as error:
+        raise InputError(f"cannot be opened ({error})", where=path, remedy="convert it to a pyramidal TIFF") from error
+    try:
+        keys = (openslide.PROPERTY_NAME_MPP_Y, openslide.PROPERTY_NAME_MPP_X)
+        stated = tuple(_number(handle.properties.get(key)) for key in keys)
+        mpp = given or trusted_mpp((stated[0], stated[1]), path)
+    except InputError:
+        handle.close()
+        raise
+    return OpenSlideSlide(path, handle, mpp)
+
+
+class OpenSlideSlide:
+    """A slide read through OpenSlide (thread-safe; opened again where it is unpickled)."""
+
+    backend = "openslide"
+
+    def __init__(self, path: Path, handle: Any, mpp_um: tuple[float, float]) -> None:
+        import openslide
+
+        self.path = str(path)
+        self.mpp_um = mpp_um
+        self._handle = handle
+        # The default cache of 32 MiB does not hold one row of tiles of a large slide.
+        handle.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
+        w0, h0 = handle.dimensions
+        self.shape_px = (h0, w0)
+        self.levels = tuple(
+            Level((h, w), (whole_downsample(h0, h), whole_downsample(w0, w))) for w, h in handle.level_dimensions
+        )
+        colour = handle.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
+        self.background = np.array([int(colour[k : k + 2], 16) for k in (0, 2, 4)], dtype=np.uint8)
+
+    @cached_property
+    def _exact(self) -> tuple[bool, ...]:
+        """Which levels OpenSlide can address without a fractional shift."""
+        return tuple(float(d).is_integer() for d in self._handle.level_downsamples)
+
+    def read(self, level: int, row: int, col: int, height: int, width: int) -> NDArray[np.uint8]:
+        """See `Slide.read`."""
+        out = np.empty((height, width, 3), dtype=np.uint8)
+        out[:] = self.background
+        h, w = self.levels[level].shape_px
+        top, left, bottom, right = max(row, 0), max(col, 0), min(row + height, h), min(col + width, w)
+        if top >= bottom or left >= right:
+            return out
+        # A location is given in whole level-0 pixels. Where the downsample is not whole, every fixed cell of
+        # the level is read from one anchor of its own whose location is almost whole: the shift stays
+        # negligible, and a pixel is the same whatever window it is read in.
+        cell = 4096 if self._exact[level] else CELL_PX
+        for r0 in range(top - top % cell, bottom, cell):
+            for c0 in range(left - left % cell, right, cell):
+                a, b = max(r0, top), min(r0 + cell, bottom)
+                c, d = max(c0, left), min(c0 + cell, right)
+                piece = self._piece(level, r0, c0, a, b, c, d)
+                out[a - row : b - row, c - col : d - col] = piece
+        return out
+
+    def _piece(
+        self, level: int, cell_row: int, cell_col: int, top: int, bottom: int, left: int, right: int
+    ) -> NDArray[np.uint8]:
+        import openslide
+
+        downsample = float(self._handle.level_downsamples[level])
+        if self._exact[level]:
+            row, col = top, left
+        else:
+            row, col = _anchor(cell_row, downsample), _anchor(cell_col, downsample)
+        location = (round(col * downsample), round(row * downsample))
+        try:
+            region = self._handle.read_region(location, level, (right - col, bottom - row))
+        except openslide.OpenSlideError as error:
+            raise InputError(
+                f"level {level} cannot be decoded at row {top}, column {left} ({error})",
+                where=self.path,
+                remedy="copy or scan the slide again",
+            ) from error
+        rgba = np.asarray(region)[top - row :, left - col :]
+        return on_background(rgba, self.background)
+
+    def close(self) -> None:
+        """See `Slide.close`."""
+        self._handle.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_slide, (self.path, self.mpp_um)
+
+
+def _anchor(start: int, downsample: float) -> int:
+    """The pixel at or shortly before ``start`` whose level-0 position is nearest to whole."""
+    candidates = np.arange(max(0, start - ANCHOR_SEARCH_PX + 1), start + 1)
+    position = candidates * downsample
+    distance = np.abs(position - np.rint(position))
+    return int(candidates[::-1][np.argmin(distance[::-1])])
+
+
+def on_background(rgba: NDArray[np.uint8], background: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """RGB (..., 3) of straight-alpha RGBA (..., 4) laid on a background colour."""
+    alpha = rgba[..., 3:]
+    if alpha.size == 0 or alpha.min() == 255:
+        return rgba[..., :3]
+    a = alpha.astype(np.uint32)
+    blend = rgba[..., :3] * a + background.astype(np.uint32) * (255 - a)
+    return ((blend + 127) // 255).astype(np.uint8)
+
+
+def whole_downsample(full: int, reduced: int) -> float:
+    """Level-0 pixels per reduced pixel along one axis.
+
+    Pyramids are made by whole factors and sizes are then cut or padded: where a whole factor gives the
+    reduced size, that is the downsample; the ratio of sizes would stretch the level by up to a pixel.
+    """
+    ratio = full / reduced
+    whole = round(ratio)
+    if whole >= 1 and reduced in (full // whole, -(-full // whole)):
+        return float(whole)
+    return ratio
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
+
+
+def _given_mpp(mpp_um: float | tuple[float, float]) -> tuple[float, float]:
+    pair = mpp_um if isinstance(mpp_um, tuple | list) else (mpp_um, mpp_um)
+    values = tuple(float(v) for v in pair)
+    if len(values) != 2 or not all(math.isfinite(v) and v > 0 for v in values):
+        raise InputError(
+            f"{mpp_um} is not a pixel size", where="--slide-mpp-um", remedy="give one or two positive numbers"
+        )
+    return values[0], values[1]
+
+
+def trusted_mpp(stated: tuple[float | None, float | None], path: Path) -> tuple[float, float]:
+    """The file's own mpp (y, x), refused where it is absent or cannot be meant.
+
+    Raises:
+        InputError: See `open_slide`.
+    """
+    y, x = stated
+    if y is None or x is None:
+        raise InputError("does not say how large its pixels are", where=path, remedy=GIVE_MPP)
+    for value in (y, x):
+        for dpi, unbelieved in UNBELIEVED_MPP_UM.items():
+            if abs(value - unbelieved) <= 0.005 * unbelieved:
+                raise InputError(
+                    f"its pixel size, {value:.2f} um, is only the {dpi}-dpi default", where=path, remedy=GIVE_MPP
+                )
+        if not MPP_RANGE_UM[0] <= value <= MPP_RANGE_UM[1]:  # false for NaN too
+            raise InputError(f"its pixel size, {value:g} um, is not plausible for a slide", where=path, remedy=GIVE_MPP)
+    return y, x
+
+
+def slide_digest(path: str | Path) -> str:
+    """sha256 (hexadecimal) of a slide file's content; see `deepfere.readers.digest.content_digest`."""
+    return content_digest(path)
+
+
+def read_area(
+    slide: Slide,
+    origin_um: tuple[float, float],
+    shape_px: tuple[int, int],
+    mpp_um: float | tuple[float, float],
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """A window of the slide, area-averaged at exactly the wanted mpp.
+
+    Output pixel (i, j) is the mean over ``[origin + i mpp, origin + (i + 1) mpp)`` of the coarsest level that
+    is at least as fine as wanted, each source pixel weighted by its overlap; a whole ratio, aligned, is the
+    plain block mean. Two windows that lie on one grid agree with one large window byte by byte: level and
+    weights depend on the grid alone, and every pixel adds up in the same order.
+
+    Args:
+        slide: An opened slide.
+        origin_um: Outer corner (y, x) of the first output pixel, slide micrometres; may lie outside.
+        shape_px: Output pixels (h, w).
+        mpp_um: Micrometres per output pixel, one value or (y, x).
+
+    Returns:
+        RGB (h, w, 3) uint8, background colour where there is no slide, and coverage (h, w) float32, the
+        fraction of each pixel that lies inside the slide.
+    """
+    wanted = _given_mpp(mpp_um)
+    level = adequate_level(slide, wanted)
+    axes = [
+        Axis.of(
+            origin_um[k],
+            shape_px[k],
+            wanted[k],
+            slide.mpp_um[k],
+            slide.levels[level].downsample[k],
+            slide.levels[level].shape_px[k],
+            slide.shape_px[k],
+        )
+        for k in (0, 1)
+    ]
+    y, x = axes
+    coverage = y.covered.astype(np.float32)[:, None] * x.covered.astype(np.float32)[None, :]
+    out = np.empty((*shape_px, 3), dtype=np.uint8)
+    whole = bool((y.covered == 1).all() and (x.covered == 1).all())
+    if not whole:
+        out[:] = slide.background
+        if not ((y.covered > 0).any() and (x.covered > 0).any()):
+            return out, coverage
+    # Strips of output rows bound the memory whatever the ratio; they do not touch each other's pixels.
+    cols, left, right = x.weights(0, shape_px[1])
+    for top, bottom in y.strips(0, shape_px[0], READ_PIXELS // (right - left)):
+        if (y.stop[top:bottom] > y.start[top:bottom]).any():
+            first, last = y.reach(top, bottom)
+            source = slide.read(level, first, left, last - first, right - left)
+            partly = None if whole else coverage
+            average(source, first, y, (top, bottom), cols, x, partly, slide.background, out)
+    return out, coverage
+
+
+def adequate_level(slide: Slide, mpp_um: tuple[float, float]) -> int:
+    """The coarsest level that is no coarser than wanted on either axis; level 0 where none is."""
+    best = 0
+    for k, level in enumerate(slide.levels):
+        finer = all(slide.mpp_um[a] * level.downsample[a] <= mpp_um[a] * (1 + 1e-6) for a in (0, 1))
+        if finer and level.downsample[0] > slide.levels[best].downsample[0]:
+            best = k
+    return best

@@ -1,0 +1,343 @@
+"""Plain pictures as slides: tiled or striped TIFF (pyramidal or not), PNG and JPEG."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepfere.errors import InputError
+from deepfere.readers.slide import (
+    CACHE_BYTES,
+    GIVE_MPP,
+    Level,
+    on_background,
+    open_slide,
+    trusted_mpp,
+    whole_downsample,
+)
+
+WHITE = np.array([255, 255, 255], dtype=np.uint8)
+CONVERT = "convert it to an 8-bit RGB TIFF"
+# EXIF and TIFF orientation -> (swap rows and columns, flip rows, flip columns), applied in that order to turn
+# what is stored into what is shown. Source: TIFF 6.0, tag 274.
+ORIENTATIONS = {
+    1: (False, False, False),
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
+Window = Callable[[int, int, int, int], NDArray[np.uint8]]  # top, left, bottom, right, inside the image
+
+
+class FlatSlide:
+    """A slide made of windows into stored images, shown the right way up.
+
+    Args:
+        path: The file.
+        mpp_um: Micrometres per level-0 pixel (y, x), as shown.
+        stored: Per level: stored shape (h, w) and a function that reads a window of it as RGB.
+        orientation: TIFF orientation 1-8.
+        close: Called once at the end.
+    """
+
+    backend = "flat"
+
+    def __init__(
+        self,
+        path: Path,
+        mpp_um: tuple[float, float],
+        stored: list[tuple[tuple[int, int], Window]],
+        orientation: int,
+        close: Callable[[], None],
+    ) -> None:
+        self.path, self.mpp_um, self.background = str(path), mpp_um, WHITE
+        self._stored, self._close = stored, close
+        self._swap, self._flip_rows, self._flip_cols = ORIENTATIONS[orientation]
+        shapes = [shape[::-1] if self._swap else shape for shape, _ in stored]
+        self.shape_px = (shapes[0][0], shapes[0][1])
+        self.levels = tuple(
+            Level((h, w), (whole_downsample(shapes[0][0], h), whole_downsample(shapes[0][1], w))) for h, w in shapes
+        )
+
+    def read(self, level: int, row: int, col: int, height: int, width: int) -> NDArray[np.uint8]:
+        """See `deepfere.readers.slide.Slide.read`."""
+        out = np.empty((height, width, 3), dtype=np.uint8)
+        out[:] = self.background
+        h, w = self.levels[level].shape_px
+        top, left, bottom, right = max(row, 0), max(col, 0), min(row + height, h), min(col + width, w)
+        if top >= bottom or left >= right:
+            return out
+        rows = (h - bottom, h - top) if self._flip_rows else (top, bottom)
+        cols = (w - right, w - left) if self._flip_cols else (left, right)
+        if self._swap:
+            rows, cols = cols, rows
+        try:
+            image = self._stored[level][1](rows[0], cols[0], rows[1], cols[1])
+        except InputError:
+            raise
+        except Exception as error:  # codecs raise whatever they like
+            raise InputError(
+                f"level {level} cannot be decoded at row {top}, column {left} ({error})",
+                where=self.path,
+                remedy="copy or export the picture again",
+            ) from error
+        if self._swap:
+            image = image.transpose(1, 0, 2)
+        image = image[:: -1 if self._flip_rows else 1, :: -1 if self._flip_cols else 1]
+        out[top - row : bottom - row, left - col : right - col] = image
+        return out
+
+    def close(self) -> None:
+        """See `deepfere.readers.slide.Slide.close`."""
+        self._close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_slide, (self.path, self.mpp_um)
+
+
+def prefer_flat_tiff(path: Path) -> bool:
+    """Whether a plain TIFF is better read directly than through OpenSlide (see `open_slide`)."""
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as file:
+            page = file.pages.first
+            if _orientation(page) != 1:
+                return True
+            h0, w0 = page.shape[:2]
+            sizes = [level.shape[:2] for level in file.series[0].levels]
+    except Exception:  # whatever is wrong with it, OpenSlide will say
+        return False
+    # OpenSlide's downsample is the mean of both axes' ratios; it addresses a level exactly where that is whole.
+    return not all(((h0 / h + w0 / w) / 2).is_integer() for h, w in sizes)
+
+
+def open_flat(path: Path, given_mpp_um: tuple[float, float] | None) -> FlatSlide:
+    """Open a TIFF, PNG or JPEG that is not (or not best) read through OpenSlide.
+
+    Raises:
+        InputError: See `deepfere.readers.slide.open_slide`.
+    """
+    with path.open("rb") as handle:
+        magic = handle.read(4)
+    if magic[:2] in (b"II", b"MM"):
+        return _open_tiff(path, given_mpp_um)
+    if magic == b"\x89PNG" or magic[:3] == b"\xff\xd8\xff":
+        return _open_picture(path, given_mpp_um)
+    raise InputError(
+        "is not a slide that can be read", where=path, remedy="give a format of OpenSlide, TIFF, PNG or JPEG"
+    )
+
+
+def _open_picture(path: Path, given: tuple[float, float] | None) -> FlatSlide:
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                mode, orientation = picture.mode, int(picture.getexif().get(0x0112, 1))
+                if mode not in ("RGB", "RGBA", "L", "LA", "P", "1"):
+                    raise InputError(f"is a {mode} picture, not 8-bit RGB or grey", where=path, remedy=CONVERT)
+                rgba = np.asarray(picture.convert("RGBA"))
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            "is too large for a PNG or JPEG", where=path, remedy="convert it to a pyramidal TIFF"
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"cannot be decoded ({error})", where=path, remedy="copy or export it again") from error
+    if given is None:  # the density of a PNG or JPEG is the screen's or printer's, never the microscope's
+        raise InputError("does not say how large its pixels are", where=path, remedy=GIVE_MPP)
+    image = on_background(rgba, WHITE)
+
+    def window(top: int, left: int, bottom: int, right: int) -> NDArray[np.uint8]:
+        return image[top:bottom, left:right]
+
+    stored: list[tuple[tuple[int, int], Window]] = [((image.shape[0], image.shape[1]), window)]
+    return FlatSlide(path, given, stored, orientation if orientation in ORIENTATIONS else 1, lambda: None)
+
+
+def _orientation(page: Any) -> int:
+    tag = page.tags.get(274)
+    value = 1 if tag is None else int(tag.value)
+    return value if value in ORIENTATIONS else 1
+
+
+def _open_tiff(path: Path, given: tuple[float, float] | None) -> FlatSlide:
+    import tifffile
+
+    try:
+        file = tifffile.TiffFile(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot be opened ({error})", where=path, remedy=CONVERT) from error
+    try:
+        series = file.series[0]
+        pages = [level.keyframe for level in series.levels]
+        channels = "x".join(str(n) for n in series.shape)
+        if series.axes not in ("YX", "YXS", "SYX"):
+            raise InputError(
+                f"is not an RGB picture (axes {series.axes}, {channels}; fluorescence or a stack?)",
+                where=path,
+                remedy="give the brightfield slide as RGB",
+            )
+        for page in pages:
+            _refuse_unread(page, path)
+        orientation = _orientation(pages[0])
+        if given is None:
+            y, x = _stated_mpp(file, pages[0])
+            given = trusted_mpp((x, y) if ORIENTATIONS[orientation][0] else (y, x), path)
+    except InputError:
+        file.close()
+        raise
+    except Exception as error:  # a damaged directory makes tifffile raise many things
+        file.close()
+        raise InputError(f"cannot be read as TIFF ({error})", where=path, remedy=CONVERT) from error
+    cache = _Segments(file)
+    stored = [((p.imagelength, p.imagewidth), cache.window(k, p)) for k, p in enumerate(pages)]
+    return FlatSlide(path, given, stored, orientation, file.close)
+
+
+def _refuse_unread(page: Any, path: Path) -> None:
+    import tifffile
+
+    photometric, depth = page.photometric, page.dtype
+    samples = page.samplesperpixel
+    if depth == np.uint16 or depth is None or depth not in (np.uint8, np.bool_):
+        raise InputError(f"holds {depth} values, not 8-bit ones", where=path, remedy=CONVERT)
+    wanted = {
+        tifffile.PHOTOMETRIC.RGB: (3, 4),
+        tifffile.PHOTOMETRIC.YCBCR: (3,),
+        tifffile.PHOTOMETRIC.MINISBLACK: (1, 2),
+        tifffile.PHOTOMETRIC.MINISWHITE: (1,),
+        tifffile.PHOTOMETRIC.PALETTE: (1,),
+    }
+    if samples not in wanted.get(photometric, ()):
+        raise InputError(
+            f"is a {photometric.name} picture of {samples} channels, not RGB or grey", where=path, remedy=CONVERT
+        )
+    jpeg = (tifffile.COMPRESSION.JPEG, tifffile.COMPRESSION.OJPEG)
+    if photometric == tifffile.PHOTOMETRIC.YCBCR and page.compression not in jpeg:
+        raise InputError("holds YCbCr values that are not JPEG", where=path, remedy=CONVERT)
+
+
+def _stated_mpp(file: Any, page: Any) -> tuple[float | None, float | None]:
+    """Micrometres per stored pixel (y, x) from OME-XML, else from the resolution tags."""
+    if file.is_ome:
+        from xml.etree import ElementTree
+
+        units = {"m": 1e6, "mm": 1e3, "cm": 1e4, "µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3}
+        for element in ElementTree.fromstring(file.ome_metadata).iter():
+            if element.tag.rpartition("}")[2] == "Pixels":
+                sizes: list[float | None] = []
+                for axis in "YX":
+                    scale = units.get(element.get(f"PhysicalSize{axis}Unit", "µm"))
+                    text = element.get(f"PhysicalSize{axis}")
+                    sizes.append(None if text is None or scale is None else float(text) * scale)
+                return sizes[0], sizes[1]
+    unit = page.tags.get(296)
+    per_um = {2: 25400.0, 3: 10000.0}.get(2 if unit is None else int(unit.value))
+    tags = [page.tags.get(code) for code in (283, 282)]
+    if per_um is None or any(tag is None for tag in tags):
+        return None, None
+    values = [tag.value[0] / tag.value[1] if tag.value[1] else 0.0 for tag in tags]
+    if min(values) <= 0:
+        return None, None
+    return per_um / values[0], per_um / values[1]
+
+
+class _Segments:
+    """Decoded tiles and strips of a TIFF, the recently used ones kept (by bytes)."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._kept: OrderedDict[tuple[int, int], NDArray[np.uint8]] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def window(self, level: int, page: Any) -> Window:
+        """A function that reads windows of this page."""
+        height, width = page.imagelength, page.imagewidth
+        if page.samplesperpixel > 1 and page.planarconfig == 2:
+            return lambda top, left, bottom, right: self._whole(level, page)[top:bottom, left:right]
+        rows, cols = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, width)
+        rows = min(rows, height) if not page.is_tiled else rows
+        across = -(-width // cols)
+
+        def read(top: int, left: int, bottom: int, right: int) -> NDArray[np.uint8]:
+            out = np.empty((bottom - top, right - left, 3), dtype=np.uint8)
+            for r in range(top // rows, -(-bottom // rows)):
+                for c in range(left // cols, -(-right // cols)):
+                    tile = self._segment(level, page, r * across + c, (rows, cols))
+                    y, x = r * rows, c * cols
+                    a, b = max(top, y), min(bottom, y + rows)
+                    d, e = max(left, x), min(right, x + cols)
+                    out[a - top : b - top, d - left : e - left] = tile[a - y : b - y, d - x : e - x]
+            return out
+
+        return read
+
+    def _whole(self, level: int, page: Any) -> NDArray[np.uint8]:
+        found = self._get(level, -1)
+        if found is None:
+            found = self._put(level, -1, _to_rgb(page, np.moveaxis(page.asarray(), 0, -1)))
+        return found
+
+    def _segment(self, level: int, page: Any, number: int, shape: tuple[int, int]) -> NDArray[np.uint8]:
+        found = self._get(level, number)
+        if found is not None:
+            return found
+        size = page.databytecounts[number]
+        if size == 0:  # a sparse file leaves empty tiles out
+            return self._put(level, number, np.broadcast_to(WHITE, (*shape, 3)))
+        with self._lock:
+            handle = self._file.filehandle
+            handle.seek(page.dataoffsets[number])
+            data = handle.read(size)
+        decoded = page.decode(data, number, jpegtables=page.jpegtables)[0]
+        if decoded is None:
+            return self._put(level, number, np.broadcast_to(WHITE, (*shape, 3)))
+        return self._put(level, number, _to_rgb(page, decoded[0]))
+
+    def _get(self, level: int, number: int) -> NDArray[np.uint8] | None:
+        with self._lock:
+            found = self._kept.get((level, number))
+            if found is not None:
+                self._kept.move_to_end((level, number))
+            return found
+
+    def _put(self, level: int, number: int, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        with self._lock:
+            if (level, number) not in self._kept:
+                self._kept[level, number] = image
+                self._bytes += image.nbytes
+            while self._bytes > CACHE_BYTES and len(self._kept) > 1:
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return image
+
+
+def _to_rgb(page: Any, image: NDArray[Any]) -> NDArray[np.uint8]:
+    """RGB (h, w, 3) of a decoded segment (h, w, samples) or (h, w)."""
+    import tifffile
+
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.dtype == np.bool_ or page.bitspersample == 1:
+        image = (image > 0).astype(np.uint8) * 255
+    if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
+        return np.asarray(page.colormap >> 8, dtype=np.uint8).T[image[..., 0]]
+    if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+        image = 255 - image
+    if image.shape[2] in (1, 2):
+        image = np.concatenate([np.repeat(image[..., :1], 3, axis=2), image[..., 1:]], axis=2)
+    return on_background(image, WHITE) if image.shape[2] == 4 else image

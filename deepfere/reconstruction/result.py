@@ -1,0 +1,283 @@
+"""The result: every ion, decoded on demand from the measurement and a few detail planes.
+
+Layout of the store (Zarr v3; root attributes hold ``format_version``; without ``complete`` it is unfinished):
+
+* ``measured/``: the measurement as ingested (`deepfere.measured.store`).
+* ``detail/``: OME multiscale, K detail planes (c, y, x), float16, times ``detail_scale`` each.
+* ``basis/``: W (M, K), gates, held-out R2, positivity steps.
+* ``uncertainty/``: coefficients of every ion's variance model.
+* ``stain/``: OME multiscale, the stain on the section grid, uint8 RGB.
+* ``overview``: the whole slide, small.
+* ``alignment.json``, ``provenance.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepfere.errors import InputError
+from deepfere.frame import Alignment, SectionGrid
+from deepfere.measured.operator import expand, fill_missing, pad_edge
+from deepfere.measured.store import Measured, open_measured
+from deepfere.model.decode import IonDecoder
+from deepfere.model.fit import local_variance
+from deepfere.model.guide import Cells
+from deepfere.store import open_group
+
+if TYPE_CHECKING:
+    import dask.array
+    import pandas
+
+FORMAT, FORMAT_VERSION = "deepfere-result", 1
+
+
+class Result:
+    """A finished reconstruction.
+
+    Attributes:
+        path: Where it is.
+        factor: High-resolution pixels per measured pixel and axis.
+        grid: The measured grid.
+        levels: Resolution levels; level 0 is the finest.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = str(path)
+        group = open_group(path, "r")
+        attrs = dict(group.attrs)
+        if attrs.get("format") != FORMAT:
+            raise InputError("is not a result", where=path, remedy="give a store that `deepfere fuse` wrote")
+        if attrs.get("complete") is not True:
+            raise InputError("is unfinished", where=path, remedy="run the same command again: it resumes")
+        if attrs.get("format_version") != FORMAT_VERSION:
+            raise InputError(
+                f"has format version {attrs.get('format_version')}, this is {FORMAT_VERSION}",
+                where=path,
+                remedy="reconstruct it again",
+            )
+        self._group: Any = group
+        self._attrs = attrs
+        self.factor = int(attrs["factor"])
+        self.levels = int(attrs["levels"])
+        self.normalisation: str = attrs["normalisation"]
+        self._measured: Measured = open_measured(f"{self.path}/measured")
+        self.grid: SectionGrid = self._measured.grid
+
+    def __repr__(self) -> str:
+        ny, nx = self.grid.shape_px
+        return (
+            f"<deepfere result {self.path}: {len(self._measured.mz)} ions, {ny} x {nx} measured pixels of "
+            f"{self.grid.pitch_um[0]:g} um, x{self.factor}>"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Result, (self.path,)
+
+    @cached_property
+    def mask(self) -> NDArray[np.bool_]:
+        """(ny, nx) True where measured."""
+        return self._measured.mask
+
+    @cached_property
+    def _basis(self) -> dict[str, NDArray[Any]]:
+        return {name: np.asarray(array[:]) for name, array in self._group["basis"].arrays()}
+
+    @cached_property
+    def ions(self) -> pandas.DataFrame:
+        """One row per ion: mz, held_out_r2, gate, informed, null_r2, consistency, nonneg_steps."""
+        import pandas as pd
+
+        basis = self._basis
+        return pd.DataFrame(
+            {
+                "mz": self._measured.mz,
+                "held_out_r2": basis["held_out_r2"],
+                "gate": basis["gate"],
+                "informed": [str(v) for v in self._attrs["informed"]],
+                "null_r2": basis["null_r2"],
+                "consistency": basis["consistency"],
+                "nonneg_steps": basis["positivity"],
+            }
+        )
+
+    @property
+    def alignment(self) -> Alignment | None:
+        """Section to slide, micrometres; None for a run without the stain."""
+        return self._alignment("alignment.json")
+
+    @property
+    def alignment_start(self) -> Alignment | None:
+        """Where the search began: centred, upright."""
+        return self._alignment("alignment_start.json")
+
+    def _alignment(self, name: str) -> Alignment | None:
+        path = Path(self.path) / name
+        return Alignment.load(path) if path.exists() else None
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """Identity, versions, model and run, settings, timings, warnings."""
+        return json.loads((Path(self.path) / "provenance.json").read_text())
+
+    def index(self, mz: float, ppm: float | None = None) -> int:
+        """Row of the ion nearest to ``mz``.
+
+        Args:
+            mz: Wanted m/z.
+            ppm: How far it may be; None takes the tolerance that the ions were ingested with.
+
+        Raises:
+            InputError: No ion within the tolerance; names the nearest.
+        """
+        axis = self._measured.mz
+        nearest = int(np.abs(axis - mz).argmin())
+        allowed = self._measured.tolerance_ppm if ppm is None else ppm
+        off = abs(axis[nearest] - mz) / mz * 1e6 if mz > 0 else np.inf
+        if not off <= allowed:
+            raise InputError(
+                f"no ion within {allowed:g} ppm of m/z {mz}; the nearest is {axis[nearest]:.5f} ({off:.1f} ppm away)",
+                where=self.path,
+                remedy="give its m/z, or a wider ppm",
+            )
+        return nearest
+
+    def measured(self, mz: float, ppm: float | None = None) -> NDArray[np.float32]:
+        """The low-resolution image (ny, nx) as measured, normalised as chosen; NaN = not measured."""
+        return _measured_image(self.path, self.index(mz, ppm))
+
+    def ion(self, mz: float, *, ppm: float | None = None, level: int = 0) -> dask.array.Array:
+        """The high-resolution image (H, W) float32 of an ion, exact, decoded when computed.
+
+        Args:
+            mz: Wanted m/z.
+            ppm: How far the nearest ion may be; None takes the study's tolerance.
+            level: 0 is the finest; level k averages 2^k x 2^k pixels of it.
+
+        Returns:
+            A lazy array; NaN where not measured. Averaged over measured pixels it is the measurement.
+
+        Raises:
+            InputError: No such ion or level.
+        """
+        return self._lazy(self.index(mz, ppm), level, _ion_block)
+
+    def uncertainty(self, mz: float, *, ppm: float | None = None, level: int = 0) -> dask.array.Array:
+        """One standard deviation (H, W) float32 of what an instrument with this pixel size would have measured.
+
+        Noise included; the model's coefficients come from the reduced-scale reconstruction.
+        """
+        return self._lazy(self.index(mz, ppm), level, _sd_block)
+
+    def _lazy(self, ion: int, level: int, decode: Any) -> dask.array.Array:
+        import dask.array as da
+
+        if not 0 <= level < self.levels:
+            raise InputError(f"level {level}", where=self.path, remedy=f"give 0 to {self.levels - 1}")
+        chunk = int(self._attrs["chunk_px"])
+        shape = [n * self.factor for n in self.grid.shape_px]
+        chunks = tuple(tuple(min(chunk, n - k) for k in range(0, n, chunk)) for n in shape)
+        full = da.map_blocks(
+            decode, chunks=chunks, dtype=np.float32, meta=np.empty((0, 0), np.float32), path=self.path, ion=ion
+        )
+        if level == 0:
+            return full
+        side = 2**level
+        padded = da.pad(full, [(0, -n % side) for n in shape], constant_values=np.nan)
+        merged = padded.rechunk(tuple(max(1, chunk // side) * side for _ in shape))
+        return da.coarsen(_nanmean, merged, {0: side, 1: side}).astype(np.float32)
+
+    def stain(self, level: int = 0) -> dask.array.Array | None:
+        """The stain (3, H, W) uint8 on the section grid; None for a run without the stain."""
+        import dask.array as da
+
+        return da.from_zarr(self._group["stain"][str(level)]) if "stain" in self._group else None
+
+    def overview(self) -> tuple[NDArray[np.uint8], tuple[float, float]] | None:
+        """The whole slide (h, w, 3), small, and its pixel size (y, x) in micrometres; None without a slide."""
+        if "overview" not in self._group:
+            return None
+        array = self._group["overview"]
+        spacing = array.attrs["spacing_um"]
+        return np.asarray(array[:]), (spacing[0], spacing[1])
+
+
+def _nanmean(block: NDArray[Any], axis: Any) -> NDArray[Any]:
+    count = np.isfinite(block).sum(axis=axis)
+    total = np.nansum(block, axis=axis, dtype=np.float64)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def open(path: str | Path) -> Result:
+    """Open a finished result.
+
+    Raises:
+        InputError: It is not one, or is unfinished.
+    """
+    return Result(path)
+
+
+@lru_cache(maxsize=8)
+def _opened(path: str, stamp: float) -> Result:
+    return Result(path)
+
+
+def _at(path: str) -> Result:
+    # The stamp keeps a result that was overwritten in place from being served from the cache.
+    return _opened(path, (Path(path) / "provenance.json").stat().st_mtime)
+
+
+@lru_cache(maxsize=32)
+def _decoder(path: str, stamp: float, ion: int) -> IonDecoder:
+    result = _opened(path, stamp)
+    basis = result._basis
+    cells = fill_missing(np.asarray(_measured_image(path, ion), np.float64), result.mask)
+    loadings = basis["gate"][ion] * basis["loadings"][ion] * basis["detail_scale"]
+    return IonDecoder.build(cells, loadings, result.factor, int(basis["positivity"][ion]))
+
+
+def _measured_image(path: str, ion: int) -> NDArray[np.float32]:
+    measured = _at(path)._measured
+    image = np.asarray(measured.ions[ion], np.float64)  # type: ignore[index]
+    factor = measured.factor(_at(path).normalisation)  # type: ignore[arg-type]
+    return (image if factor is None else image * factor).astype(np.float32)
+
+
+def _window(block_info: Any, factor: int) -> Cells:
+    (y0, y1), (x0, x1) = block_info[None]["array-location"]
+    return Cells(y0 // factor, y1 // factor, x0 // factor, x1 // factor)
+
+
+def _hide(image: NDArray[np.float64], result: Result, cells: Cells) -> NDArray[np.float32]:
+    f = result.factor
+    mask = result.mask[cells.i0 : cells.i1, cells.j0 : cells.j1]
+    return np.where(np.repeat(np.repeat(mask, f, 0), f, 1), image, np.nan).astype(np.float32)
+
+
+def _ion_block(*, path: str, ion: int, block_info: Any = None) -> NDArray[np.float32]:
+    result = _at(path)
+    f, cells = result.factor, _window(block_info, result.factor)
+    planes = result._group["detail"]["0"]
+
+    def detail(window: Cells) -> NDArray[np.floating]:
+        return np.asarray(planes[:, window.i0 * f : window.i1 * f, window.j0 * f : window.j1 * f])
+
+    stamp = (Path(path) / "provenance.json").stat().st_mtime
+    return _hide(_decoder(path, stamp, ion).window(cells, detail), result, cells)
+
+
+def _sd_block(*, path: str, ion: int, block_info: Any = None) -> NDArray[np.float32]:
+    result = _at(path)
+    f, cells = result.factor, _window(block_info, result.factor)
+    stamp = (Path(path) / "provenance.json").stat().st_mtime
+    decoder = _decoder(path, stamp, ion)
+    c0, c1, c2 = np.asarray(result._group["uncertainty"]["coefficients"][ion])
+    level = np.maximum(decoder.window(cells, None), 0.0)
+    spread = pad_edge(local_variance(decoder.cells))[cells.i0 : cells.i1 + 2, cells.j0 : cells.j1 + 2]
+    variance = c0 + c1 * level + c2 * expand(spread, f, "linear")
+    return _hide(np.sqrt(variance), result, cells)

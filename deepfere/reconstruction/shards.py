@@ -1,0 +1,169 @@
+"""Computing the detail planes and the stain on the section grid, one whole output shard at a time.
+
+A shard's objects are deleted before they are written and recorded in the journal afterwards; a rerun
+computes only what is not recorded. Pixels stay in the worker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from deepfere.cluster import Journal, RowWorker
+from deepfere.frame import Alignment
+from deepfere.measured.operator import fill_missing, spline_coefficients
+from deepfere.model.detail import DetailModel, pooled_window
+from deepfere.model.features import PLANES
+from deepfere.model.guide import Cells, GuideSpec
+from deepfere.model.network import network_from_config
+from deepfere.store import open_group
+from deepfere.tiling.cache import CacheSpec, PlaneReader, write_shard
+from deepfere.tiling.plan import ShardGrid
+
+TILE_PX = 384
+"""Windows are computed in tiles of about this side, which bounds the memory of a worker."""
+
+
+@dataclass(frozen=True)
+class SectionModel:
+    """A fitted section, by plain values and paths, as it travels to the workers.
+
+    Attributes:
+        spec: `GuideSpec.to_dict`.
+        alignment: `Alignment.to_dict`.
+        arrays: .npz with ``factors`` (K, ny, nx), ``mask``, ``weights`` (F, K) and ``gate`` (K,).
+        cache: URL of the plane cache.
+        network: Settings of the network, or None (T1).
+        state: Path of its weights (safetensors), or None.
+    """
+
+    spec: dict[str, Any]
+    alignment: dict[str, Any]
+    arrays: str
+    cache: str
+    network: dict[str, int] | None
+    state: str | None
+
+    def build(self) -> DetailModel:
+        """Load everything into memory."""
+        spec = GuideSpec.from_dict(self.spec)
+        with np.load(self.arrays) as data:
+            mask, factors = data["mask"], data["factors"]
+            coefficients = spline_coefficients(fill_missing(factors, mask))
+            weights, gate = data["weights"], data["gate"]
+        network = None
+        if self.network is not None:
+            from safetensors.torch import load_file
+
+            network = network_from_config(self.network)
+            network.load_state_dict(load_file(str(self.state)))
+            network.eval()
+        return DetailModel(spec, Alignment.from_dict(self.alignment), weights, network, gate, coefficients, mask)
+
+
+def tiles(cells: Cells, factor: int, tile_px: int = TILE_PX) -> list[Cells]:
+    """Disjoint windows of at most ``tile_px`` that cover a window of measured pixels."""
+    side = max(1, tile_px // factor)
+    return [
+        Cells(i, min(i + side, cells.i1), j, min(j + side, cells.j1))
+        for i in range(cells.i0, cells.i1, side)
+        for j in range(cells.j0, cells.j1, side)
+    ]
+
+
+class CacheWorker(RowWorker):
+    """Decodes the slide into one shard of the plane cache per row (``row``, ``col``)."""
+
+    def __init__(self, spec: CacheSpec, journal: str, fingerprint: str) -> None:
+        self._spec, self._journal = spec, Journal(journal, fingerprint)
+
+    def work(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Write one shard."""
+        write_shard(self._spec, row["row"], row["col"])
+        self._journal.record(row["unit"])
+        return {}
+
+
+class PoolWorker(RowWorker):
+    """Averages the stain features over the footprints of one window of measured pixels per row."""
+
+    def __init__(self, spec: dict[str, Any], alignment: dict[str, Any], cache: str, out: str) -> None:
+        self._spec, self._alignment = GuideSpec.from_dict(spec), Alignment.from_dict(alignment)
+        self._planes, self._out = PlaneReader(cache), out
+
+    def work(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Write one window of the pooled features (F + 1, h, w): features and cover."""
+        whole = Cells(*row["cells"])
+        group: Any = open_group(self._out, "r+")["pooled"]
+        block = np.zeros((group.shape[0], *whole.shape))
+        for cells in tiles(whole, self._spec.factor):
+            features, cover = pooled_window(self._spec, self._alignment, self._planes, cells)
+            window = (slice(cells.i0 - whole.i0, cells.i1 - whole.i0), slice(cells.j0 - whole.j0, cells.j1 - whole.j0))
+            block[(slice(None), *window)] = np.concatenate([features, cover[None]])
+        group[:, whole.i0 : whole.i1, whole.j0 : whole.j1] = block
+        return {}
+
+
+def delete_shard(array: Any, root: Path, name: str, row: int, col: int) -> None:
+    """Remove one shard's object, so that nothing of a torn or older one is read back."""
+    separator = "c/0/" + f"{row}/{col}"
+    (root / name / separator).unlink(missing_ok=True)
+
+
+class DetailWorker(RowWorker):
+    """Reconstructs one output shard per row: detail planes (K) and the stain (RGB)."""
+
+    def __init__(
+        self, model: SectionModel, out: str, shards: ShardGrid, journal: str, fingerprint: str, scale: list[float]
+    ) -> None:
+        torch.set_num_threads(1)
+        self._model, self._planes = model.build(), PlaneReader(model.cache)
+        self._out, self._shards = out, shards
+        self._journal = Journal(journal, fingerprint)
+        self._scale = np.asarray(scale, np.float32)[:, None, None]
+
+    def work(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Compute, write and record one shard."""
+        whole, f = self._shards.cells(row["row"], row["col"]), self._shards.factor
+        height, width = whole.shape[0] * f, whole.shape[1] * f
+        detail = np.zeros((len(self._model.gate), height, width), np.float32)
+        stain = np.full((3, height, width), 255, np.uint8)
+        uncovered = 0
+        for cells in tiles(whole, f):
+            inside = self._model.mask[cells.i0 : cells.i1, cells.j0 : cells.j1]
+            rows = slice((cells.i0 - whole.i0) * f, (cells.i1 - whole.i0) * f)
+            cols = slice((cells.j0 - whole.j0) * f, (cells.j1 - whole.j0) * f)
+            if inside.any() and self._model.gate.any():
+                detail[:, rows, cols], cover = self._model.window(self._planes, cells)
+                seen = cover.reshape(cells.shape[0], f, cells.shape[1], f).mean((1, 3)) >= 0.99
+                uncovered += int((inside & ~seen).sum())
+            stain[:, rows, cols] = self._stain(cells)
+        at = (slice(whole.i0 * f, whole.i1 * f), slice(whole.j0 * f, whole.j1 * f))
+        group: Any = open_group(self._out, "r+")
+        for name, values in (("detail", (detail / self._scale).astype(np.float16)), ("stain", stain)):
+            delete_shard(group[name]["0"], Path(self._out), f"{name}/0", row["row"], row["col"])
+            group[name]["0"][:, at[0], at[1]] = values
+        power = (detail.astype(np.float64) ** 2).sum((1, 2)).tolist()
+        self._journal.record(row["unit"], uncovered=uncovered, power=power)
+        return {"uncovered": uncovered, "power": power}
+
+    def _stain(self, cells: Cells) -> np.ndarray:
+        """RGB of the stain (3, h f, w f) uint8 on the section grid; white where the slide ends."""
+        from deepfere.model.guide import SUPERSAMPLE
+        from deepfere.model.registration import sample_window
+
+        model, r = self._model, self._model.spec.radius_px
+        slide_um = model.alignment.map(model.spec.points_um(cells, 0))
+        r0, r1, c0, c1 = model.spec.window(slide_um)
+        planes = self._planes(r0, r1, c0, c1)
+        hwc = torch.from_numpy(np.ascontiguousarray(planes.transpose(1, 2, 0))).float()
+        with torch.inference_mode():
+            sampled = sample_window(hwc, (r0, c0), model.spec.spacing_um, torch.from_numpy(slide_um), SUPERSAMPLE)
+        inner = sampled[:, r : sampled.shape[1] - r, r : sampled.shape[2] - r] if r else sampled
+        cover = inner[PLANES.index("coverage")] / 255
+        rgb = inner[:3] * cover + 255 * (1 - cover)
+        return rgb.round().clamp(0, 255).to(torch.uint8).numpy()

@@ -1,0 +1,118 @@
+"""What users bring: sections (one slide and one measurement each) and studies of many."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from deepfere.errors import InputError
+
+
+class Section(BaseModel):
+    """One slide and one measurement of the same (or the next) piece of tissue.
+
+    Attributes:
+        name: Unique in the study; names folders, so letters, digits, ``.``, ``_`` and ``-`` only.
+        msi: The .imzML file.
+        slide: The slide; None for a run without the stain.
+        pitch_um: Measured pixel size (y, x) where the file does not state it (always wins).
+        slide_mpp_um: Slide pixel size (y, x) where the file does not state it (always wins).
+        alignment: Alignment JSON that is used as it is.
+        landmarks: Landmark CSV that fixes the affine.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    msi: str
+    slide: str | None = None
+    pitch_um: tuple[float, float] | None = None
+    slide_mpp_um: tuple[float, float] | None = None
+    alignment: str | None = None
+    landmarks: str | None = None
+
+    @field_validator("pitch_um", "slide_mpp_um", mode="before")
+    @classmethod
+    def _pair(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [float(part) for part in value.replace("x", ",").split(",")] if value.strip() else None
+        if isinstance(value, int | float):
+            value = (float(value), float(value))
+        if isinstance(value, list | tuple) and len(value) == 1:
+            value = (value[0], value[0])
+        return value
+
+    @field_validator("pitch_um", "slide_mpp_um")
+    @classmethod
+    def _positive(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not all(0 < v < 1e5 for v in value):
+            raise ValueError("must be positive micrometres")
+        return value
+
+
+class Study(BaseModel):
+    """Sections that are processed and trained together. One section is a study of one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sections: list[Section] = Field(min_length=1)
+
+    @field_validator("sections")
+    @classmethod
+    def _unique(cls, value: list[Section]) -> list[Section]:
+        names = [s.name for s in value]
+        doubled = sorted({n for n in names if names.count(n) > 1})
+        if doubled:
+            raise ValueError(f"section names must differ; twice: {', '.join(doubled)}")
+        return value
+
+
+def make_section(**values: Any) -> Section:
+    """A `Section`, with problems told as one clear line.
+
+    Raises:
+        InputError: A value is missing, unknown or wrong.
+    """
+    return _validated(Section, {k: v for k, v in values.items() if v is not None}, None)
+
+
+def _validated(model: Any, values: Any, where: object) -> Any:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{name}: {first['msg']}", where=where, remedy="correct the manifest or flag") from error
+
+
+def load_study(path: str | Path) -> Study:
+    """Read a study manifest: YAML (``sections:`` list) or CSV (one row a section).
+
+    Relative paths are relative to the manifest.
+
+    Raises:
+        InputError: Unreadable, an unknown or missing column, doubled names.
+    """
+    path = Path(path)
+    try:
+        if path.suffix.lower() == ".csv":
+            with path.open(newline="") as handle:
+                rows = [{k: v for k, v in row.items() if k and v not in (None, "")} for row in csv.DictReader(handle)]
+            values: Any = {"sections": rows}
+        else:
+            values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, csv.Error) as error:
+        raise InputError(f"cannot be read as a study ({error})", where=path, remedy="give a YAML or CSV") from error
+    if not isinstance(values, dict) or not isinstance(values.get("sections"), list):
+        raise InputError("is not a study", where=path, remedy='give a list "sections:" with name, msi and slide')
+    for row in values["sections"]:
+        if not isinstance(row, dict):
+            raise InputError(f"a section is {row!r}", where=path, remedy="give name, msi and slide for each")
+        for key in ("msi", "slide", "alignment", "landmarks"):
+            if isinstance(row.get(key), str) and "://" not in row[key]:
+                row[key] = str((path.parent / row[key]).resolve())
+    return _validated(Study, values, path)

@@ -1,0 +1,116 @@
+"""The one place that opens Zarr stores, so that paths and URLs (``s3://``, ``gs://``) behave alike.
+
+Zarr v3 only. Chunks and shards are always given: the library's automatic choice has produced hundreds of
+thousands of tiny files before. A writer of a shard must own all of it: a shard is rewritten as a whole, and
+two writers in one shard lose data silently.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import zarr
+from zarr.codecs import ZstdCodec
+from zarr.storage import FsspecStore, LocalStore
+
+from deepfere.errors import InputError
+
+StorageOptions = Mapping[str, Any]
+
+
+def is_url(url: object) -> bool:
+    """Whether this names a remote store (``scheme://...``) instead of a local path."""
+    return "://" in str(url)
+
+
+def open_group(
+    url: str | Path,
+    mode: Literal["r", "r+", "a", "w", "w-"] = "r",
+    storage_options: StorageOptions | None = None,
+) -> zarr.Group:
+    """Open or create a Zarr v3 group at a path or URL.
+
+    Args:
+        url: Local path, or ``s3://bucket/key`` and the like.
+        mode: As in zarr: "r" read, "r+" read and write, "a" create if absent, "w" replace, "w-" must be new.
+        storage_options: Passed to fsspec for URLs.
+
+    Raises:
+        InputError: There is no Zarr group there (when reading), or one is there already ("w-").
+    """
+    store: LocalStore | FsspecStore
+    if is_url(url):
+        options = dict(storage_options or {})
+        store = FsspecStore.from_url(str(url), storage_options=options, read_only=mode == "r")
+    else:
+        if mode in ("r", "r+") and not Path(url).exists():
+            raise InputError("does not exist", where=url, remedy="check the path")
+        store = LocalStore(Path(url), read_only=mode == "r")
+    try:
+        return zarr.open_group(store, mode=mode, zarr_format=3)
+    except (FileNotFoundError, zarr.errors.GroupNotFoundError) as error:
+        raise InputError("is not a Zarr v3 group", where=url, remedy="give a store that deepfere wrote") from error
+    except (FileExistsError, zarr.errors.ContainsGroupError) as error:
+        raise InputError("exists already", where=url, remedy="choose another path or remove it") from error
+
+
+def create_array(
+    group: zarr.Group,
+    name: str,
+    shape: Sequence[int],
+    dtype: Any,
+    chunks: Sequence[int],
+    shards: Sequence[int] | None = None,
+    *,
+    fill_value: Any = 0,
+    dimension_names: Sequence[str] | None = None,
+    level: int = 1,
+) -> zarr.Array:
+    """Create one array with explicit chunks and shards, zstd-compressed.
+
+    Args:
+        group: Where to create it.
+        name: Its name.
+        shape: Elements per axis.
+        dtype: Anything numpy takes.
+        chunks: Inner chunk, elements per axis.
+        shards: Shard (one object in the store), a multiple of the chunk on every axis; None for none.
+        fill_value: Value of what was never written; a shard of nothing else gives no object at all.
+        dimension_names: One name per axis.
+        level: zstd level.
+    """
+    return group.create_array(
+        name,
+        shape=tuple(shape),
+        dtype=dtype,
+        chunks=tuple(chunks),
+        shards=None if shards is None else tuple(shards),
+        fill_value=fill_value,
+        dimension_names=None if dimension_names is None else list(dimension_names),
+        compressors=[ZstdCodec(level=level)],
+    )
+
+
+def exists(url: str | Path, storage_options: StorageOptions | None = None) -> bool:
+    """Whether anything is at this path or URL."""
+    if not is_url(url):
+        return Path(url).exists()
+    import fsspec
+
+    filesystem, path = fsspec.core.url_to_fs(str(url), **dict(storage_options or {}))
+    return bool(filesystem.exists(path))
+
+
+def remove(url: str | Path, storage_options: StorageOptions | None = None) -> None:
+    """Delete a store and everything in it; nothing happens if it is absent."""
+    if not is_url(url):
+        shutil.rmtree(url, ignore_errors=True)
+        return
+    import fsspec
+
+    filesystem, path = fsspec.core.url_to_fs(str(url), **dict(storage_options or {}))
+    if filesystem.exists(path):
+        filesystem.rm(path, recursive=True)

@@ -1,0 +1,1 @@
+"""Tiles: planned purely, then carried out on Ray Data."""

@@ -1,0 +1,89 @@
+"""The patch cache: base planes of one slide in Zarr shards, decoded once, read by every epoch.
+
+A shard is written whole by one writer (`write_shard`); the slide is read at the exact fine pixel size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepfere.model.features import PLANES, StainReference, base_planes
+from deepfere.readers.slide import open_slide, read_area
+from deepfere.store import create_array, open_group
+from deepfere.tiling.plan import CHUNK_PX, SHARD_PX, PlaneGrid
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Where a slide's planes go and how they are made.
+
+    Attributes:
+        url: The cache's Zarr group.
+        slide: Slide path.
+        mpp_um: Level 0 pixel size (y, x) as resolved.
+        planes: The plane grid.
+        reference: The slide's stain constants.
+    """
+
+    url: str
+    slide: str
+    mpp_um: tuple[float, float]
+    planes: PlaneGrid
+    reference: StainReference
+
+
+def create_cache(spec: CacheSpec) -> None:
+    """Create the (empty) cache array; one writer, before any worker starts."""
+    group = open_group(spec.url, "w")
+    create_array(
+        group,
+        "planes",
+        (len(PLANES), *spec.planes.shape_px),
+        "uint8",
+        (len(PLANES), CHUNK_PX, CHUNK_PX),
+        (len(PLANES), SHARD_PX, SHARD_PX),
+        fill_value=0,
+        dimension_names=("plane", "y", "x"),
+    )
+    group.attrs.update({"planes": list(PLANES), "spacing_um": list(spec.planes.spacing_um)})
+
+
+@lru_cache(maxsize=4)
+def _slide(path: str, mpp_um: tuple[float, float]) -> Any:
+    return open_slide(path, mpp_um)
+
+
+def compute_shard(spec: CacheSpec, row: int, col: int) -> NDArray[np.uint8]:
+    """Planes (7, h, w) of one shard, read from the slide."""
+    r0, r1, c0, c1 = spec.planes.shard_window(row, col)
+    block, spacing = spec.planes.block, spec.planes.spacing_um
+    rgb, coverage = read_area(
+        _slide(spec.slide, spec.mpp_um),
+        (r0 * spacing[0], c0 * spacing[1]),
+        ((r1 - r0) * block, (c1 - c0) * block),
+        spec.planes.fine_mpp_um,
+    )
+    return base_planes(rgb, coverage, block, spec.reference)
+
+
+def write_shard(spec: CacheSpec, row: int, col: int) -> None:
+    """Compute and write one whole shard."""
+    r0, r1, c0, c1 = spec.planes.shard_window(row, col)
+    array: Any = open_group(spec.url, "r+")["planes"]
+    array[:, r0:r1, c0:c1] = compute_shard(spec, row, col)
+
+
+class PlaneReader:
+    """Reads windows of a cache; unwritten shards read as not covered."""
+
+    def __init__(self, url: str) -> None:
+        self._array: Any = open_group(url, "r")["planes"]
+
+    def __call__(self, r0: int, r1: int, c0: int, c1: int) -> NDArray[np.uint8]:
+        """Planes (7, r1 - r0, c1 - c0) uint8."""
+        return np.asarray(self._array[:, r0:r1, c0:c1])

@@ -1,0 +1,52 @@
+"""Ray Data adapter of the patches: rows in, fixed-shape tensors out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from deepfere.tiling.patches import PatchReader, PatchSource
+
+
+class LoadPatches:
+    """Callable of ``map_batches``: reads the patches of a batch of rows from the caches."""
+
+    def __init__(self, sources: list[dict[str, Any]], patch_px: int, shape_px: tuple[int, int]) -> None:
+        self._readers = [PatchReader(PatchSource(**s), patch_px) for s in sources]
+        self._shape = shape_px
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Rows of `deepfere.tiling.patches.draw` -> the batch of `JointModel.forward`, plus ``step``."""
+        rows = range(len(batch["step"]))
+        loaded = [self._readers[int(batch["section"][n])].load(int(batch["patch"][n]), self._shape) for n in rows]
+        out = {name: np.stack([patch[name] for patch in loaded]) for name in loaded[0]}
+        out["section"] = np.asarray(batch["section"], np.int64)
+        out["step"] = np.asarray(batch["step"], np.int64)
+        out["flip"] = np.stack([batch["flip_y"], batch["flip_x"]], axis=1).astype(np.int64)
+        return out
+
+
+def patch_dataset(
+    rows: list[dict[str, int]], sources: list[PatchSource], patch_px: int, shape_px: tuple[int, int], batch: int
+) -> Any:
+    """A Ray Dataset of patches in the order of ``rows``.
+
+    Args:
+        rows: From `deepfere.tiling.patches.draw`.
+        sources: The sections.
+        patch_px: Patch side in measured pixels.
+        shape_px: Fixed plane window, from `deepfere.tiling.patches.plane_shape`.
+        batch: Rows per block: one optimiser step's patches of one worker.
+    """
+    import ray
+
+    dataset = ray.data.from_items(rows, override_num_blocks=max(1, min(64, len(rows) // batch)))
+    return dataset.map_batches(
+        LoadPatches,
+        fn_constructor_args=([asdict(s) for s in sources], patch_px, shape_px),
+        batch_size=batch,
+        compute=ray.data.ActorPoolStrategy(size=1),
+        num_cpus=0.5,
+    )

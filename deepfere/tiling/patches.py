@@ -1,0 +1,127 @@
+"""Training patches: which are drawn when, and what one holds. Pure NumPy, without Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepfere.frame import Alignment
+from deepfere.measured.operator import take
+from deepfere.model.guide import Cells, GuideSpec
+from deepfere.tiling.cache import PlaneReader
+
+
+@dataclass(frozen=True)
+class PatchSource:
+    """One section's patches (plain values: it travels to the workers).
+
+    Attributes:
+        cache: URL of the plane cache.
+        arrays: .npz with ``factors`` (K, ny, nx) filled and ``weight`` (ny, nx).
+        spec: `GuideSpec.to_dict`.
+        alignment: `Alignment.to_dict` at the start of training.
+        cells: First row and column of each patch.
+        margin_px: Plane pixels around a patch, for the registration to move in.
+    """
+
+    cache: str
+    arrays: str
+    spec: dict[str, Any]
+    alignment: dict[str, Any]
+    cells: list[list[int]]
+    margin_px: int
+
+
+def draw(patches: list[tuple[int, int]], steps: int, batch: int, seed: int) -> list[dict[str, int]]:
+    """Rows (step, slot, section, patch, flips) of a whole training, keyed by the seed alone.
+
+    Every patch is drawn once before any is drawn again.
+
+    Args:
+        patches: (section, patch) pairs.
+        steps: Optimiser steps.
+        batch: Patches per step.
+        seed: Of the order and the flips.
+    """
+    rng = np.random.default_rng([seed, 1])
+    order: list[int] = []
+    while len(order) < steps * batch:
+        order += rng.permutation(len(patches)).tolist()
+    flips = rng.integers(0, 2, (steps * batch, 2))
+    return [
+        {
+            "step": n // batch,
+            "slot": n % batch,
+            "section": patches[order[n]][0],
+            "patch": patches[order[n]][1],
+            "flip_y": int(flips[n, 0]),
+            "flip_x": int(flips[n, 1]),
+        }
+        for n in range(steps * batch)
+    ]
+
+
+class PatchReader:
+    """Loads patches of one section from its cache.
+
+    Args:
+        source: The section.
+        patch_px: Side in measured pixels.
+    """
+
+    def __init__(self, source: PatchSource, patch_px: int) -> None:
+        self.source, self.side = source, patch_px
+        self.spec = GuideSpec.from_dict(source.spec)
+        self.alignment = Alignment.from_dict(source.alignment)
+        self._planes = PlaneReader(source.cache)
+        with np.load(source.arrays) as arrays:
+            self._factors, self._weight = arrays["factors"], arrays["weight"]
+
+    def window(self, patch: int) -> tuple[int, int, int, int]:
+        """Plane rows and columns (r0, r1, c0, c1) of a patch, margin included."""
+        i0, j0 = self.source.cells[patch]
+        points = self.spec.points_um(Cells(i0, i0 + self.side, j0, j0 + self.side), 0)
+        return self.spec.window(self.alignment.map(points), self.source.margin_px)
+
+    def load(self, patch: int, shape_px: tuple[int, int]) -> dict[str, NDArray[Any]]:
+        """One patch with fixed shapes.
+
+        Args:
+            patch: Its number.
+            shape_px: Rows and columns of the plane window; smaller windows are padded with their edge.
+
+        Returns:
+            ``planes`` (h, w, 7) uint8, ``origin`` (2,), ``cell`` (2,), ``target`` (K, p, p) float32,
+            ``weight`` (p, p) float32 (0 outside the grid, where not measured, and in held-out blocks).
+        """
+        i0, j0 = self.source.cells[patch]
+        r0, r1, c0, c1 = self.window(patch)
+        planes = self._planes(r0, r1, c0, c1).transpose(1, 2, 0)
+        pad = [(0, shape_px[0] - planes.shape[0]), (0, shape_px[1] - planes.shape[1]), (0, 0)]
+        planes = np.pad(planes, pad, mode="edge")
+        ny, nx = self._weight.shape
+        rows, cols = np.arange(i0, i0 + self.side), np.arange(j0, j0 + self.side)
+        inside = ((rows >= 0) & (rows < ny))[:, None] & ((cols >= 0) & (cols < nx))[None]
+        window = (i0, i0 + self.side, j0, j0 + self.side)
+        return {
+            "planes": np.ascontiguousarray(planes),
+            "origin": np.array([r0, c0], np.int64),
+            "cell": np.array([i0, j0], np.int64),
+            "target": take(self._factors, *window).astype(np.float32),
+            "weight": (take(self._weight, *window) * inside).astype(np.float32),
+        }
+
+
+def plane_shape(sources: list[PatchSource], patch_px: int) -> tuple[int, int]:
+    """Largest plane window over all patches of all sections: the fixed shape of the dataset."""
+    shape = (1, 1)
+    for source in sources:
+        spec, alignment = GuideSpec.from_dict(source.spec), Alignment.from_dict(source.alignment)
+        for i0, j0 in source.cells:
+            points = spec.points_um(Cells(i0, i0 + patch_px, j0, j0 + patch_px), 0)
+            r0, r1, c0, c1 = spec.window(alignment.map(points), source.margin_px)
+            shape = (max(shape[0], r1 - r0), max(shape[1], c1 - c0))
+    return shape

@@ -1,0 +1,1 @@
+"""Training of the fusion model and the record that is kept of it."""

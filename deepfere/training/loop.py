@@ -1,0 +1,215 @@
+"""The joint model and its training step, in plain torch: no Ray here.
+
+One network is shared by all sections; each section has its own registration; all train together. Losses:
+mapping (footprint means of the mapped stain against the measurement), reconstruction at reduced scale
+(Wald, ratios 2 to 4: real measured pixels are the targets), correlation (structure carried into the output,
+only where the closed form proves it) and smoothness of the registration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deepfere.frame import Alignment
+from deepfere.measured.operator import cell_means, expand
+from deepfere.model.guide import Cells, GuideSpec
+from deepfere.model.losses import correlation_loss, huber, mapping_loss, project
+from deepfere.model.network import FusionNetwork, network_from_config
+from deepfere.model.registration import Registration
+
+RATIOS = (2, 3, 4)
+
+
+@dataclass(frozen=True)
+class SectionTask:
+    """What training needs to know of one section (plain values: it travels to the workers).
+
+    Attributes:
+        spec: `GuideSpec.to_dict` of the section.
+        alignment: `Alignment.to_dict` to start from.
+        gate: K gates of the closed form.
+        weights: (F, K) T1 weights as nested lists.
+    """
+
+    spec: dict[str, Any]
+    alignment: dict[str, Any]
+    gate: list[float]
+    weights: list[list[float]]
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """Settings of the loop (plain values)."""
+
+    network: dict[str, int]
+    feature_mean: list[float]
+    feature_sd: list[float]
+    steps: int
+    batch: int
+    patch_px: int
+    context_px: int
+    rate: float
+    rate_registration_pitch: float
+    mapping_weight: float
+    correlation_weight: float
+    seed: int
+
+
+class JointModel(nn.Module):
+    """Network and registrations; the forward pass returns the losses of a batch of patches."""
+
+    def __init__(self, settings: LoopSettings, sections: list[SectionTask]) -> None:
+        super().__init__()
+        self.settings = settings
+        self.specs = [GuideSpec.from_dict(s.spec) for s in sections]
+        torch.manual_seed(settings.seed)
+        self.network: FusionNetwork = network_from_config(settings.network)
+        self.network.set_feature_scale(settings.feature_mean, settings.feature_sd)
+        self.network.set_linear(np.mean([s.weights for s in sections], axis=0))
+        self.registrations = nn.ModuleList(
+            Registration(Alignment.from_dict(s.alignment), spec.grid.extent_um)
+            for s, spec in zip(sections, self.specs, strict=True)
+        )
+        self.register_buffer("gates", torch.tensor([s.gate for s in sections]))
+        self.register_buffer("closed_form", torch.tensor(np.array([s.weights for s in sections]), dtype=torch.float32))
+
+    def optimiser(self) -> torch.optim.Optimizer:
+        """AdamW for the network, Adam steps of a fraction of a measured pixel for the registrations."""
+        pitch = float(np.mean([np.mean(spec.grid.pitch_um) for spec in self.specs]))
+        return torch.optim.AdamW(
+            [
+                {"params": list(self.network.parameters()), "lr": self.settings.rate, "weight_decay": 1e-3},
+                {
+                    "params": list(self.registrations.parameters()),
+                    "lr": self.settings.rate_registration_pitch * pitch,
+                    "weight_decay": 0.0,
+                },
+            ]
+        )
+
+    def alignment(self, section: int) -> Alignment:
+        """A section's alignment as it stands."""
+        return self.registrations[section].alignment()  # type: ignore[operator,union-attr]
+
+    def features(self, batch: dict[str, Tensor], n: int) -> tuple[Tensor, Tensor, GuideSpec, int]:
+        """Features (1, F, p f, p f) of patch n, its weight (1, 1, p, p), spec and section."""
+        section = int(batch["section"][n])
+        spec, side = self.specs[section], self.settings.patch_px
+        i0, j0 = (int(v) for v in batch["cell"][n])
+        points = torch.from_numpy(spec.points_um(Cells(i0, i0 + side, j0, j0 + side), 0))
+        slide = self.registrations[section](points.reshape(-1, 2)).reshape(points.shape)
+        origin = (int(batch["origin"][n][0]), int(batch["origin"][n][1]))
+        features, cover = spec.features(batch["planes"][n].float(), origin, slide)
+        covered = (cell_means(cover, spec.factor) >= 0.99).float()
+        return features[None], (batch["weight"][n] * covered)[None, None], spec, section
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Mean losses over the patches of a batch.
+
+        Args:
+            batch: ``planes`` (N, h, w, 7) uint8, ``origin`` (N, 2), ``cell`` (N, 2), ``section`` (N,),
+                ``target`` (N, K, p, p) factors, ``weight`` (N, p, p), ``flip`` (N, 2).
+
+        Returns:
+            ``mapping``, ``reconstruction``, ``correlation``, ``smoothness`` and ``total`` (weighted sum).
+        """
+        parts: dict[str, list[Tensor]] = {"mapping": [], "reconstruction": [], "correlation": []}
+        for n in range(len(batch["section"])):
+            stain, weight, spec, section = self.features(batch, n)
+            target = batch["target"][n][None]
+            flips = [axis for axis, flip in ((-2, batch["flip"][n][0]), (-1, batch["flip"][n][1])) if flip]
+            stain, weight, target = (torch.flip(x, flips) if flips else x for x in (stain, weight, target))
+            parts["mapping"].append(self._mapping(stain, target, weight, spec.factor))
+            parts["reconstruction"].append(self._reduced_scale(cell_means(stain, spec.factor), target, weight))
+            parts["correlation"].append(self._correlation(stain, target, spec.factor, section))
+        out = {name: torch.stack(values).mean() for name, values in parts.items()}
+        out["smoothness"] = self._smoothness()
+        out["total"] = (
+            out["reconstruction"]
+            + self.settings.mapping_weight * out["mapping"]
+            + self.settings.correlation_weight * out["correlation"]
+            + out["smoothness"]
+        )
+        return out
+
+    def _core(self, factor: int, context_px: int) -> tuple[slice, slice]:
+        c, p = self.settings.context_px, self.settings.patch_px
+        cut = slice(c * factor - context_px, (p - c) * factor + context_px)
+        return cut, cut
+
+    def _mapping(self, stain: Tensor, target: Tensor, weight: Tensor, factor: int) -> Tensor:
+        rows, cols = self._core(factor, 0)
+        small_rows, small_cols = self._core(1, 0)
+        mapped = self.network.mapped(stain[..., rows, cols])
+        return mapping_loss(
+            mapped, target[..., small_rows, small_cols], weight[..., small_rows, small_cols], factor
+        )
+
+    def _reduced_scale(self, pooled: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        r0 = self.network.radius_px
+        losses = []
+        for ratio in RATIOS:
+            side = self.settings.patch_px // ratio * ratio
+            x, z, w = pooled[..., :side, :side], target[..., :side, :side], weight[..., :side, :side]
+            coarse = cell_means(z, ratio)
+            upsampled = expand(nn.functional.pad(coarse, (1, 1, 1, 1), mode="replicate"), ratio, "keys")
+            start = -(-r0 // ratio) * ratio
+            stop = (side - r0) // ratio * ratio
+            raw = self.network(x, upsampled)[..., start - r0 : stop - r0, start - r0 : stop - r0]
+            inner = slice(start + ratio, stop - ratio)
+            error = project(raw, ratio) - (z - upsampled)[..., inner, inner]
+            # A target counts only if its whole coarse cell was measured.
+            whole = (cell_means(w, ratio) > 0.999).float().repeat_interleave(ratio, -1).repeat_interleave(ratio, -2)
+            losses.append(huber(error, whole[..., inner, inner]))
+        return torch.stack(losses).mean()
+
+    def _correlation(self, stain: Tensor, target: Tensor, factor: int, section: int) -> Tensor:
+        gate = self.gates[section]  # type: ignore[index]
+        if self.settings.correlation_weight == 0 or not bool(gate.any()):
+            return stain.new_zeros(())
+        r = self.network.radius_px
+        rows, cols = self._core(factor, r)
+        small_rows, small_cols = self._core(1, 1 + -(-r // factor))
+        padded = nn.functional.pad(target[..., small_rows, small_cols], (1, 1, 1, 1), mode="replicate")
+        upsampled = expand(padded, factor, "keys")
+        crop = (upsampled.shape[-1] - (rows.stop - rows.start)) // 2
+        upsampled = upsampled[..., crop : upsampled.shape[-2] - crop, crop : upsampled.shape[-1] - crop]
+        window = stain[..., rows, cols].detach()
+        detail = self.network(window, upsampled)
+        inner = window[..., r : window.shape[-2] - r, r : window.shape[-1] - r]
+        proven = torch.einsum("nfyx,fk->nkyx", inner, self.closed_form[section])  # type: ignore[index]
+        return correlation_loss(project(detail, factor), project(proven, factor), gate)
+
+    def _smoothness(self) -> Tensor:
+        total = torch.zeros(())
+        for registration, spec in zip(self.registrations, self.specs, strict=True):
+            pitch = float(np.mean(spec.grid.pitch_um))
+            moved = (registration.shift_um**2).sum() + (registration.shear_um**2).sum()  # type: ignore[operator,union-attr]
+            total = total + (1e-2 * moved / pitch**2).float()
+        return total
+
+
+def schedule(rate: float, step: int, steps: int) -> float:
+    """Cosine decay to a twentieth after a short warm-up."""
+    warm = min(1.0, (step + 1) / max(1, min(10, steps // 10)))
+    return float(rate * warm * (0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * step / max(steps, 1)))))
+
+
+def train_step(
+    model: nn.Module, optimiser: torch.optim.Optimizer, batch: dict[str, Tensor], step: int, settings: LoopSettings
+) -> dict[str, float]:
+    """One optimiser step; returns the losses as plain floats."""
+    for group in optimiser.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+        group["lr"] = schedule(group["initial_lr"], step, settings.steps)
+    optimiser.zero_grad(set_to_none=True)
+    losses = model(batch)
+    losses["total"].backward()
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.dtype == torch.float32], 1.0)
+    optimiser.step()
+    return {name: float(value.detach()) for name, value in losses.items()}
