@@ -76,6 +76,13 @@ def _quiet_ray_data() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def pin_threads() -> None:
+    """One numerical thread in this process, as in every worker: sums then do not depend on the core count."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def shutdown() -> None:
     """Leave Ray (stops a local session)."""
     import ray
@@ -179,7 +186,7 @@ def run_rows(
         return []
     available = ray.cluster_resources().get("CPU", 1.0)
     size = max(1, min(len(items), int(available / num_cpus)))
-    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), 4 * size))
+    dataset: Any = ray.data.from_items(items, override_num_blocks=min(len(items), 4 * size))
     dataset = dataset.map_batches(
         worker,
         fn_constructor_args=arguments,
@@ -188,7 +195,8 @@ def run_rows(
         num_cpus=num_cpus,
         num_gpus=num_gpus or None,
     )
-    records, failed = [], []
+    records: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
     for record in _records(dataset):
         (failed if record["error"] else records).append(record)
         if on_done:

@@ -15,7 +15,7 @@ from deepfere.errors import InputError
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class IngestSettings(_Settings):
@@ -87,7 +87,7 @@ class TrackingSettings(_Settings):
 class Config(_Settings):
     """Everything that a run depends on besides its inputs."""
 
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     factor: int | None = Field(None, description="high-resolution pixels per measured pixel and axis")
     guide: bool = True
     ingest: IngestSettings = IngestSettings()
@@ -125,18 +125,21 @@ def _assign(values: dict[str, Any], key: str, value: Any, where: object) -> None
     values[last] = value
 
 
-def load_config(file: str | Path | None = None, overrides: Iterable[str] = (), **given: Any) -> Config:
+def load_config(
+    file: str | Path | None = None, overrides: Iterable[str] = (), base: Config | None = None, **given: Any
+) -> Config:
     """Defaults, then a YAML file, then ``key=value`` overrides, then named values.
 
     Args:
         file: YAML that mirrors `Config`; every key is optional.
         overrides: ``section.key=value`` strings; the value is read as YAML.
+        base: Settings to start from in place of the defaults; not together with a file.
         **given: Top-level values that are not None, or dotted keys with ``__`` for the dot.
 
     Raises:
         InputError: An unknown key, a value of the wrong kind or out of range, or an unreadable file.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = base.resolved() if base is not None else {}
     if file is not None:
         try:
             loaded = yaml.safe_load(Path(file).read_text())

@@ -92,6 +92,11 @@ class Displacement:
     spacing_um: tuple[float, float]
     coefficients_um: NDArray[np.float64]
 
+    def __post_init__(self) -> None:
+        values = [*self.origin_um, *self.spacing_um, np.sum(self.coefficients_um)]
+        if not np.isfinite(values).all() or min(self.spacing_um) <= 0:
+            raise InputError("the alignment's displacement needs finite numbers and a positive knot spacing")
+
     def at(self, points: ArrayLike) -> Points:
         """Displacement (N, 2) at section points (N, 2); zero coefficients beyond the knots."""
         pts = np.asarray(points, dtype=np.float64)
@@ -218,6 +223,8 @@ class Alignment:
                 displacement,
                 dict(values.get("evidence") or {}),
             )
+        except InputError as error:
+            raise InputError(error.what, where=where, remedy=error.remedy) from error
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise InputError(
                 f"not an alignment ({type(error).__name__}: {error})",
@@ -256,7 +263,8 @@ class Alignment:
             InputError: Columns are missing, values are not numbers, or the pairs do not fix an affine.
         """
         try:
-            with Path(path).open(newline="") as handle:
+            # Spreadsheets may put a byte order mark first.
+            with Path(path).open(newline="", encoding="utf-8-sig") as handle:
                 rows = list(csv.DictReader(handle))
             table = np.array([[float(row[name]) for name in LANDMARK_COLUMNS] for row in rows])
         except (OSError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:

@@ -100,7 +100,8 @@ def load_study(path: str | Path) -> Study:
     path = Path(path)
     try:
         if path.suffix.lower() == ".csv":
-            with path.open(newline="") as handle:
+            # Spreadsheets may put a byte order mark first.
+            with path.open(newline="", encoding="utf-8-sig") as handle:
                 rows = [{k: v for k, v in row.items() if k and v not in (None, "")} for row in csv.DictReader(handle)]
             values: Any = {"sections": rows}
         else:

@@ -151,9 +151,9 @@ def _orientation_candidates(
     glass = principal.reshape(-1, principal.shape[-1]).double()
     bare = glass[:, -1] < 0.1
     empty = glass[bare].mean(0) if bare.any() else glass.min(0).values
-    sampled = torch.where(inside[:, None], sampled, empty).T.reshape(-1, *canvas.shape_px).numpy()
+    scene = torch.where(inside[:, None], sampled, empty).T.reshape(-1, *canvas.shape_px).numpy()
     scaled = measured.images * np.sqrt(measured.weight)[:, None, None]
-    score = correlation_maps(scaled, measured.mask, sampled)
+    score = correlation_maps(scaled, measured.mask, scene)
     covered = inside.reshape(canvas.shape_px).double().numpy()[None]
     window = measured.mask.astype(float)
     spectrum = np.fft.rfft2(covered[0]) * np.conj(np.fft.rfft2(window, canvas.shape_px))

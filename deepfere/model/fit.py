@@ -67,7 +67,7 @@ class SectionFit:
 
     def save(self, path: Any) -> None:
         """Write all arrays to one .npz."""
-        np.savez(path, **{f.name: getattr(self, f.name) for f in fields(self)})  # type: ignore[arg-type]
+        np.savez(path, **{f.name: getattr(self, f.name) for f in fields(self)})
 
     @classmethod
     def load(cls, path: Any) -> SectionFit:
@@ -216,7 +216,7 @@ def select_positivity(
         coarse = cell_means(fine, RATIO)
         decoder = IonDecoder.build(coarse, loadings[m], RATIO, 0)
         whole = Cells(0, ny // RATIO, 0, nx // RATIO)
-        linear = decoder.window(whole, (lambda _: detail) if detail is not None else None)  # type: ignore[arg-type,return-value]
+        linear = decoder.window(whole, (lambda _: detail) if detail is not None else None)
         errors, images = [], []
         for steps in POSITIVITY:
             image = positive(linear, coarse, RATIO, steps) if (coarse >= 0).all() else linear

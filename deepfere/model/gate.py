@@ -35,7 +35,8 @@ class Moments:
 
 def moments(targets: Array, predicted: Array, block: NDArray[np.int64]) -> Moments:
     """Per-block moments of (R, C) targets and (R, K) predictions."""
-    members = [np.flatnonzero(block == b) for b in np.unique(block)]
+    # Without rows there is one empty block: no evidence, not an error.
+    members = [np.flatnonzero(block == b) for b in np.unique(block)] or [np.zeros(0, np.int64)]
     return Moments(
         np.stack([(targets[m] ** 2).sum(0) for m in members]),
         np.stack([targets[m].T @ predicted[m] for m in members]),

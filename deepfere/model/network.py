@@ -24,6 +24,8 @@ class FusionNetwork(nn.Module):
     def __init__(self, features: int, factors: int, width: int = 32, depth: int = 3) -> None:
         super().__init__()
         self.settings = {"features": features, "factors": factors, "width": width, "depth": depth}
+        self.feature_mean: Tensor
+        self.feature_sd: Tensor
         self.register_buffer("feature_mean", torch.zeros(1, features, 1, 1))
         self.register_buffer("feature_sd", torch.ones(1, features, 1, 1))
         self.mapping = Mapping(features, factors, width)
@@ -47,8 +49,8 @@ class FusionNetwork(nn.Module):
 
     def set_feature_scale(self, mean: Any, sd: Any) -> None:
         """Fix the standardisation: (F,) means and s.d. over the study's tissue."""
-        self.feature_mean.copy_(torch.as_tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))  # type: ignore[operator]
-        self.feature_sd.copy_(torch.as_tensor(sd, dtype=torch.float32).view(1, -1, 1, 1))  # type: ignore[operator]
+        self.feature_mean.copy_(torch.as_tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.feature_sd.copy_(torch.as_tensor(sd, dtype=torch.float32).view(1, -1, 1, 1))
 
     def set_linear(self, weights: Any) -> None:
         """Start the mapping's linear part at T1: (F, K) weights on raw features."""

@@ -57,7 +57,7 @@ def network_rows(
         rows, cols = slice(phase[0], phase[0] + n[0]), slice(phase[1], phase[1] + n[1])
         detail = _network_detail(network, guide[:, rows, cols], images[:, rows, cols], RATIO)
         out.append(detail[:, usable(problem.mask, RATIO, phase)].T)
-    return np.concatenate(out)
+    return np.concatenate(out) if out else np.zeros((0, len(images)))
 
 
 def _measured(factors: Factors, problem: Evidence) -> NDArray[np.bool_]:

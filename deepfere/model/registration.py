@@ -69,6 +69,9 @@ class Registration(nn.Module):
         super().__init__()
         self.start = start
         self.half_um = max(extent_um) / 2
+        self.centre_um: Tensor
+        self.matrix: Tensor
+        self.offset_um: Tensor
         self.register_buffer("centre_um", torch.tensor(extent_um, dtype=torch.float64) / 2)
         self.register_buffer("matrix", torch.as_tensor(start.matrix, dtype=torch.float64))
         self.register_buffer("offset_um", torch.as_tensor(start.offset_um, dtype=torch.float64))
@@ -84,7 +87,9 @@ class Registration(nn.Module):
             self._origin = (-spacing[0], -spacing[1])
             initial = torch.zeros(shape, dtype=torch.float64)
             if start.displacement is not None:
-                if start.displacement.coefficients_um.shape != shape:
+                given = start.displacement
+                same = np.allclose([*given.origin_um, *given.spacing_um], [*self._origin, *self._spacing], rtol=1e-9)
+                if given.coefficients_um.shape != shape or not same:
                     raise ValueError("the starting displacement has another grid of knots")
                 initial = torch.as_tensor(start.displacement.coefficients_um).clone()
             self.knots_um = nn.Parameter(initial)
@@ -99,7 +104,7 @@ class Registration(nn.Module):
         """The current transform as a plain `Alignment`, the start's evidence kept."""
         gain = self.shear_um.detach().numpy() / self.half_um
         shift = self.shift_um.detach().numpy()
-        centre = self.centre_um.numpy()  # type: ignore[operator]
+        centre = self.centre_um.numpy()
         return Alignment(
             self.start.matrix + gain,
             self.start.offset_um + shift - gain @ centre,
@@ -109,7 +114,7 @@ class Registration(nn.Module):
 
     def forward(self, points_um: Tensor) -> Tensor:
         """Slide micrometres (N, 2) of section micrometres (N, 2), float64, differentiable."""
-        out = points_um @ self.matrix.T + self.offset_um  # type: ignore[operator]
+        out = points_um @ self.matrix.T + self.offset_um
         relative = (points_um - self.centre_um) / self.half_um
         out = out + self.shift_um + relative @ self.shear_um.T
         if self.knots_um is not None:

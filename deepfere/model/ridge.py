@@ -99,7 +99,9 @@ def detail_rows(
     if not stain:
         empty = np.zeros(0, np.int64)
         return DetailRows(np.zeros((0, len(features))), empty, empty, empty, ratio)
-    return DetailRows(*(np.concatenate(a) for a in (stain, block, index, phase_no)), ratio)  # type: ignore[arg-type]
+    return DetailRows(
+        np.concatenate(stain), np.concatenate(block), np.concatenate(index), np.concatenate(phase_no), ratio
+    )
 
 
 def target_rows(images: Array, mask: NDArray[np.bool_], ratio: int) -> Array:

@@ -80,7 +80,7 @@ class Phantom:
         return [ion["kind"] for ion in self._facts["ions"]]
 
     def informed(self) -> list[bool]:
-        """Whether the stain explains each ion."""
+        """Whether the stain explains each ion, at least in part ("twin": all but one border)."""
         return [ion["informed"] for ion in self._facts["ions"]]
 
     def amplitudes(self) -> NDArray[np.float64]:

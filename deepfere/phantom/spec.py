@@ -17,9 +17,9 @@ KINDS: dict[str, bool] = {
     "class": True,  # a level per tissue class, the same in the two classes that look alike
     "nuclear": True,  # local nuclear density
     "mixed": True,  # class and nuclear density
-    "smooth": False,  # a gradient over the tissue that the stain does not show
+    "smooth": False,  # a gradient over tissue and glass that the stain does not show
     "hotspot": False,  # a few spots that the stain does not show
-    "twin": False,  # tells apart the two classes that look alike
+    "twin": True,  # in part: tells apart two classes that look alike, but their other borders show
     "matrix": True,  # high where there is no tissue
 }
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from deepfere.cluster import pin_threads
 from deepfere.config import Config, digest, load_config
 from deepfere.errors import InputError
 from deepfere.pipeline.learn import learn_stage
-from deepfere.pipeline.prepare import align_stage, ingest_stage, prepared, tile_stage
+from deepfere.pipeline.prepare import align_stage, ingest_stage, is_ingested, prepared, tile_stage
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.pipeline.write import Outcome, claim_result, reconstruct_stage
-from deepfere.readers.digest import content_digest
+from deepfere.readers.digest import content_digest, tree_digest
 from deepfere.readers.imzml import msi_digest
 from deepfere.readers.slide import open_slide
 from deepfere.reconstruction.result import Result, open
@@ -33,7 +33,7 @@ def input_digests(section: Section, config: Config) -> dict[str, str]:
     Raises:
         InputError: A file is missing or cannot be read.
     """
-    out = {"msi": msi_digest(section.msi)}
+    out = {"msi": tree_digest(section.msi) if is_ingested(section.msi) else msi_digest(section.msi)}
     named = {"alignment": section.alignment, "landmarks": section.landmarks}
     if config.guide:
         named["slide"] = section.slide
@@ -157,21 +157,16 @@ def _run(
 ) -> Result:
     from deepfere.pipeline.track import tracked
 
+    pin_threads()
     ingest_stage(section, inputs, work, config, progress)
     prep = prepared(section, work, config)
     if config.guide:
         align_stage(prep, inputs, work, config, progress)
         tile_stage(prep, inputs, work, config, progress)
     with tracked(work, [section], [inputs], config, target.name) as run:
-        history = learn_stage([prep], inputs, work, config, progress, f"run-{identity[:12]}")
-        model = run.log_learning([prep], history)
+        history = learn_stage([prep], [inputs], work, config, progress, f"run-{identity[:12]}")
+        model = run.log_learning([prep], [inputs], history)
         outcome = Outcome(identity, inputs, run.describe(), model, [])
         result = reconstruct_stage(prep, target, [inputs, config.digest()], outcome, work, config, progress)
         run.log_result(result)
     return result
-
-
-def load_stage_facts(work: Workspace) -> dict[str, Any]:
-    """All stage markers by name, for reports."""
-    folder = work.root / "done"
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}

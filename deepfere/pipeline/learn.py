@@ -96,20 +96,78 @@ def _feature_scale(problems: list[Problem]) -> tuple[NDArray[np.float64], NDArra
     return rows.mean(0), np.where(sd > 1e-6, sd, 1.0)
 
 
+@dataclass(frozen=True)
+class GivenModel:
+    """A registered model that takes the place of training.
+
+    Attributes:
+        network: The deep model.
+        mz: (M,) ions of its basis.
+        basis: (M, K) W.
+        noise_sd: (M,) noise that W was weighted with.
+        seen: Digests of the measurements that it was trained on.
+        seed: Seed of its held-out blocks.
+        held_out: Share of its held-out blocks.
+        digest: Digest of its weights.
+    """
+
+    network: FusionNetwork
+    mz: NDArray[np.float64]
+    basis: NDArray[np.float64]
+    noise_sd: NDArray[np.float64]
+    seen: list[str]
+    seed: int
+    held_out: float
+    digest: str
+
+
+def given_factors(prep: Prepared, cube: NDArray[np.float32], model: GivenModel) -> Factors:
+    """The section's images of a model's factors: noise-weighted least squares on its basis.
+
+    Raises:
+        InputError: The section has other ions than the model.
+    """
+    axis, tolerance = prep.measured.mz, prep.measured.tolerance_ppm
+    if len(axis) != len(model.mz) or (np.abs(axis - model.mz) > axis * tolerance * 1e-6).any():
+        raise InputError(
+            f"the model knows {len(model.mz)} ions, the section has {len(axis)} others",
+            where=prep.section.msi,
+            remedy="ingest with the model's list of m/z (--mz)",
+        )
+    table = np.asarray(cube[:, prep.measured.mask], np.float64).T
+    weight = 1.0 / np.maximum(model.noise_sd, 1e-6 * max(float(model.noise_sd.max()), 1e-300))
+    scores = np.linalg.lstsq(model.basis * weight[:, None], ((table - table.mean(0)) * weight).T, rcond=None)[0]
+    images = np.zeros((model.basis.shape[1], *prep.measured.mask.shape))
+    images[:, prep.measured.mask] = scores
+    residual = (table - table.mean(0) - scores.T @ model.basis.T).var(0)
+    variance = np.maximum(table.var(0), 1e-300)
+    return Factors(images, model.basis, model.noise_sd, np.clip(1 - residual / variance, 0, 1))
+
+
 def learn_stage(
-    preps: list[Prepared], inputs: Any, work: Workspace, config: Config, progress: Progress, run_name: str
+    preps: list[Prepared],
+    inputs: list[dict[str, str]],
+    work: Workspace,
+    config: Config,
+    progress: Progress,
+    run_name: str,
+    given: GivenModel | None = None,
 ) -> list[dict[str, float]]:
     """Fit every section; writes ``fit.npz``, ``arrays.npz`` and ``model.json`` per section.
 
     Returns:
         The training's history (empty where the deep tier was not trained).
     """
-    depends = [inputs, config.digest(), [work.facts("tile", p.section.name).get("fingerprint") for p in preps]]
+    tiles = [work.facts("tile", p.section.name).get("fingerprint") for p in preps]
+    depends = [inputs, config.digest(), tiles, given.digest if given else None]
     with work.stage("learn", depends) as facts:
         if facts is None:
             return work.facts("learn").get("history", [])
         cubes = [p.cube(config) for p in preps]
-        factors = study_factors(preps, cubes, config)
+        if given is None:
+            factors = study_factors(preps, cubes, config)
+        else:
+            factors = [given_factors(p, c, given) for p, c in zip(preps, cubes, strict=True)]
         if not config.guide:
             for prep, cube, factor in zip(preps, cubes, factors, strict=True):
                 _save(work, prep, factor, without_guide(cube, prep.measured.mask, factor), None)
@@ -119,12 +177,21 @@ def learn_stage(
         closed = [fit_t1(p, config.model.null_guides, config.seed) for p in problems]
         progress("learn", 0.1)
         trained, joint, held = None, None, [np.zeros(1, bool)] * len(preps)
-        if config.model.tier in ("auto", "T2"):
+        if given is not None:
+            joint = (given.network, [Alignment.load(p.folder.alignment) for p in preps])
+            # A section that the model was trained on may only be judged on the blocks it did not see.
+            held = [
+                held_out_blocks(p, given.held_out, given.seed)
+                if digests["msi"] in given.seen
+                else np.ones(int(p.blocks.max()) + 1, bool)
+                for p, digests in zip(problems, inputs, strict=True)
+            ]
+        elif config.model.tier in ("auto", "T2"):
             held = [held_out_blocks(p, config.train.held_out, config.seed) for p in problems]
             trained, joint = _train(preps, problems, closed, factors, held, work, config, progress, run_name)
         for n, prep in enumerate(preps):
             learned = _choose(
-                prep, cubes[n], factors[n], problems[n], closed[n], held[n], joint, n, config, progress
+                prep, cubes[n], factors[n], problems[n], closed[n], held[n], joint, n, config, progress, given is None
             )
             _save(work, prep, factors[n], learned, joint[0] if joint else None)
         facts["history"] = trained.history if trained else []
@@ -243,6 +310,7 @@ def _choose(
     number: int,
     config: Config,
     progress: Progress,
+    moved: bool,
 ) -> Learned:
     """Decide alignment and tier by held-out blocks, then gates, positivity and uncertainty."""
     weight = factor_weight(factors) ** 2
@@ -250,11 +318,12 @@ def _choose(
     alignment = Alignment.load(prep.folder.alignment)
     notes: dict[str, Any] = {"t1_left": tier_error(problem, weight, closed[0].predicted, everywhere)}
     stages = [{"stage": "search and affine", "r2": 1 - notes["t1_left"], "kept": True}]
-    if joint is not None and prep.section.alignment is None and prep.section.landmarks is None:
+    free = prep.section.alignment is None and prep.section.landmarks is None
+    if joint is not None and moved and free:
         # The jointly refined registration stays only if the closed form, refitted with it, says so.
-        moved = joint[1][number]
+        trial = joint[1][number]
         spec = load_plan(prep.folder)
-        pool(prep, spec, moved, lambda *_: None)
+        pool(prep, spec, trial, lambda *_: None)
         other = _problem(prep, cube, factors)
         refit = fit_t1(other, config.model.null_guides, config.seed)
         left = tier_error(other, weight, refit[0].predicted, np.ones(len(other.rows.block), bool))
@@ -262,7 +331,7 @@ def _choose(
         kept = left < notes["t1_left"] - 0.2 * TIER_MARGIN
         stages.append({"stage": "joint with the network", "r2": 1 - left, "kept": kept})
         if kept:
-            alignment, problem, closed = moved, other, refit
+            alignment, problem, closed = trial, other, refit
         else:
             pool(prep, spec, alignment, lambda *_: None)
     alignment = alignment.with_evidence(stages=stages)
@@ -340,6 +409,7 @@ def _save(
             "network": network.settings if network is not None else None,
             "state": state,
             "notes": learned.notes,
+            "noise_sd": factors.noise_sd.tolist(),
         },
     )
 

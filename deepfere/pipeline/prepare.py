@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,6 +67,10 @@ def ingest_stage(section: Section, inputs: dict[str, str], work: Workspace, conf
             return
         remove(folder.measured)
         folder.root.mkdir(parents=True, exist_ok=True)
+        if is_ingested(section.msi):
+            _take_over(section, folder)
+            facts["warnings"] = []
+            return
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             ingest(
@@ -77,6 +83,21 @@ def ingest_stage(section: Section, inputs: dict[str, str], work: Workspace, conf
                 progress=lambda done, total: progress("ingest", done / max(total, 1)),
             )
         facts["warnings"] = sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
+
+
+def is_ingested(msi: str) -> bool:
+    """Whether the measurement is a cube that was ingested before (a Zarr folder) instead of an imzML."""
+    return Path(msi).is_dir()
+
+
+def _take_over(section: Section, folder: SectionFolder) -> None:
+    """Copy an ingested cube; the settings of its ingestion stand."""
+    open_measured(section.msi)
+    if section.pitch_um is not None:
+        raise InputError(
+            "an ingested cube states its own pitch", where="--pitch-um", remedy="leave it out, or give the imzML"
+        )
+    shutil.copytree(section.msi, folder.measured)
 
 
 def prepared(section: Section, work: Workspace, config: Config) -> Prepared:
@@ -123,7 +144,7 @@ def tissue_pixels(measured: MeasuredOverview) -> NDArray[np.bool_]:
     label = axis > otsu(axis)
     from scipy.ndimage import binary_erosion
 
-    rim = (mask & ~binary_erosion(mask, np.ones((3, 3))))[mask]
+    rim = (mask & ~binary_erosion(mask, np.ones((3, 3), bool)))[mask]
     share = [float(rim[label == side].mean()) if (label == side).any() else 1.0 for side in (False, True)]
     out = mask.copy()
     if min(share) < 0.3 * max(share):
@@ -134,7 +155,8 @@ def tissue_pixels(measured: MeasuredOverview) -> NDArray[np.bool_]:
 def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config: Config, progress: Progress) -> None:
     """Slide and measurement -> ``alignment.json``; user-given alignments and landmarks win."""
     section, folder = prep.section, prep.folder
-    depends = [inputs, config.digest(), section.model_dump(mode="json")]
+    given = {name: section.model_dump(mode="json")[name] for name in ("slide_mpp_um", "pitch_um")}
+    depends = [inputs, config.ingest.model_dump(), config.align.model_dump(), config.model.max_factors, given]
     with work.stage("align", depends, section.name) as facts:
         if facts is None:
             return

@@ -34,7 +34,9 @@ class Run:
             "experiment": self._config.tracking.experiment,
         }
 
-    def log_learning(self, preps: list[Prepared], history: list[dict[str, float]]) -> dict[str, str]:
+    def log_learning(
+        self, preps: list[Prepared], inputs: list[dict[str, str]], history: list[dict[str, float]]
+    ) -> dict[str, str]:
         """Losses, held-out scores and the model; returns the registered model's name and version."""
         log_history(self._tracker, history)
         summary: dict[str, float] = {}
@@ -53,9 +55,9 @@ class Run:
             summary |= {f"{head}{k}": v for k, v in notes.items() if isinstance(v, int | float)}
             self._tracker.log_dict({**notes, "tier": notes.get("tier")}, f"{head}choice.json")
         self._tracker.log_metrics(summary)
-        return self._register(preps)
+        return self._register(preps, inputs)
 
-    def _register(self, preps: list[Prepared]) -> dict[str, str]:
+    def _register(self, preps: list[Prepared], inputs: list[dict[str, str]]) -> dict[str, str]:
         model = json.loads(preps[0].folder.model.read_text())
         name = self._config.tracking.register_as
         if not self._tracker.run_id or name is None or model["state"] is None:
@@ -73,6 +75,8 @@ class Run:
             "config": self._config.resolved(),
             "mz": preps[0].measured.mz.tolist(),
             "basis": fit.basis.tolist(),
+            "noise_sd": json.loads(preps[0].folder.model.read_text())["noise_sd"],
+            "seen": [digests["msi"] for digests in inputs],
         }
         info = register_model(self._tracker, name, model["state"], settings)
         out = {"name": info.name, "version": str(info.version)}

@@ -38,3 +38,12 @@ def content_digest(path: str | Path) -> str:
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror or error})", where=path, remedy="check the path") from error
     return digest.hexdigest()
+
+
+def tree_digest(path: str | Path) -> str:
+    """SHA-256 (hex) over the names and content digests of all files below a folder, in name order."""
+    root = Path(path)
+    sha = hashlib.sha256()
+    for file in sorted(p for p in root.rglob("*") if p.is_file()):
+        sha.update(f"{file.relative_to(root).as_posix()}\0{content_digest(file)}\n".encode())
+    return sha.hexdigest()

@@ -50,7 +50,7 @@ class Result:
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
         group = open_group(path, "r")
-        attrs = dict(group.attrs)
+        attrs: dict[str, Any] = dict(group.attrs)
         if attrs.get("format") != FORMAT:
             raise InputError("is not a result", where=path, remedy="give a store that `deepfere fuse` wrote")
         if attrs.get("complete") is not True:
@@ -243,7 +243,7 @@ def _decoder(path: str, stamp: float, ion: int) -> IonDecoder:
 
 def _measured_image(path: str, ion: int) -> NDArray[np.float32]:
     measured = _at(path)._measured
-    image = np.asarray(measured.ions[ion], np.float64)  # type: ignore[index]
+    image = np.asarray(measured.ions[ion], np.float64)
     factor = measured.factor(_at(path).normalisation)  # type: ignore[arg-type]
     return (image if factor is None else image * factor).astype(np.float32)
 

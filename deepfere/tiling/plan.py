@@ -96,17 +96,15 @@ def check_factor(factor: int | None, grid: SectionGrid, mpp_um: tuple[float, flo
     pitch = min(grid.pitch_um)
     floor_um = max(mpp_um) if mpp_um else 0.0
     if factor is None:
-        for candidate in (16, 8, 4):
-            if pitch / candidate >= max(5.0, floor_um):
-                return candidate
-        return 2
+        factor = next((n for n in (16, 8, 4) if pitch / n >= max(5.0, floor_um)), 2)
     if not 2 <= factor <= MAX_FACTOR:
         raise InputError(f"factor {factor}", where="--factor", remedy=f"give a whole number from 2 to {MAX_FACTOR}")
     if pitch / factor < 0.999 * floor_um:
+        most = int(pitch / floor_um)
         raise InputError(
             f"factor {factor} asks for pixels of {pitch / factor:.2f} um, finer than the slide's {floor_um:.2f} um",
             where="--factor",
-            remedy=f"give at most {max(2, int(pitch / floor_um))}",
+            remedy=f"give at most {most}" if most >= 2 else "give a slide of higher resolution, or --no-guide",
         )
     return factor
 
@@ -123,19 +121,21 @@ def needed_shards(
         mask: (ny, nx) measured pixels.
         margin_um: Context wanted around every measured pixel, slide micrometres.
     """
-    # Corners and centre of each measured pixel stand for it: a pixel is far smaller than a shard.
-    centres = grid.centres_um()[mask]
+    # The box around each pixel's mapped corners, grown by the margin, needs every shard it overlaps.
     half = np.asarray(grid.pitch_um) / 2
-    marks = (centres[:, None] + np.array([[0, 0], [-1, -1], [-1, 1], [1, -1], [1, 1]]) * half).reshape(-1, 2)
-    slide = alignment.map(marks)
+    corners = grid.centres_um()[mask][:, None] + np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]]) * half
+    slide = alignment.map(corners)
     size = SHARD_PX * np.asarray(planes.spacing_um)
-    rows, cols = planes.shards
-    needed = np.zeros((rows, cols), bool)
-    for dy in (-margin_um, 0.0, margin_um):
-        for dx in (-margin_um, 0.0, margin_um):
-            index = np.floor((slide + np.array([dy, dx])) / size).astype(np.int64)
-            inside = (index >= 0).all(1) & (index < np.array([rows, cols])).all(1)
-            needed[index[inside, 0], index[inside, 1]] = True
+    last = np.array(planes.shards) - 1
+    low = np.floor((slide.min(1) - margin_um) / size).astype(np.int64)
+    high = np.floor((slide.max(1) + margin_um) / size).astype(np.int64)
+    reached = (high >= 0).all(1) & (low <= last).all(1)
+    (r0, c0), (r1, c1) = np.maximum(low[reached], 0).T, np.minimum(high[reached], last).T + 1
+    # Sum of rectangles by their corners: +1 where one begins, -1 where it has ended.
+    steps = np.zeros((last[0] + 2, last[1] + 2), np.int64)
+    for rows, cols, sign in ((r0, c0, 1), (r1, c0, -1), (r0, c1, -1), (r1, c1, 1)):
+        np.add.at(steps, (rows, cols), sign)
+    needed = steps.cumsum(0).cumsum(1)[:-1, :-1] > 0
     return np.argwhere(needed)
 
 

@@ -75,6 +75,8 @@ class JointModel(nn.Module):
             Registration(Alignment.from_dict(s.alignment), spec.grid.extent_um)
             for s, spec in zip(sections, self.specs, strict=True)
         )
+        self.gates: Tensor
+        self.closed_form: Tensor
         self.register_buffer("gates", torch.tensor([s.gate for s in sections]))
         self.register_buffer("closed_form", torch.tensor(np.array([s.weights for s in sections]), dtype=torch.float32))
 
@@ -94,7 +96,12 @@ class JointModel(nn.Module):
 
     def alignment(self, section: int) -> Alignment:
         """A section's alignment as it stands."""
-        return self.registrations[section].alignment()  # type: ignore[operator,union-attr]
+        return self._registration(section).alignment()
+
+    def _registration(self, section: int) -> Registration:
+        module = self.registrations[section]
+        assert isinstance(module, Registration)
+        return module
 
     def features(self, batch: dict[str, Tensor], n: int) -> tuple[Tensor, Tensor, GuideSpec, int]:
         """Features (1, F, p f, p f) of patch n, its weight (1, 1, p, p), spec and section."""
@@ -102,7 +109,7 @@ class JointModel(nn.Module):
         spec, side = self.specs[section], self.settings.patch_px
         i0, j0 = (int(v) for v in batch["cell"][n])
         points = torch.from_numpy(spec.points_um(Cells(i0, i0 + side, j0, j0 + side), 0))
-        slide = self.registrations[section](points.reshape(-1, 2)).reshape(points.shape)
+        slide = self._registration(section)(points.reshape(-1, 2)).reshape(points.shape)
         origin = (int(batch["origin"][n][0]), int(batch["origin"][n][1]))
         features, cover = spec.features(batch["planes"][n].float(), origin, slide)
         covered = (cell_means(cover, spec.factor) >= 0.99).float()
@@ -169,7 +176,7 @@ class JointModel(nn.Module):
         return torch.stack(losses).mean()
 
     def _correlation(self, stain: Tensor, target: Tensor, factor: int, section: int) -> Tensor:
-        gate = self.gates[section]  # type: ignore[index]
+        gate = self.gates[section]
         if self.settings.correlation_weight == 0 or not bool(gate.any()):
             return stain.new_zeros(())
         r = self.network.radius_px
@@ -182,14 +189,14 @@ class JointModel(nn.Module):
         window = stain[..., rows, cols].detach()
         detail = self.network(window, upsampled)
         inner = window[..., r : window.shape[-2] - r, r : window.shape[-1] - r]
-        proven = torch.einsum("nfyx,fk->nkyx", inner, self.closed_form[section])  # type: ignore[index]
+        proven = torch.einsum("nfyx,fk->nkyx", inner, self.closed_form[section])
         return correlation_loss(project(detail, factor), project(proven, factor), gate)
 
     def _smoothness(self) -> Tensor:
         total = torch.zeros(())
-        for registration, spec in zip(self.registrations, self.specs, strict=True):
-            pitch = float(np.mean(spec.grid.pitch_um))
-            moved = (registration.shift_um**2).sum() + (registration.shear_um**2).sum()  # type: ignore[operator,union-attr]
+        for n, spec in enumerate(self.specs):
+            registration, pitch = self._registration(n), float(np.mean(spec.grid.pitch_um))
+            moved = (registration.shift_um**2).sum() + (registration.shear_um**2).sum()
             total = total + (1e-2 * moved / pitch**2).float()
         return total
 

@@ -178,7 +178,7 @@ def train_joint(
             name=name,
             storage_path=str(folder.resolve()),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
-            failure_config=FailureConfig(max_failures=2, controller_failure_limit=3),
+            failure_config=FailureConfig(max_failures=2, controller_failure_limit=3),  # type: ignore[call-arg]
         ),
         datasets={"train": patch_dataset(rows, sources, settings.patch_px, shape, batch // train.workers)},
     )

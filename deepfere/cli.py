@@ -1,0 +1,313 @@
+"""The command ``deepfere``: thin; every command calls the library."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deepfere import __version__
+from deepfere.errors import DeepfereError, InputError
+
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+CONFIG = click.option("--config", type=click.Path(), help="Settings (YAML that mirrors configs/default.yaml).")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace a result of other inputs or settings.")
+WORK = click.option("-o", "--out", "out", required=True, type=click.Path(), help="The study's working folder.")
+
+
+class _Commands(click.Group):
+    """Errors in one line: exit 2 where the input is wrong, 1 where something failed."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs["standalone_mode"] = False
+        try:
+            super().main(*args, **kwargs)
+        except click.exceptions.Exit as stop:
+            sys.exit(stop.exit_code)
+        except click.Abort:
+            _stopped()
+        except click.UsageError as error:
+            click.echo(f"error: {error.format_message()} (see {_program(error.ctx)} --help)", err=True)
+            sys.exit(2)
+        except InputError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(2)
+        except DeepfereError as error:
+            click.echo(f"failed: {' '.join(str(error).split())}; the same command again resumes", err=True)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            _stopped()
+        sys.exit(0)
+
+
+def _program(context: click.Context | None) -> str:
+    return context.command_path if context else "deepfere"
+
+
+def _stopped() -> None:
+    click.echo("\nstopped; the same command again resumes", err=True)
+    sys.exit(1)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="deepfere")
+def main() -> None:
+    """Fuse a stained slide with a mass spectrometry image: every ion, at high resolution.
+
+    \b
+    Example:
+      deepfere fuse sample.imzML slide.svs -o result.zarr --factor 8
+      deepfere report result.zarr
+    """
+    # A terminated job should unwind (and leave work that resumes) exactly like an interrupted one.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
+
+@contextmanager
+def progress_bar(total_hint: str) -> Iterator[Callable[[str, float], None]]:
+    """A progress bar per stage on a terminal, one line per stage elsewhere; on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        seen: set[str] = set()
+
+        def line(stage: str, share: float) -> None:
+            if stage not in seen:
+                seen.add(stage)
+                click.echo(f"{total_hint}: {stage}", err=True)
+
+        yield line
+        return
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        tasks: dict[str, Any] = {}
+
+        def tell(stage: str, share: float) -> None:
+            if stage not in tasks:
+                for task in tasks.values():
+                    bar.update(task, completed=1.0)
+                tasks[stage] = bar.add_task(stage, total=1.0)
+            bar.update(tasks[stage], completed=share)
+
+        yield tell
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> list[float] | None:
+    if value is None:
+        return None
+    text = Path(value).read_text() if Path(value).is_file() else value
+    try:
+        return [float(part) for part in text.replace("\n", ",").split(",") if part.strip()]
+    except ValueError as error:
+        raise InputError(
+            f"{value!r} is not a list of m/z", where="--mz", remedy="give 798.54,826.57 or a file with one a line"
+        ) from error
+
+
+@main.command()
+@click.argument("msi", type=click.Path())
+@click.argument("slide", type=click.Path(), required=False)
+@OVERRIDES
+@click.option("-o", "--out", required=True, type=click.Path(), help="Result store to write (a folder, .zarr).")
+@click.option("--factor", type=int, help="High-resolution pixels per measured pixel and axis [default: by the data].")
+@click.option("--mz", callback=_numbers, help="Target m/z: a list 798.54,826.57 or a file with one a line.")
+@click.option("--pitch-um", help="Measured pixel size, micrometres: 50 or 50,40 (y,x).")
+@click.option("--slide-mpp-um", help="Slide pixel size, micrometres per pixel: 0.25 or 0.25,0.25 (y,x).")
+@click.option("--alignment", type=click.Path(), help="Alignment JSON to use as it is.")
+@click.option("--landmarks", type=click.Path(), help="CSV: section_y_um,section_x_um,slide_y_um,slide_x_um.")
+@click.option("--no-guide", is_flag=True, help="Without the stain: the baseline of everything.")
+@CONFIG
+@OVERWRITE
+def fuse(msi: str, slide: str | None, overrides: tuple[str, ...], out: str, no_guide: bool, **given: Any) -> None:
+    """Register and fuse one section: all stages, from files to a result.
+
+    The same command again resumes unfinished work and leaves a finished result as it is.
+
+    \b
+    Example:
+      deepfere fuse sample.imzML slide.svs -o result.zarr --factor 8
+      deepfere fuse sample.imzML -o plain.zarr --no-guide
+    """
+    from deepfere.pipeline import fuse as run
+
+    if slide is not None and "=" in slide and not Path(slide).exists():
+        overrides, slide = (slide, *overrides), None
+    with progress_bar("fuse") as progress:
+        result = run(
+            msi, slide, out, guide=False if no_guide else None, overrides=overrides, progress=progress, **given
+        )
+    from deepfere.evaluation.report import write_report
+
+    report = Path(str(out).rstrip("/")).with_suffix(".html")
+    if not report.exists() or given["overwrite"]:
+        write_report(result, report)
+    counts = result.ions["informed"].value_counts().to_dict()
+    click.echo(repr(result))
+    click.echo(
+        f"{counts.get('stain-informed', 0)} ions are informed by the stain, {counts.get('partly', 0)} partly, "
+        f"{counts.get('smooth', 0)} are plain interpolation"
+    )
+    for warning in result.provenance["warnings"]:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(f"report: {report}")
+
+
+@main.command()
+@click.argument("result", type=click.Path())
+@click.option("-o", "--out", type=click.Path(), help="HTML file [default: beside the result].")
+def report(result: str, out: str | None) -> None:
+    """Write the report of a result: one HTML file with everything in it.
+
+    \b
+    Example:
+      deepfere report result.zarr -o result.html
+    """
+    from deepfere.evaluation.evaluate import load_evaluation
+    from deepfere.evaluation.report import write_report
+    from deepfere.reconstruction.result import open as open_result
+
+    path = Path(out) if out else Path(result.rstrip("/")).with_suffix(".html")
+    click.echo(f"report: {write_report(open_result(result), path, evaluation=load_evaluation(result))}")
+
+
+@main.command()
+@click.argument("result", type=click.Path())
+@OVERRIDES
+@click.option("--ratio", "ratios", type=int, multiple=True, default=(2, 4), help="Reduced-scale ratios.")
+def evaluate(result: str, overrides: tuple[str, ...], ratios: tuple[int, ...]) -> None:
+    """Score a result's pipeline at reduced scale (Wald), where the measurement itself is the truth.
+
+    The measurement is degraded, the whole pipeline runs on it blind, and its output is compared with what was
+    measured; beside it bicubic and the run without the stain. The scores go beside the result and into the report.
+
+    \b
+    Example:
+      deepfere evaluate result.zarr --ratio 2 --ratio 4
+    """
+    from deepfere.evaluation.evaluate import evaluate_result, render
+    from deepfere.evaluation.report import write_report
+    from deepfere.reconstruction.result import open as open_result
+
+    opened = open_result(result)
+    with progress_bar("evaluate") as progress:
+        scores = evaluate_result(opened, ratios=ratios, overrides=overrides, progress=progress)
+    click.echo(render(scores))
+    page = write_report(opened, Path(result.rstrip("/")).with_suffix(".html"), evaluation=scores)
+    click.echo(f"report: {page}")
+
+
+@main.command()
+@click.option("-o", "--out", default="demo", type=click.Path(), show_default=True, help="Folder of the demo.")
+@OVERWRITE
+@OVERRIDES
+def demo(out: str, overwrite: bool, overrides: tuple[str, ...]) -> None:
+    """The whole pipeline on a generated section with known truth, with a report; minutes on 2 cores.
+
+    \b
+    Example:
+      deepfere demo -o demo
+    """
+    from deepfere.demo import run_demo
+
+    with progress_bar("demo") as progress:
+        summary, page = run_demo(Path(out), overrides=overrides, overwrite=overwrite, progress=progress)
+    click.echo(summary)
+    click.echo(f"report: {page}")
+
+
+@main.command()
+@click.argument("path", type=click.Path())
+def info(path: str) -> None:
+    """What is this file, slide, store or result; which regions does it hold; is it whole.
+
+    \b
+    Example:
+      deepfere info sample.imzML
+    """
+    from deepfere.inspect import describe, render
+
+    click.echo(render(describe(path)))
+
+
+@main.command()
+@click.option("--ray-address", help="Check this cluster instead of a local session.")
+def doctor(ray_address: str | None) -> None:
+    """Is this machine (or cluster) fit: codecs, GPU, storage, versions, Ray, MLflow.
+
+    \b
+    Example:
+      deepfere doctor
+    """
+    from deepfere.doctor import diagnose, render
+
+    checks = diagnose(ray_address)
+    click.echo(render(checks))
+    if any(check.status == "fail" for check in checks):
+        sys.exit(1)
+
+
+def _stage(name: str, text: str) -> None:
+    """One stage of the pipeline on a study, as a command."""
+
+    @main.command(name, help=f"{text}\n\n\b\nExample:\n  deepfere {name} study.yaml -o work")
+    @click.argument("study", type=click.Path())
+    @OVERRIDES
+    @WORK
+    @CONFIG
+    @OVERWRITE
+    @click.option("--factor", type=int, help="High-resolution pixels per measured pixel and axis.")
+    @click.option("--no-guide", is_flag=True, help="Without the stain.")
+    @click.option("--model", help="Registered model instead of training: models:/NAME@ALIAS (reconstruct only).")
+    def command(
+        study: str,
+        overrides: tuple[str, ...],
+        out: str,
+        config: str | None,
+        overwrite: bool,
+        factor: int | None,
+        no_guide: bool,
+        model: str | None,
+    ) -> None:
+        from deepfere.pipeline.study import run_stage
+
+        if model is not None and name != "reconstruct":
+            raise InputError("--model belongs to reconstruct", remedy="leave it out")
+        with progress_bar(name) as progress:
+            lines = run_stage(
+                name,
+                study,
+                out,
+                config=config,
+                overrides=overrides,
+                factor=factor,
+                guide=False if no_guide else None,
+                model=model,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        for line in lines:
+            click.echo(line)
+
+
+_stage("ingest", "Read every section's measurement into a cube (imzML to Zarr).")
+_stage("align", "Find every section on its slide (ingests first where needed).")
+_stage("tile", "Decode every slide once into the patch cache (aligns first where needed).")
+_stage("train", "Fit every section and train the joint model (tiles first where needed).")
+_stage("reconstruct", "Write every section's result (trains first where needed).")
+
+
+if __name__ == "__main__":
+    main()

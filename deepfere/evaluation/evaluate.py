@@ -1,0 +1,190 @@
+"""``evaluate``: the pipeline judged at reduced scale (Wald's protocol), and against a phantom's truth.
+
+The measurement is degraded by a ratio r (footprint means; a coarse pixel needs all of its pixels), the whole
+pipeline runs on the degraded data, blind, with factor r, and its output is compared with what was measured.
+Source: Wald, Ranchin and Mangolini, Photogramm. Eng. Remote Sens. 63, 691 (1997).
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepfere.config import Config, load_config
+from deepfere.errors import InputError
+from deepfere.evaluation.metrics import degrade, ergas, keys_bicubic, pearson, psnr, rmse, sam_deg, ssim
+from deepfere.measured.store import write_measured
+from deepfere.pipeline.fuse import fuse, quiet
+from deepfere.pipeline.workspace import Progress, write_json
+from deepfere.reconstruction.result import Result
+
+LEAST_PX = 40
+"""Degraded measured pixels below which a ratio is left out."""
+
+
+def scores_file(path: str | Path) -> Path:
+    """Where a result's scores lie: beside it."""
+    return Path(str(path).rstrip("/")).with_suffix(".evaluation.json")
+
+
+def load_evaluation(path: str | Path) -> dict[str, Any] | None:
+    """The scores of a result, if it has been evaluated as it is now."""
+    file = scores_file(path)
+    if not file.exists():
+        return None
+    scores = json.loads(file.read_text())
+    result = Result(path)
+    return scores if scores.get("identity") == result.provenance["identity"] else None
+
+
+def ion_scores(truth: NDArray[Any], estimate: NDArray[Any], mask: NDArray[np.bool_]) -> dict[str, NDArray[np.float64]]:
+    """Per ion: psnr (dB), pearson, ssim and rmse of (M, H, W) cubes on the mask."""
+    peaks = [float(np.nanmax(np.where(mask, t, np.nan))) for t in truth]
+    pairs = list(zip(truth, estimate, peaks, strict=True))
+    return {
+        "psnr": np.array([psnr(t, e, mask, p) if p > 0 else np.nan for t, e, p in pairs]),
+        "pearson": np.array([pearson(t, e, mask) for t, e, _ in pairs]),
+        "ssim": np.array([ssim(t, e, mask, p) if p > 0 else np.nan for t, e, p in pairs]),
+        "rmse": np.array([rmse(t, e, mask) for t, e, _ in pairs]),
+    }
+
+
+def decoded(result: Result) -> NDArray[np.float32]:
+    """All ions (M, H, W) of a small result."""
+    return np.stack([result.ion(float(mz)).compute() for mz in result.ions["mz"]])
+
+
+def evaluate_result(
+    result: Result, *, ratios: Iterable[int] = (2, 4), overrides: Iterable[str] = (), progress: Progress = quiet
+) -> dict[str, Any]:
+    """Wald scores of the pipeline that made a result; written beside it.
+
+    Args:
+        result: A finished result; its slide must still be where it was.
+        ratios: Degradations.
+        overrides: ``section.key=value`` changes to its settings.
+        progress: Called with (what, share).
+
+    Returns:
+        ``{"identity", "wald": [{"ratio", "alignment", "rows": [...], "ions": [...]}], "consistency"}``.
+
+    Raises:
+        InputError: The slide is gone.
+    """
+    stored = dict(result.provenance["config"])
+    stored["tracking"] = {"uri": "none"}
+    base = Config.model_validate(stored)
+    base = load_config(None, overrides, base=base)
+    section = result.provenance["section"]
+    if base.guide and not Path(section["slide"]).exists():
+        raise InputError("the slide of this result is gone", where=section["slide"], remedy="put it back")
+    cube = np.stack([result.measured(float(mz)) for mz in result.ions["mz"]]).astype(np.float64)
+    wald = []
+    for ratio in ratios:
+        coarse, mask = degrade(cube, result.mask, ratio)
+        if mask.sum() < LEAST_PX:
+            note = f"x{ratio} leaves {int(mask.sum())} measured pixels: too few to say anything"
+            wald.append({"ratio": ratio, "alignment": "none", "note": note, "rows": [], "ions": []})
+            continue
+        wald.append(_wald(result, base, section, cube, coarse, mask, ratio, progress))
+    scores = {
+        "identity": result.provenance["identity"],
+        "wald": wald,
+        "consistency": float(result.ions["consistency"].max()),
+    }
+    write_json(scores_file(result.path), scores)
+    return scores
+
+
+def _wald(
+    result: Result,
+    base: Config,
+    section: dict[str, Any],
+    cube: NDArray[np.float64],
+    coarse: NDArray[np.float64],
+    mask: NDArray[np.bool_],
+    ratio: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    pitch = (result.grid.pitch_um[0] * ratio, result.grid.pitch_um[1] * ratio)
+    label = f"wald x{ratio}"
+    # The degraded cube is measured data already: its normalisation is done.
+    ingest = base.ingest.model_copy(update={"normalisation": "none", "mz": None})
+    settings = base.model_copy(update={"factor": ratio, "ingest": ingest})
+    with tempfile.TemporaryDirectory() as folder:
+        msi = Path(folder) / "measured.zarr"
+        attrs = {"tolerance_ppm": result._measured.tolerance_ppm}
+        write_measured(msi, np.nan_to_num(np.maximum(coarse, 0)), mask, result.ions["mz"], pitch, attrs)
+        plain = fuse(msi, None, Path(folder) / "plain.zarr", config=settings.model_copy(update={"guide": False}))
+        images = {"no_guide": decoded(plain)}
+        state, note = "none", ""
+        if base.guide:
+            given = {key: section[key] for key in ("slide_mpp_um", "alignment", "landmarks") if section.get(key)}
+            state = "given" if section.get("alignment") or section.get("landmarks") else "found"
+
+            def tell(stage: str, share: float) -> None:
+                progress(f"{label} {stage}", share)
+
+            try:
+                ours = fuse(msi, section["slide"], Path(folder) / "ours.zarr", config=settings, progress=tell, **given)
+            except InputError as error:
+                # The row says so, and shows what the full-scale alignment would have given.
+                state, note = "refused", f"blind: {error}; scored with the full-scale alignment"
+                given = {"slide_mpp_um": section.get("slide_mpp_um"), "alignment": Path(result.path) / "alignment.json"}
+                ours = fuse(msi, section["slide"], Path(folder) / "ours.zarr", config=settings, progress=tell, **given)
+            images["ours"] = decoded(ours)
+        shape = images["no_guide"].shape[1:]
+    truth = cube[:, : shape[0], : shape[1]]
+    inside = result.mask[: shape[0], : shape[1]] & np.repeat(np.repeat(mask, ratio, 0), ratio, 1)
+    images["bicubic"] = np.stack([keys_bicubic(c, ratio, mask) for c in coarse])
+    return {"ratio": ratio, "alignment": state, "note": note, **_table(truth, images, inside, result, ratio)}
+
+
+def _table(
+    truth: NDArray[Any], images: dict[str, NDArray[Any]], mask: NDArray[np.bool_], result: Result, ratio: int
+) -> dict[str, Any]:
+    """Medians over groups of ions, and every ion's scores."""
+    names = [n for n in ("bicubic", "no_guide", "ours") if n in images]
+    scores = {name: ion_scores(truth, images[name], mask) for name in names}
+    informed = np.asarray(result.ions["informed"])
+    groups = {"all ions": np.ones(len(truth), bool)}
+    groups |= {kind: informed == kind for kind in ("stain-informed", "partly", "smooth") if (informed == kind).any()}
+    rows = []
+    for what, chosen in groups.items():
+        row: dict[str, Any] = {"what": f"{what} ({int(chosen.sum())})"}
+        for name in names:
+            row[f"{name}_db"] = float(np.nanmedian(scores[name]["psnr"][chosen]))
+            row[f"{name}_r"] = float(np.nanmedian(scores[name]["pearson"][chosen]))
+            row[f"{name}_ssim"] = float(np.nanmedian(scores[name]["ssim"][chosen]))
+        rows.append(row)
+    for name in names:
+        rows[0][f"{name}_sam_deg"] = float(sam_deg(truth, images[name], mask))
+        rows[0][f"{name}_ergas"] = float(ergas(truth, images[name], ratio, mask))
+    ions = [
+        {"mz": float(mz)} | {f"{name}_{key}": float(scores[name][key][m]) for name in names for key in scores[name]}
+        for m, mz in enumerate(result.ions["mz"])
+    ]
+    return {"rows": rows, "ions": ions}
+
+
+def render(scores: dict[str, Any]) -> str:
+    """The scores as text for a terminal."""
+    lines = []
+    for part in scores["wald"]:
+        note = f" ({part['note']})" if part["note"] else ""
+        lines.append(f"x{part['ratio']}: alignment {part['alignment']}{note}")
+        for row in part["rows"]:
+            cells = [f"{name} {row[f'{name}_db']:.2f} dB (r {row[f'{name}_r']:.3f})" for name in _methods(row)]
+            lines.append(f"  {row['what']:<22} " + "   ".join(cells))
+    lines.append(f"consistency: {scores['consistency']:.1e}")
+    return "\n".join(lines)
+
+
+def _methods(row: dict[str, Any]) -> list[str]:
+    return [name for name in ("bicubic", "no_guide", "ours") if f"{name}_db" in row]

@@ -1,0 +1,319 @@
+"""What users bring: imzML pairs and slides; and phantoms, which are both."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepfere.errors import InputError
+from deepfere.inspect.notes import Description, Notes, add_mask, count_text, pair_text, sample, size_text
+
+if TYPE_CHECKING:
+    from deepfere.readers.imzml import ImzmlIndex
+    from deepfere.readers.slide import Slide
+
+# imzML 1.1: the .ibd's checksum is one of IMS:1000090, -91 and -92.
+CHECKSUMS = {b"0": "md5", b"1": "sha1", b"2": "sha256"}
+CHECKSUM_BYTES = 1 << 30
+HEAD_BYTES = 1 << 17
+MZ_SAMPLE_BYTES = 64 << 20
+PROBES = (0.0, 0.5, 1.0)
+
+
+def imzml(path: Path) -> Description:
+    """An imzML pair; one whose .ibd is missing or cut off is described from the XML.
+
+    Raises:
+        InputError: The XML is broken or is not imzML.
+    """
+    from deepfere.measured.ingest import plan_raster
+    from deepfere.readers.imzml import read_index
+
+    notes = Notes()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the identifier is reported below
+            index = read_index(path)
+    except InputError as error:
+        index = _index_despite(path, error)
+        notes.problem(error.what if error.where == path else f"{Path(str(error.where)).name}: {error.what}")
+    size = index.ibd_path.stat().st_size if index.ibd_path.exists() else 0
+    ends = np.maximum(index.mz_offset + index.mz_bytes, index.int_offset + index.int_bytes)
+    inside = np.flatnonzero(ends <= size)
+    pitch = index.pitch_um
+    notes.add("mode", index.mode)
+    notes.add("representation", index.representation or "not stated")
+    notes.add("polarity", index.polarity or "not stated, or mixed")
+    notes.add("pitch", f"{pair_text(pitch)} um" if pitch else f"not known ({index.pitch_problem}): give --pitch-um")
+    notes.add("spectra", f"{len(index):,}")
+    empty = int((index.int_length == 0).sum())
+    if empty:
+        notes.add("empty spectra", f"{empty:,}")
+    if size and len(inside) < len(index):
+        notes.add("cut off", f"{len(index) - len(inside):,} of {len(index):,} spectra end beyond the .ibd")
+    try:
+        raster = plan_raster(index, "sum")
+    except InputError as error:
+        notes.problem(error.what)
+    else:
+        notes.add("origin", f"x {raster.origin_px[1]}, y {raster.origin_px[0]} in the file's coordinates")
+        add_mask(notes, raster.mask, pitch)
+        repeated = int((raster.counts > 1).sum())
+        if repeated:
+            notes.add(
+                "repeated",
+                f"{count_text(repeated, 'pixel')} with several spectra (refused unless they are summed or averaged)",
+            )
+    if len(inside):
+        _add_mz(notes, index, inside)
+    if size:
+        _add_checks(notes, index, size)
+    return notes.done(path, "imzML, a mass spectrometry image")
+
+
+def _index_despite(path: Path, error: InputError) -> ImzmlIndex:
+    """The index of a pair that the reader refuses, from the XML alone; ``error`` again where that is no use."""
+    from deepfere.readers import imzml as reader
+    from deepfere.readers import imzml_head as head
+
+    if path.suffix.lower() == ".ibd":
+        raise error
+    walk = reader._walk(path)
+    modes = [m for a, m in ((head.CONTINUOUS, "continuous"), (head.PROCESSED, "processed")) if a in walk.content]
+    if not walk.columns["x"] or len(modes) != 1:
+        raise error
+    try:
+        ibd_path = reader._find_ibd(path)
+    except InputError:
+        ibd_path = path.with_suffix(".ibd")
+    pitch_um, pitch_problem = reader._pitch(walk.scan_settings)
+    return reader.ImzmlIndex(
+        path=path,
+        ibd_path=ibd_path,
+        mode=modes[0],
+        representation=min(walk.representations) if len(walk.representations) == 1 else None,
+        polarity=min(walk.polarities) if len(walk.polarities) == 1 else None,
+        mz_dtype=np.dtype(walk.dtypes["mz"]),
+        mz_compressed=walk.compressed["mz"],
+        int_dtype=np.dtype(walk.dtypes["int"]),
+        int_compressed=walk.compressed["int"],
+        pitch_um=pitch_um,
+        pitch_problem=pitch_problem,
+        uuid=None,
+        uuid_matches=None,
+        **{name: np.array(values, dtype=np.int64) for name, values in walk.columns.items()},
+    )
+
+
+def _add_mz(notes: Notes, index: ImzmlIndex, inside: NDArray[np.int64]) -> None:
+    """The m/z range: of the shared axis, of all spectra, or of a sample, which it says."""
+    from deepfere.readers.imzml import read_arrays
+
+    if index.shared_axis:
+        rows, what = inside[:1], "one axis for all spectra"
+    else:
+        mean_bytes = max(1.0, float(index.mz_bytes[inside].mean()))
+        rows = inside[sample(len(inside), max(1, int(MZ_SAMPLE_BYTES / mean_bytes)))]
+        what = "over all spectra" if len(rows) == len(index) else f"over {len(rows):,} of {len(index):,} spectra"
+    try:
+        with index.ibd_path.open("rb") as ibd:
+            arrays = [array for array in read_arrays(index, ibd, rows, "mz") if len(array)]
+    except InputError as error:
+        notes.problem(error.what)
+        return
+    lengths = index.mz_length[inside]
+    low, high = int(lengths.min()), int(lengths.max())
+    notes.add("values", f"{low:,} per spectrum" if low == high else f"{low:,} to {high:,} per spectrum")
+    if not arrays:
+        return
+    mz = np.concatenate(arrays).astype(np.float64)
+    good = mz[np.isfinite(mz) & (mz > 0)]
+    if len(good) < len(mz):
+        notes.problem(f"{count_text(len(mz) - len(good), 'm/z value')} not positive numbers")
+    if len(good):
+        notes.add("m/z", f"{good.min():.4f} to {good.max():.4f} ({what})")
+
+
+def _add_checks(notes: Notes, index: ImzmlIndex, size: int) -> None:
+    """The identifier and the checksum that tie the .ibd to its .imzML."""
+    if index.uuid_matches is False:
+        notes.problem(f"{index.ibd_path.name} does not begin with the identifier that the .imzML states")
+    with index.path.open("rb") as handle:
+        head = handle.read(HEAD_BYTES)
+    for tag in re.findall(rb"<cvParam\b[^>]*>", head):
+        term = re.search(rb'accession="IMS:100009([012])"', tag)
+        stated = re.search(rb'value="\s*([0-9A-Fa-f]{32,64})\s*"', tag)
+        if term is None or stated is None:
+            continue
+        name = CHECKSUMS[term.group(1)]
+        if size > CHECKSUM_BYTES:
+            notes.add("checksum", f"{name}, not checked: the .ibd is over 1 GiB")
+            continue
+        with index.ibd_path.open("rb") as handle:
+            found = hashlib.file_digest(handle, name).hexdigest()
+        agrees = found == stated.group(1).decode().lower()
+        notes.add("checksum", f"{name} {'agrees' if agrees else 'does not agree'}")
+        if not agrees:
+            notes.problem(f"{index.ibd_path.name} does not have the {name} checksum that the .imzML states")
+
+
+def slide(path: Path) -> Description:
+    """A slide or picture; one that does not say how large its pixels are is described all the same.
+
+    Raises:
+        InputError: No reader takes it.
+    """
+    with _tifffile_log() as said:
+        return _slide(path, said)
+
+
+def _slide(path: Path, said: list[str]) -> Description:
+    import openslide
+
+    from deepfere.readers.slide import GIVE_MPP, open_slide
+
+    notes, mpp_text = Notes(), ""
+    problem = _tiff_problem(path, said)
+    if problem:
+        notes.problem(problem)
+    try:
+        opened = open_slide(path)
+    except InputError as error:
+        if error.remedy != GIVE_MPP:
+            raise
+        mpp_text = f"not known ({error.what}): {GIVE_MPP}"
+        opened = open_slide(path, 1.0)
+    except Exception as error:  # a file of a few torn bytes makes the libraries raise anything
+        raise InputError(
+            f"cannot be opened ({type(error).__name__}: {error})", where=path, remedy="copy or export it again"
+        ) from error
+    try:
+        known = None if mpp_text else opened.mpp_um
+        notes.add("format", openslide.OpenSlide.detect_format(str(path)) or f"plain {_picture(path)}")
+        notes.add("read by", {"openslide": "OpenSlide", "flat": "deepfere itself"}[opened.backend])
+        notes.add("size", size_text(opened.shape_px, known))
+        notes.add("pixel size", mpp_text or f"{pair_text(opened.mpp_um)} um (mpp)")
+        if opened.backend == "openslide":
+            _add_properties(notes, path)
+        notes.add("levels", len(opened.levels))
+        for number, level in enumerate(opened.levels):
+            shrunk = pair_text(round(d, 4) for d in level.downsample)
+            size = f"{level.shape_px[0]:,} x {level.shape_px[1]:,} pixels"
+            notes.add(f"level {number}", size + (f", {shrunk} times smaller" if number else ", full size"))
+        _probe(notes, opened)
+    finally:
+        opened.close()
+    return notes.done(path, "slide" if opened.backend == "openslide" else "slide (plain picture)")
+
+
+@contextmanager
+def _tifffile_log() -> Iterator[list[str]]:
+    """What tifffile says of a broken file: in its log alone, after which it goes on with what it could read."""
+    said: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("tifffile")
+    logger.addHandler(listener)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(listener)
+
+
+def _tiff_problem(path: Path, said: list[str]) -> str:
+    """Where a TIFF of any brand points beyond its end, as one that was not copied whole does."""
+    import tifffile
+
+    with path.open("rb") as handle:
+        if handle.read(2) not in (b"II", b"MM"):
+            return ""
+    try:
+        with tifffile.TiffFile(path) as file:
+            size = file.filehandle.size
+            pages: list[Any] = []
+            for page in file.pages:
+                pages += [page, *(getattr(page, "pages", None) or [])]
+            # Zero where a writer left an empty tag: only what lies behind the end is missing.
+            if any(int(n) >= 8 for line in said for n in re.findall(r"invalid (?:page|value) offset (\d+)", line)):
+                return f"cut off: pages or their tags lie beyond its end at {size:,} bytes"
+            for number, page in enumerate(pages):
+                end = max((a + n for a, n in zip(page.dataoffsets, page.databytecounts, strict=False)), default=0)
+                if end > size:
+                    return f"cut off: page {number} needs {end:,} bytes, {size:,} present"
+    except Exception:  # whatever is wrong with it, the reader will say
+        return ""
+    return ""
+
+
+def _picture(path: Path) -> str:
+    with path.open("rb") as handle:
+        magic = handle.read(3)
+    return {b"\x89PN": "PNG", b"\xff\xd8\xff": "JPEG"}.get(magic, "TIFF")
+
+
+def _add_properties(notes: Notes, path: Path) -> None:
+    import openslide
+
+    with openslide.OpenSlide(str(path)) as handle:
+        power = handle.properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER)
+        notes.add("magnification", f"{power} x" if power else None)
+        notes.add("further pictures", ", ".join(sorted(handle.associated_images)))
+
+
+def _probe(notes: Notes, opened: Slide) -> None:
+    """Decode nine places of every level: a file that was cut off lacks some of them."""
+    for number, level in enumerate(opened.levels):
+        (h, w) = level.shape_px
+        for row, col in [(int(a * (h - 1)), int(b * (w - 1))) for a in PROBES for b in PROBES]:
+            try:
+                opened.read(number, row, col, 1, 1)
+            except InputError as error:
+                notes.problem(error.what)
+                return
+    notes.add("decoded", "nine places of every level")
+
+
+def phantom(path: Path) -> Description:
+    """A phantom's folder.
+
+    Raises:
+        InputError: Its truth cannot be read.
+    """
+    from deepfere.phantom import Phantom
+
+    notes = Notes()
+    try:
+        found = Phantom.open(path)
+        mz, kinds = found.mz(), found.kinds()
+        spec = found.spec
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"its truth cannot be read ({type(error).__name__}: {error})", where=path, remedy="write the phantom again"
+        ) from error
+    notes.add("seed", spec.seed)
+    notes.add("pitch", f"{spec.pitch_um:g} um")
+    try:
+        add_mask(notes, found.mask(), spec.grid.pitch_um)
+    except (OSError, ValueError):
+        notes.problem("truth/mask.npy is missing or cannot be read")
+    notes.add("truth", f"{spec.factor} times finer")
+    notes.add("m/z", f"{count_text(len(mz), 'ion')}, {mz.min():.4f} to {mz.max():.4f}")
+    notes.add("kinds of ions", ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)))
+    notes.add("informed", f"{sum(found.informed())} of {len(mz)} ions follow the stain")
+    notes.add("measurement", found.imzml.name)
+    notes.add("slide", f"{found.slide.name}, {spec.slide_mpp_um:g} um (mpp)")
+    parts = [found.imzml, found.imzml.with_suffix(".ibd"), found.slide]
+    parts += [found.truth / name for name in ("alignment.json", "ions.npy", "labels.npy")]
+    for part in parts:
+        if not part.exists():
+            notes.problem(f"{part.relative_to(path)} is missing")
+    return notes.done(path, "phantom, an invented section with its truth")

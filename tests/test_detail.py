@@ -1,0 +1,172 @@
+"""The detail planes: the same numbers whatever the tiles, nothing where nothing was seen or measured."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+
+from deepfere.frame import Alignment, Displacement, SectionGrid
+from deepfere.measured.operator import cell_means, expand, fill_missing, null_space, pad_edge, spline_coefficients
+from deepfere.model.detail import COVERED, DetailModel
+from deepfere.model.features import FEATURES, PLANES
+from deepfere.model.guide import Cells, GuideSpec, features_of
+from deepfere.model.network import FusionNetwork
+
+WHITE = (240.0, 238.0, 242.0)
+K = 3
+
+
+def smooth_planes(shape=(110, 120), seed=0):
+    rng = np.random.default_rng(seed)
+    planes = gaussian_filter(rng.standard_normal((len(PLANES), *shape)), (0, 1.5, 1.5))
+    planes = 130 + 60 * planes / planes.std((1, 2), keepdims=True)
+    planes[6] = 255
+    return np.rint(np.clip(planes, 0, 255)).astype(np.uint8)
+
+
+PLANES_OF_SLIDE = smooth_planes()
+
+
+def read(r0, r1, c0, c1):
+    assert 0 <= r0 < r1 <= PLANES_OF_SLIDE.shape[1]
+    assert 0 <= c0 < c1 <= PLANES_OF_SLIDE.shape[2]
+    return PLANES_OF_SLIDE[:, r0:r1, c0:c1]
+
+
+def random_network(seed=0):
+    torch.manual_seed(seed)
+    network = FusionNetwork(len(FEATURES), K, width=8, depth=3)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(0.4 * torch.randn(parameter.shape))
+    network.set_feature_scale(torch.full((len(FEATURES),), 0.3), torch.full((len(FEATURES),), 0.5))
+    return network.eval()
+
+
+def make(shape=(11, 9), factor=3, tier="T1", bent=False, seed=0):
+    """A section that is turned by 25 degrees, a little larger than life, and hangs over the slide's edge."""
+    rng = np.random.default_rng(seed)
+    angle, scale = np.deg2rad(25), 1.07
+    matrix = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    grid = SectionGrid(shape, (30.0, 33.0))
+    displacement = None
+    if bent:
+        displacement = Displacement((-110.0, -100.0), (110.0, 100.0), rng.uniform(-12, 12, (6, 6, 2)))
+    alignment = Alignment(matrix, np.array([90.0, -20.0]), displacement)
+    spacing = (30.0 / factor / 2.2, 33.0 / factor / 2.2)
+    spec = GuideSpec(grid, factor, spacing, PLANES_OF_SLIDE.shape[1:], WHITE, 0.15)
+    mask = rng.random(shape) < 0.9
+    factors = fill_missing(rng.standard_normal((K, *shape)), mask)
+    return DetailModel(
+        spec,
+        alignment,
+        rng.standard_normal((len(FEATURES), K)),
+        random_network(seed) if tier == "T2" else None,
+        np.array([1.0, 0.4, 0.0]),
+        spline_coefficients(factors),
+        mask,
+    )
+
+
+def whole_of(model):
+    ny, nx = model.spec.grid.shape_px
+    return model.window(read, Cells(0, ny, 0, nx))
+
+
+@pytest.mark.parametrize("tier", ["T1", "T2"])
+@pytest.mark.parametrize("bent", [False, True])
+@pytest.mark.parametrize(("shape", "factor"), [((11, 9), 3), ((7, 10), 4)])
+def test_tiles_equal_the_whole(tier, bent, shape, factor):
+    model = make(shape, factor, tier, bent)
+    whole, cover = whole_of(model)
+    sd = whole[:2].std()
+    assert sd > 0.05
+    for side in (1, 2, 3, 5, 8):
+        tiled, tiled_cover = np.full_like(whole, np.nan), np.full_like(cover, np.nan)
+        for i0 in range(0, shape[0], side):
+            for j0 in range(0, shape[1], side):
+                cells = Cells(i0, min(i0 + side, shape[0]), j0, min(j0 + side, shape[1]))
+                rows, cols = slice(i0 * factor, cells.i1 * factor), slice(j0 * factor, cells.j1 * factor)
+                tiled[:, rows, cols], tiled_cover[rows, cols] = model.window(read, cells)
+        assert np.abs(tiled - whole).max() <= 1e-6 * max(1.0, sd), side
+        np.testing.assert_allclose(tiled_cover, cover, atol=1e-6)
+
+
+@pytest.mark.parametrize("tier", ["T1", "T2"])
+def test_detail_has_no_cell_means(tier):
+    whole, _ = whole_of(make(tier=tier))
+    assert np.abs(cell_means(whole.astype(np.float64), 3)).max() < 1e-6
+
+
+def test_detail_is_zero_where_not_covered_or_not_measured():
+    model = make()
+    whole, cover = whole_of(model)
+    seen = cell_means(cover.astype(np.float64), 3) >= COVERED
+    assert 0.3 < seen.mean() < 0.95, "the case must leave part of the section uncovered"
+    usable = seen & model.mask
+    power = cell_means(whole[0].astype(np.float64) ** 2, 3)
+    assert (power[usable] > 0).all()
+    assert not power[~usable].any()
+    # The factor whose gate is closed has no detail at all; nothing is undefined.
+    assert not whole[2].any()
+    assert np.isfinite(whole).all()
+
+
+def test_cover_follows_the_geometry():
+    model = make()
+    _, cover = whole_of(model)
+    slide = model.alignment.map(model.spec.grid.refine(3).centres_um())
+    high = np.array(model.spec.planes_shape) * np.array(model.spec.spacing_um)
+    inside = ((slide > 0) & (slide < high)).all(-1)
+    # Pixels whose centre is farther from the edge than their own size are all or nothing.
+    distance = np.minimum(slide, high - slide).min(-1)
+    clear = np.abs(distance) > 12
+    np.testing.assert_allclose(cover[clear], inside[clear], atol=1e-6)
+
+
+@pytest.mark.parametrize("tier", ["T1", "T2"])
+def test_against_the_definition(tier):
+    """``(I - P A) G d`` computed plainly on the whole section."""
+    model = make(tier=tier)
+    spec, f = model.spec, 3
+    ny, nx = spec.grid.shape_px
+    context = model.network.radius_px if model.network else 0
+    features, cover = features_of(spec, read, model.alignment, Cells(0, ny, 0, nx), context)
+    if model.network is None:
+        d = np.einsum("fyx,fk->kyx", features.double().numpy(), model.weights)
+    else:
+        far = -(-context // f)
+        b = np.pad(model.coefficients, [(0, 0), (far + 1, far + 1), (far + 1, far + 1)], mode="edge")
+        up = expand(b, f)
+        cut = far * f - context
+        up = torch.from_numpy(up[:, cut : up.shape[1] - cut, cut : up.shape[2] - cut]).double()
+        with torch.no_grad():
+            d = model.network.double()(features.double()[None], up[None])[0].numpy()
+        cover = cover[context:-context, context:-context]
+        model.network.float()
+    expected = null_space(d * model.gate[:, None, None], f)
+    usable = (cell_means(cover.double().numpy(), f) >= COVERED) & model.mask
+    expected *= np.repeat(np.repeat(usable, f, 0), f, 1)
+    found, _ = whole_of(model)
+    np.testing.assert_allclose(found, expected, atol=2e-5 * max(1.0, np.abs(expected).max()))
+
+
+def test_upsampled_context_matches_p():
+    model = make(tier="T2")
+    cells = Cells(2, 6, 3, 7)
+    for context in (0, 1, 3, 7):
+        wide = model.upsampled(cells, context).numpy()
+        whole = expand(pad_edge(model.coefficients), 3)
+        assert wide.shape == (K, 12 + 2 * context, 12 + 2 * context)
+        inner = wide[:, context : context + 12, context : context + 12]
+        np.testing.assert_allclose(inner, whole[:, 6:18, 9:21], atol=1e-5)
+    beyond = model.upsampled(Cells(0, 2, 0, 2), 4).numpy()
+    assert np.isfinite(beyond).all()
+
+
+def test_scaling_the_gate_scales_the_detail():
+    model = make()
+    half = DetailModel(**{**model.__dict__, "gate": model.gate / 2})
+    np.testing.assert_allclose(whole_of(half)[0], whole_of(model)[0] / 2, atol=1e-6)

@@ -1,0 +1,382 @@
+"""T1 and the gates: what is there is found, what is not there stays shut."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter
+
+from deepfere.measured.factors import factorise
+from deepfere.measured.operator import cell_means, expand, null_space, pad_edge, spline_coefficients
+from deepfere.model import gate as gates
+from deepfere.model.fit import (
+    RATIO,
+    SectionFit,
+    evidence,
+    fit_t1,
+    gate_ions,
+    local_variance,
+    select_positivity,
+    tier_error,
+)
+from deepfere.model.network import FusionNetwork
+from deepfere.model.reduced import network_rows, reduced_detail, ridge_detail
+from deepfere.model.ridge import detail, detail_rows, fit_ridge, null_guides, phases, stain_detail, target_rows
+
+SHAPE = (37, 34)
+
+
+def guide_of(seed, shape=SHAPE, count=4, blur=0.7):
+    rng = np.random.default_rng(seed)
+    images = gaussian_filter(rng.standard_normal((count, *shape)), (0, blur, blur))
+    return images / images.std((1, 2), keepdims=True)
+
+
+def blocks_of(shape, side=4):
+    i, j = np.indices(shape)
+    return (i * side // shape[0]) * side + j * side // shape[1]
+
+
+@pytest.mark.parametrize("ratio", [2, 3, 4])
+def test_rows_map_back_to_their_pixels(ratio):
+    rng = np.random.default_rng(ratio)
+    shape = (19, 22)
+    features, targets = rng.standard_normal((3, *shape)), rng.standard_normal((2, *shape))
+    mask = rng.random(shape) < 0.95
+    blocks = blocks_of(shape)
+    rows, wanted = detail_rows(features, mask, blocks, ratio), target_rows(targets, mask, ratio)
+    assert len(wanted) == len(rows.stain) == len(rows.index) == len(rows.block) == len(rows.phase)
+    np.testing.assert_array_equal(rows.block, blocks.ravel()[rows.index])
+    assert mask.ravel()[rows.index].all()
+    seen = 0
+    for n, (py, px) in enumerate(phases(ratio)):
+        cells = (shape[0] - py) // ratio, (shape[1] - px) // ratio
+        crop = slice(py, py + cells[0] * ratio), slice(px, px + cells[1] * ratio)
+        # By the definition: degrade, upsample, subtract.
+        fine = targets[:, crop[0], crop[1]]
+        missing = fine - expand(pad_edge(spline_coefficients(cell_means(fine, ratio))), ratio)
+        stain = null_space(features[:, crop[0], crop[1]], ratio)
+        np.testing.assert_allclose(detail(targets, ratio, (py, px)), missing, atol=1e-12)
+        np.testing.assert_allclose(stain_detail(features, ratio, (py, px)), stain, atol=1e-12)
+        of_phase = rows.phase == n
+        i, j = np.unravel_index(rows.index[of_phase], shape)
+        np.testing.assert_allclose(rows.stain[of_phase], stain[:, i - py, j - px].T, atol=1e-12)
+        np.testing.assert_allclose(wanted[of_phase], missing[:, i - py, j - px].T, atol=1e-12)
+        whole = mask[crop].reshape(cells[0], ratio, cells[1], ratio).all((1, 3))
+        assert of_phase.sum() == whole.sum() * ratio**2
+        seen += int(of_phase.sum())
+    assert seen == len(rows.index)
+
+
+def test_a_grid_too_small_to_degrade_gives_no_rows():
+    features, mask = np.zeros((3, 3, 9)), np.ones((3, 9), bool)
+    rows = detail_rows(features, mask, np.zeros((3, 9), np.int64), 2)
+    assert rows.stain.shape == (0, 3)
+    assert target_rows(np.zeros((2, 3, 9)), mask, 2).shape == (0, 2)
+    fit = fit_ridge(rows, np.zeros((0, 2)))
+    assert fit.weights.shape == (3, 2)
+    assert not fit.weights.any()
+
+
+def test_planted_weights_are_found():
+    features = guide_of(0, count=5) * np.array([1, 0.01, 100, 1, 1])[:, None, None]
+    features[4] = 7.0  # constant: must get no weight
+    truth = np.array([[1.0, 0.0], [50.0, -20.0], [0.0, 0.02], [-0.5, 0.3], [0.0, 0.0]])
+    mask, blocks = np.ones(SHAPE, bool), blocks_of(SHAPE)
+    rows = detail_rows(features, mask, blocks, 2)
+    fit = fit_ridge(rows, rows.stain @ truth, ridges=(1e-9,))
+    np.testing.assert_allclose(fit.weights, truth, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(fit.predicted, rows.stain @ truth, rtol=1e-3, atol=1e-6)
+    # From the measurement itself, through the spline that real targets go through.
+    targets = target_rows(np.einsum("fyx,fk->kyx", features, truth), mask, 2)
+    found = fit_ridge(rows, targets)
+    contribution, wanted = found.weights * features.std((1, 2))[:, None], truth * features.std((1, 2))[:, None]
+    np.testing.assert_allclose(contribution, wanted, atol=0.15)
+    assert found.weights[4].tolist() == [0, 0]
+    left = ((targets - found.predicted) ** 2).sum(0) / (targets**2).sum(0)
+    assert (left < 0.1).all()
+
+
+def test_predictions_come_from_other_blocks():
+    features, mask, blocks = guide_of(1), np.ones(SHAPE, bool), blocks_of(SHAPE)
+    rows = detail_rows(features, mask, blocks, 2)
+    rng = np.random.default_rng(0)
+    targets = rows.stain[:, :1] + rng.standard_normal((len(rows.stain), 1))
+    before = fit_ridge(rows, targets, ridges=(0.1,))
+    other = targets.copy()
+    other[rows.block == 5] += 100.0
+    after = fit_ridge(rows, other, ridges=(0.1,))
+    np.testing.assert_allclose(after.predicted[rows.block == 5], before.predicted[rows.block == 5], atol=1e-11)
+    assert np.abs(after.predicted[rows.block == 6] - before.predicted[rows.block == 6]).max() > 0
+    # The same by brute force for one block.
+    inside = rows.block == 5
+    x, y = rows.stain[~inside], targets[~inside]
+    scale = np.sqrt((rows.stain**2).mean(0))
+    z = x / scale
+    beta = np.linalg.solve(z.T @ z + 0.1 * len(rows.stain) * np.eye(4), z.T @ y)
+    np.testing.assert_allclose(before.predicted[inside], rows.stain[inside] / scale @ beta, atol=1e-10)
+
+
+def test_noise_chooses_a_strong_penalty():
+    features, mask = guide_of(2), np.ones(SHAPE, bool)
+    rows = detail_rows(features, mask, blocks_of(SHAPE), 2)
+    noise = np.random.default_rng(5).standard_normal((len(rows.stain), 1))
+    fit = fit_ridge(rows, np.hstack([noise, rows.stain @ np.ones((4, 1))]))
+    assert fit.ridge[0] >= 0.3
+    assert fit.ridge[1] <= 1e-2
+
+
+def test_null_guides_keep_the_texture_and_lose_the_place():
+    features = guide_of(3)
+    nulls = null_guides(features, 20, seed=1)
+    assert len(nulls) == 20
+    for null in nulls:
+        assert null.shape == features.shape
+        np.testing.assert_allclose(np.sort(null.ravel()), np.sort(features.ravel()))
+        assert np.abs(np.corrcoef(null[0].ravel(), features[0].ravel())[0, 1]) < 0.3
+    np.testing.assert_array_equal(nulls[1], features[:, ::-1])
+    np.testing.assert_array_equal(nulls[3], features[:, ::-1, ::-1])
+    for a, b in zip(nulls, null_guides(features, 20, seed=1), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_gains_by_brute_force():
+    rng = np.random.default_rng(0)
+    block = rng.integers(0, 6, 300)
+    predicted, loadings = rng.standard_normal((300, 2)), rng.standard_normal((3, 2))
+    combined = predicted @ loadings.T
+    targets = combined * np.array([0.6, -0.5, 1.7]) + 0.5 * rng.standard_normal((300, 3))
+    found = gates.gains(gates.moments(targets, predicted, block), loadings)
+    for c in range(3):
+        t, p = targets[:, c], combined[:, c]
+        gain = np.clip(t @ p / (p @ p), 0, 1)
+        assert found.gain[c] == pytest.approx(gain)
+        assert found.r2[c] == pytest.approx(1 - ((t - gain * p) ** 2).sum() / (t @ t))
+        better = [(t[block == b] ** 2).sum() - ((t - gain * p)[block == b] ** 2).sum() for b in range(6)]
+        if gain > 0:
+            expected = np.mean(better) / (np.std(better, ddof=1) / np.sqrt(6))
+            assert found.evidence[c] == pytest.approx(expected)
+    assert found.gain[1] == 0
+    assert found.gain[2] == 1
+
+
+def test_decide_needs_both_nulls_and_blocks():
+    def gain(r2, evidence):
+        return gates.Gain(np.full(1, 0.8), np.full(1, r2), np.full(1, evidence))
+
+    nulls = [gain(r, 0.0) for r in np.linspace(0.0, 0.19, 20)]
+    assert gates.decide(gain(0.25, 5.0), nulls).gate[0] == 0.8
+    assert gates.decide(gain(0.15, 5.0), nulls).gate[0] == 0
+    assert gates.decide(gain(0.25, 1.9), nulls).gate[0] == 0
+    assert gates.decide(gain(-0.1, 5.0), []).gate[0] == 0
+    assert gates.decide(gain(0.25, 5.0), nulls).null_r2[0] == pytest.approx(np.quantile(np.linspace(0, 0.19, 20), 0.95))
+    classes = gates.Gate(np.array([0.9, 0.5, 0.0]), np.array([0.3, 0.05, 0.4]), np.zeros(3)).informed()
+    assert classes == ["stain-informed", "partly", "smooth"]
+
+
+def test_nothing_to_predict_or_to_predict_with_gives_no_gate():
+    m = gates.moments(np.zeros((40, 1)), np.ones((40, 1)), np.arange(40) // 10)
+    found = gates.gains(m, np.eye(1))
+    assert np.isfinite([found.gain[0], found.r2[0], found.evidence[0]]).all()
+    silent = gates.gains(gates.moments(np.ones((40, 1)), np.zeros((40, 1)), np.arange(40) // 10), np.eye(1))
+    for g in (found, silent):
+        assert gates.decide(g, [g]).gate[0] == 0
+    one_block = gates.gains(gates.moments(np.ones((9, 1)), np.ones((9, 1)), np.zeros(9, np.int64)), np.eye(1))
+    assert gates.decide(one_block, []).gate[0] == 0
+
+
+def section(seed, noise=0.3, ions=12):
+    """A guide and ions; even ions follow the guide, odd ones something of the same texture."""
+    features = guide_of(seed)
+    rng = np.random.default_rng([seed, 1])
+    other = guide_of(seed + 1000, count=2)
+    cube = np.empty((ions, *SHAPE))
+    for m in range(ions):
+        mix = rng.uniform(0.5, 1.5, 2) * rng.choice([-1, 1], 2)
+        cube[m] = np.tensordot(mix, (features if m % 2 == 0 else other)[:2], axes=1)
+    cube += noise * rng.standard_normal(cube.shape)
+    cube = (cube + 10) * rng.lognormal(0, 1, ions)[:, None, None]
+    mask = np.ones(SHAPE, bool)
+    mask[:4, :5] = False
+    return features, cube, mask
+
+
+def decide_for(guide, cube, mask, seed=0):
+    (factors,) = factorise([cube], [mask], 8)
+    problem = evidence(guide, mask, np.ones_like(mask), cube, factors)
+    fit, nulls = fit_t1(problem, 20, seed)
+    return gate_ions(problem, factors.basis, fit.predicted, nulls), problem, factors, fit
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gates_open_for_what_follows_the_stain_and_only_for_that(seed):
+    features, cube, mask = section(seed)
+    (_, ion), *_ = decide_for(features, cube, mask)
+    assert (ion.gate[0::2] > 0.8).all()
+    assert (ion.r2[0::2] > 0.5).all()
+    assert (ion.gate[1::2] < 0.02).all(), "an ion that the stain does not inform got detail"
+    assert (ion.null_r2 < 0.1).all()
+    assert gates.Gate(ion.gate, ion.r2, ion.null_r2).informed()[0] == "stain-informed"
+
+
+@pytest.mark.parametrize("wrong", ["mirrored", "turned", "shifted", "foreign"])
+def test_a_wrong_guide_opens_no_gate(wrong):
+    opened = total = 0
+    for seed in range(2):
+        features, cube, mask = section(seed)
+        guide = {
+            "mirrored": features[:, ::-1],
+            "turned": features[:, ::-1, ::-1],
+            "shifted": np.roll(features, (11, 9), (1, 2)),
+            "foreign": guide_of(seed + 500),
+        }[wrong]
+        (factor, ion), *_ = decide_for(guide, cube, mask)
+        opened += int((ion.gate > 0).sum())
+        total += len(ion.gate)
+        # What little slips through must not matter.
+        assert (ion.gate * np.maximum(ion.r2, 0) < 0.02).all()
+        assert factor.gate.max() < 0.3
+    assert opened <= 0.1 * total
+
+
+def test_the_networks_rows_line_up_with_the_closed_forms():
+    features, cube, mask = section(1)
+    mask[10:13, 20] = False
+    *_, problem, factors, fit = decide_for(features, cube, mask)
+    k = fit.weights.shape[1]
+    network = FusionNetwork(4, k, width=4, depth=2).eval()
+    network.set_feature_scale(problem.features.mean((1, 2)), problem.features.std((1, 2)))
+    network.set_linear(fit.weights)
+    # The start of training is T1: same rows, same order, same numbers.
+    np.testing.assert_allclose(network_rows(network, problem, factors), problem.rows.stain @ fit.weights, atol=1e-5)
+    np.testing.assert_allclose(reduced_detail(network, problem, factors), ridge_detail(problem, fit.weights), atol=1e-5)
+    mirrored = problem.features[:, ::-1]
+    rows = detail_rows(mirrored, problem.mask, problem.blocks, RATIO)
+    found = network_rows(network, problem, factors, mirrored)
+    np.testing.assert_allclose(found, rows.stain @ fit.weights, atol=1e-5)
+    assert not cell_means(ridge_detail(problem, fit.weights), RATIO).round(10).any()
+
+
+@pytest.mark.parametrize("case", ["checkerboard", "thin", "one row", "not covered", "few pixels", "tiny"])
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_too_little_to_judge_by_gives_plain_interpolation(case):
+    shape = {"thin": (3, 40), "one row": (1, 60), "tiny": (4, 4)}.get(case, (20, 20))
+    mask, covered = np.ones(shape, bool), np.ones(shape, bool)
+    if case == "checkerboard":
+        mask = np.indices(shape).sum(0) % 2 == 0
+    elif case == "not covered":
+        covered[:] = False
+    elif case == "few pixels":
+        mask[:] = False
+        mask[8:11, 8:11] = True
+    rng = np.random.default_rng(0)
+    cube = rng.random((6, *shape))
+    (factors,) = factorise([cube], [mask], 8)
+    problem = evidence(rng.standard_normal((4, *shape)), mask, covered, cube, factors)
+    fit, nulls = fit_t1(problem, 8, 0)
+    factor, ion = gate_ions(problem, factors.basis, fit.predicted, nulls)
+    assert not factor.gate.any()
+    assert not ion.gate.any()
+    assert ion.gate.shape == (6,)
+    network = FusionNetwork(4, fit.weights.shape[1], 4, 2).eval()
+    assert network_rows(network, problem, factors).shape == fit.predicted.shape
+    # Nor do rows that may not judge.
+    _, shut = gate_ions(problem, factors.basis, fit.predicted, nulls, np.zeros(len(fit.predicted), bool))
+    assert not shut.gate.any()
+    steps, variance = select_positivity(cube, mask, None, np.zeros_like(factors.basis))
+    assert steps.shape == (6,)
+    assert np.isfinite(variance).all()
+
+
+def test_tier_error_ranks_predictions():
+    features, cube, mask = section(2)
+    _, problem, _, fit = decide_for(features, cube, mask)
+    weight, everywhere = np.ones(fit.predicted.shape[1]), np.ones(len(fit.predicted), bool)
+    assert tier_error(problem, weight, problem.factor_rows, everywhere) == pytest.approx(0.0, abs=1e-12)
+    nothing = tier_error(problem, weight, np.zeros_like(fit.predicted), everywhere)
+    assert nothing == pytest.approx(1.0)
+    assert tier_error(problem, weight, -problem.factor_rows, everywhere) == pytest.approx(1.0)
+    assert tier_error(problem, weight, fit.predicted, everywhere) < 0.95
+
+
+def test_uncovered_pixels_give_no_evidence():
+    features, cube, mask = section(3)
+    covered = np.ones(SHAPE, bool)
+    covered[:, 20:] = False
+    (factors,) = factorise([cube], [mask], 8)
+    spoilt = np.where(covered, features, 1e6)
+    problem = evidence(spoilt, mask, covered, cube, factors)
+    assert np.abs(problem.features).max() < 1e3
+    assert (np.unravel_index(problem.rows.index, SHAPE)[1] < 20).all()
+    clean = evidence(features, mask, covered, cube, factors)
+    np.testing.assert_array_equal(problem.rows.stain, clean.rows.stain)
+    assert len(problem.factor_rows) == len(problem.rows.stain) == len(problem.ion_rows)
+
+
+def test_positivity_and_uncertainty_from_the_reduced_scale():
+    rng = np.random.default_rng(0)
+    shape = (41, 38)
+    spots = gaussian_filter((rng.random(shape) < 0.03).astype(float), 0.6) * 100
+    smooth_noise = 50 + gaussian_filter(rng.standard_normal(shape), 4) * 20 + rng.standard_normal(shape)
+    cube = np.stack([spots, smooth_noise, np.zeros(shape)])
+    mask = np.ones(shape, bool)
+    mask[30:, :6] = False
+    steps, variance = select_positivity(cube, mask, None, np.zeros((3, 1)))
+    assert steps[0] > 0, "sparse positive spots gain from positivity"
+    assert steps[1] == 0, "an image far from zero has nothing to gain"
+    assert (variance >= 0).all()
+    assert not variance[2].any()
+    # The variance model, averaged over the image, is the mean squared error it was made for.
+    fine = cube[1][:40, :38]
+    coarse = cell_means(fine, 2)
+    image = expand(pad_edge(spline_coefficients(coarse)), 2)
+    spread = np.repeat(np.repeat(local_variance(coarse), 2, 0), 2, 1)
+    predicted = variance[1] @ np.stack([np.ones_like(image), image, spread]).reshape(3, -1)
+    error = (image - fine) ** 2
+    assert predicted.mean() == pytest.approx(error.mean(), rel=0.35)
+    tiny = select_positivity(cube[:, :3, :3], np.ones((3, 3), bool), None, np.zeros((3, 1)))
+    assert not tiny[0].any()
+
+
+def test_planted_detail_reaches_the_uncertainty():
+    features, cube, mask = section(0, noise=0.05)
+    (_, ion), problem, factors, fit = decide_for(features, cube, mask)
+    loadings = ion.gate[:, None] * factors.basis
+    calls = []
+
+    def detail_at(ratio):
+        calls.append(ratio)
+        return ridge_detail(problem, fit.weights)
+
+    _, with_stain = select_positivity(cube, mask, detail_at, loadings)
+    _, without = select_positivity(cube, mask, None, np.zeros_like(loadings))
+    assert calls == [RATIO]
+    level = np.stack([np.ones(12), cube.mean((1, 2)), cube.var((1, 2))])
+    gain = (with_stain.T * level).sum(0) / (without.T * level).sum(0)
+    assert (gain[0::2] < 0.6).all()
+    assert (gain[1::2] > 0.9).all()
+
+
+def test_local_variance_by_hand():
+    image = np.zeros((3, 4))
+    image[1, 1] = 9.0
+    out = local_variance(image)
+    assert out[1, 1] == pytest.approx(8.0)  # mean 1, one at 8, eight at -1
+    assert out[1, 3] == 0
+
+
+def test_a_fit_survives_its_file(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "weights": rng.random((4, 2)), "basis": rng.random((5, 2)), "factor_gate": rng.random(2),
+        "factor_r2": rng.random(2), "ion_gate": np.array([0.5, 0, 1, 0.2, 0]), "ion_r2": np.full(5, 0.05),
+        "ion_null_r2": rng.random(5), "positivity": np.array([0, 1, 3, 5, 0]), "uncertainty": rng.random((5, 3)),
+        "feature_mean": rng.random(4), "feature_sd": rng.random(4),
+    }  # fmt: skip
+    fit = SectionFit(**arrays)
+    fit.save(tmp_path / "fit.npz")
+    again = SectionFit.load(tmp_path / "fit.npz")
+    for name, values in arrays.items():
+        np.testing.assert_array_equal(getattr(again, name), values)
+    np.testing.assert_array_equal(again.loadings, arrays["ion_gate"][:, None] * arrays["basis"])
+    assert again.informed() == ["partly", "smooth", "partly", "partly", "smooth"]
