@@ -51,9 +51,7 @@ class SectionGrid:
             (self.pitch_um[0] / factor, self.pitch_um[1] / factor),
         )
 
-    def centres_um(
-        self, origin_px: tuple[int, int] = (0, 0), shape_px: tuple[int, int] | None = None
-    ) -> Points:
+    def centres_um(self, origin_px: tuple[int, int] = (0, 0), shape_px: tuple[int, int] | None = None) -> Points:
         """Centres of a window of pixels, (h, w, 2) float64 micrometres (y, x), section frame.
 
         Args:
@@ -143,9 +141,7 @@ class Alignment:
         if not (np.isfinite(matrix).all() and np.isfinite(offset).all()):
             raise InputError("the alignment holds values that are not finite numbers")
         if abs(np.linalg.det(matrix)) < 1e-6:
-            raise InputError(
-                "the alignment's matrix is singular", remedy="give a matrix that can be inverted"
-            )
+            raise InputError("the alignment's matrix is singular", remedy="give a matrix that can be inverted")
         object.__setattr__(self, "matrix", matrix)
         object.__setattr__(self, "offset_um", offset)
 
@@ -281,9 +277,7 @@ class Alignment:
         design = np.hstack([section - section.mean(0), np.ones((len(table), 1))])
         scales = np.linalg.svd(design[:, :2], compute_uv=False)
         if scales[1] < 1e-3 * max(scales[0], 1e-9):
-            raise InputError(
-                "the landmarks lie on one line", where=path, remedy="add one away from that line"
-            )
+            raise InputError("the landmarks lie on one line", where=path, remedy="add one away from that line")
         solution = np.linalg.lstsq(design, slide, rcond=None)[0]
         matrix = solution[:2].T
         offset = solution[2] - matrix @ section.mean(0)

@@ -66,7 +66,7 @@ def test_unreadable_setting_files_are_refused(tmp_path):
 
 def test_settings_cannot_be_changed_afterwards():
     with pytest.raises(ValueError, match="frozen"):
-        Config().seed = 3
+        Config().seed = 3  # type: ignore[misc]
 
 
 def test_digest_follows_the_numbers_only():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from deepfere.errors import InputError
 from deepfere.frame import Alignment, Displacement, SectionGrid
-from deepfere.model.guide import GuideSpec
+from deepfere.model.guide import Cells, GuideSpec
 from deepfere.tiling import plan as plans
 from deepfere.tiling.patches import PatchReader, PatchSource, draw, plane_shape
 from deepfere.tiling.plan import (
@@ -228,17 +230,29 @@ def source(tmp_path):
     planes = rng.integers(0, 255, (7, 60, 50)).astype(np.uint8)
     group = open_group(str(tmp_path / "planes.zarr"), "w")
     create_array(group, "planes", planes.shape, "uint8", (7, 16, 16), (7, 32, 32))[:] = planes
-    factors, weight = rng.standard_normal((3, 9, 7)), rng.random((9, 7))
-    np.savez(tmp_path / "arrays.npz", factors=factors, weight=weight)
+    arrays: dict[str, Any] = {
+        "factors": rng.standard_normal((3, 9, 7)),
+        "pooled": rng.standard_normal((4, 9, 7)),
+        "weight": rng.random((9, 7)),
+    }
+    np.savez(tmp_path / "arrays.npz", **arrays)
     alignment = Alignment(np.array([[1.0, 0.1], [-0.1, 1.0]]), np.array([40.0, 50.0]))
     cells = plan_patches(grid, np.ones((9, 7), bool), 5, 1).tolist()
-    return PatchSource(
-        str(tmp_path / "planes.zarr"), str(tmp_path / "arrays.npz"), spec.to_dict(), alignment.to_dict(), cells, 2
-    ), planes, factors, weight  # fmt: skip
+    patches = PatchSource(
+        cache=str(tmp_path / "planes.zarr"),
+        arrays=str(tmp_path / "arrays.npz"),
+        spec=spec.to_dict(),
+        alignment=alignment.to_dict(),
+        cells=cells,
+        context_px=1,
+        radius_px=2,
+        margin_px=2,
+    )
+    return patches, planes, arrays
 
 
 def test_patches_hold_what_lies_there(source):
-    patches, planes, factors, weight = source
+    patches, planes, arrays = source
     reader, shape = PatchReader(patches, 5), plane_shape([patches], 5)
     windows = [reader.window(n) for n in range(len(patches.cells))]
     assert shape == (max(w[1] - w[0] for w in windows), max(w[3] - w[2] for w in windows))
@@ -249,13 +263,20 @@ def test_patches_hold_what_lies_there(source):
         assert patch["origin"].tolist() == [r0, c0]
         assert patch["cell"].tolist() == [i0, j0]
         np.testing.assert_array_equal(patch["planes"][: r1 - r0, : c1 - c0], planes[:, r0:r1, c0:c1].transpose(1, 2, 0))
+        # The planes hold all that the core and its context sample, wherever the slide has it.
+        core = reader.spec.points_um(Cells(i0 + 1, i0 + 4, j0 + 1, j0 + 4), patches.radius_px)
+        at = np.clip(reader.alignment.map(core) / 5.0 - 0.5, 0, [59, 49])
+        assert (np.floor(at) >= [r0, c0]).all()
+        assert (np.ceil(at) < [r1, c1]).all()
         for a in range(5):
             for b in range(5):
                 i, j = i0 + a, j0 + b
                 inside = 0 <= i < 9 and 0 <= j < 7
-                assert patch["weight"][a, b] == np.float32(weight[i, j] if inside else 0.0)
-                near = factors[:, min(max(i, 0), 8), min(max(j, 0), 6)]
-                np.testing.assert_array_equal(patch["target"][:, a, b], near.astype(np.float32))
+                near = min(max(i, 0), 8), min(max(j, 0), 6)
+                assert patch["weight"][a, b] == np.float32(arrays["weight"][near] if inside else 0.0)
+                for name, key in (("target", "factors"), ("pooled", "pooled")):
+                    expected = arrays[key][:, near[0], near[1]].astype(np.float32)
+                    np.testing.assert_array_equal(patch[name][:, a, b], expected)
 
 
 def test_planning_needs_no_ray():

@@ -283,6 +283,9 @@ def test_too_little_to_judge_by_gives_plain_interpolation(case):
     # Nor do rows that may not judge.
     _, shut = gate_ions(problem, factors.basis, fit.predicted, nulls, np.zeros(len(fit.predicted), bool))
     assert not shut.gate.any()
+    # No rows explain nothing: a tier or a placement must not win by losing them.
+    none = np.zeros(len(fit.predicted), bool)
+    assert tier_error(problem, np.ones(fit.weights.shape[1]), fit.predicted, none) == 1.0
     steps, variance = select_positivity(cube, mask, None, np.zeros_like(factors.basis))
     assert steps.shape == (6,)
     assert np.isfinite(variance).all()

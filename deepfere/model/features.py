@@ -167,8 +167,7 @@ def stain_features(planes: Tensor, white: tuple[float, float, float], sigma_px: 
     od = torch.clamp(-torch.log10((planes[:, :3] + 1.0) / (glass + 1.0)), min=0.0)
     red, green, blue = od[:, 0:1], od[:, 1:2], od[:, 2:3]
     raw = torch.cat(
-        [od, od**2, red * green, red * blue]
-        + [planes[:, 4:5] / 255, planes[:, 3:4] / 100, planes[:, 5:6] / 255],
+        [od, od**2, red * green, red * blue] + [planes[:, 4:5] / 255, planes[:, 3:4] / 100, planes[:, 5:6] / 255],
         dim=1,
     )
     return smooth(raw, sigma_px)

@@ -115,9 +115,7 @@ def evidence(
     rows = detail_rows(filled, inside, blocks, RATIO)
     images = fill_missing(factors.images, mask)
     ions = fill_missing(np.asarray(cube, np.float64), mask)
-    return Evidence(
-        filled, inside, blocks, rows, target_rows(images, inside, RATIO), target_rows(ions, inside, RATIO)
-    )
+    return Evidence(filled, inside, blocks, rows, target_rows(images, inside, RATIO), target_rows(ions, inside, RATIO))
 
 
 def gate_ions(
@@ -174,7 +172,9 @@ def tier_error(problem: Evidence, weight: Array, predicted: Array, where: NDArra
     t, p = problem.factor_rows[where], predicted[where]
     cross, power = (t * p).sum(0), (p * p).sum(0)
     gain = np.clip(cross / np.where(power > 0, power, np.inf), 0, 1)
-    left = ((t - gain * p) ** 2).sum(0) / np.maximum((t**2).sum(0), 1e-300)
+    total = (t**2).sum(0)
+    # Where there is nothing to explain (no rows, say), nothing is explained.
+    left = np.where(total > 0, ((t - gain * p) ** 2).sum(0) / np.where(total > 0, total, 1.0), 1.0)
     return float((weight * left).sum() / weight.sum())
 
 

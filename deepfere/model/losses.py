@@ -37,11 +37,11 @@ def mapping_loss(mapped: Tensor, target: Tensor, weight: Tensor, factor: int) ->
 
 
 def local_correlation(a: Tensor, b: Tensor, radius: int = 4) -> Tensor:
-    """Pearson correlation in square windows of two images (N, K, H, W), "valid"; 0 where flat."""
+    """Pearson correlation in half-overlapping square windows of two images (N, K, H, W); 0 where flat."""
     size = 2 * radius + 1
 
     def mean(x: Tensor) -> Tensor:
-        return functional.avg_pool2d(x, size, stride=1)
+        return functional.avg_pool2d(x, size, stride=radius + 1)
 
     mean_a, mean_b = mean(a), mean(b)
     covariance = mean(a * b) - mean_a * mean_b

@@ -15,9 +15,7 @@ from deepfere.model.ridge import phases, usable
 Array = NDArray[np.float64]
 
 
-def _network_detail(
-    network: FusionNetwork, features: Array, images: Array, ratio: int
-) -> Array:
+def _network_detail(network: FusionNetwork, features: Array, images: Array, ratio: int) -> Array:
     """``(I - P A)`` of the network's output (K, ny, nx) with measured pixels as its pixels.
 
     Args:
@@ -36,9 +34,7 @@ def _network_detail(
     return null_space(raw, ratio)
 
 
-def network_rows(
-    network: FusionNetwork, problem: Evidence, factors: Factors, features: Array | None = None
-) -> Array:
+def network_rows(network: FusionNetwork, problem: Evidence, factors: Factors, features: Array | None = None) -> Array:
     """The network's predictions (R, K) in the row order of the reduced-scale problem.
 
     Args:

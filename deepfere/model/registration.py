@@ -45,9 +45,7 @@ def bilinear(planes: Tensor, origin_px: tuple[int, int], coordinates_px: Tensor)
 def _cubic_basis(u: Tensor) -> Tensor:
     """Torch twin of `deepfere.frame.cubic_basis`."""
     v = 1.0 - u
-    return torch.stack(
-        [v**3 / 6, (3 * u**3 - 6 * u**2 + 4) / 6, (3 * v**3 - 6 * v**2 + 4) / 6, u**3 / 6], dim=-1
-    )
+    return torch.stack([v**3 / 6, (3 * u**3 - 6 * u**2 + 4) / 6, (3 * v**3 - 6 * v**2 + 4) / 6, u**3 / 6], dim=-1)
 
 
 class Registration(nn.Module):
@@ -63,9 +61,7 @@ class Registration(nn.Module):
             alone (a displacement that ``start`` has is kept as it is).
     """
 
-    def __init__(
-        self, start: Alignment, extent_um: tuple[float, float], knots: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, start: Alignment, extent_um: tuple[float, float], knots: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.start = start
         self.half_um = max(extent_um) / 2

@@ -74,9 +74,7 @@ def usable(mask: NDArray[np.bool_], ratio: int, phase: tuple[int, int]) -> NDArr
     return np.repeat(np.repeat(whole, ratio, 0), ratio, 1)
 
 
-def detail_rows(
-    features: Array, mask: NDArray[np.bool_], blocks: NDArray[np.int64], ratio: int
-) -> DetailRows:
+def detail_rows(features: Array, mask: NDArray[np.bool_], blocks: NDArray[np.int64], ratio: int) -> DetailRows:
     """Stain detail of all phases at one ratio, as regression rows.
 
     Args:

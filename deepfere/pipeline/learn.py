@@ -238,6 +238,14 @@ def _train(
     mean, sd = _feature_scale(problems)
     train = config.train
     radius = 2**config.model.depth - 1
+    # Wald at ratio 4 loses the receptive field, the alignment to coarse cells and one cell of projection.
+    context = radius + 4
+    if train.patch_px < 2 * context + 4:
+        raise InputError(
+            f"patches of {train.patch_px} measured pixels are too small for a network of depth {config.model.depth}",
+            where="train.patch_px",
+            remedy=f"give at least {2 * context + 4}",
+        )
     tasks, sources = [], []
     for n, prep in enumerate(preps):
         spec, alignment = load_plan(prep.folder), Alignment.load(prep.folder.alignment)
@@ -249,10 +257,10 @@ def _train(
         np.savez(
             prep.folder.root / "training.npz",
             factors=fill_missing(factors[n].images, prep.measured.mask).astype(np.float32),
+            pooled=problems[n].features.astype(np.float32),
             weight=weight.astype(np.float32),
         )
-        context = radius + 4
-        cells = plan_patches(prep.measured.grid, problems[n].mask, train.patch_px, min(context, train.patch_px // 3))
+        cells = plan_patches(prep.measured.grid, problems[n].mask, train.patch_px, context)
         margin = 2 + int(0.5 * max(prep.measured.grid.pitch_um) / min(spec.spacing_um))
         sources.append(
             PatchSource(
@@ -261,6 +269,8 @@ def _train(
                 spec.to_dict(),
                 alignment.to_dict(),
                 cells.tolist(),
+                context,
+                radius,
                 margin,
             )
         )
@@ -276,7 +286,7 @@ def _train(
         steps=train.steps,
         batch=train.batch,
         patch_px=train.patch_px,
-        context_px=min(radius + 4, train.patch_px // 3),
+        context_px=context,
         rate=train.rate,
         rate_registration_pitch=train.rate_registration_pitch,
         mapping_weight=train.mapping_weight,
@@ -328,7 +338,8 @@ def _choose(
         refit = fit_t1(other, config.model.null_guides, config.seed)
         left = tier_error(other, weight, refit[0].predicted, np.ones(len(other.rows.block), bool))
         notes["t1_left_joint"] = left
-        kept = left < notes["t1_left"] - 0.2 * TIER_MARGIN
+        # Losing rows must not look like a gain: the slide has to cover every pixel that it covered before.
+        kept = left < notes["t1_left"] - 0.2 * TIER_MARGIN and bool((other.mask >= problem.mask).all())
         stages.append({"stage": "joint with the network", "r2": 1 - left, "kept": kept})
         if kept:
             alignment, problem, closed = trial, other, refit
@@ -383,9 +394,7 @@ def _choose(
     return Learned(tier, alignment, section, notes)
 
 
-def _save(
-    work: Workspace, prep: Prepared, factors: Factors, learned: Learned, network: FusionNetwork | None
-) -> None:
+def _save(work: Workspace, prep: Prepared, factors: Factors, learned: Learned, network: FusionNetwork | None) -> None:
     folder = prep.folder
     learned.fit.save(folder.fit)
     np.savez(

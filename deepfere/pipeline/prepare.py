@@ -221,7 +221,7 @@ def tile_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config: 
     with work.stage("tile", depends, name) as facts:
         if facts is None:
             return
-        margin = float(3 * max(prep.measured.grid.pitch_um))
+        margin = reach_um(spec, alignment, 2**config.model.depth - 1)
         shards = needed_shards(planes, alignment, prep.measured.grid, prep.measured.mask, margin)
         cache = CacheSpec(str(folder.planes), str(prep.section.slide), slide.mpp_um, planes, reference)
         fingerprint = digest(depends)
@@ -239,6 +239,17 @@ def tile_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config: 
         )
         pool(prep, spec, alignment, progress)
         facts["shards"] = len(rows)
+
+
+def reach_um(spec: GuideSpec, alignment: Alignment, network_px: int) -> float:
+    """How far on the slide the detail of a measured pixel depends on the stain, slide micrometres.
+
+    One pixel of projection, the network's and the smoothing's context, at the corner, stretched by the
+    alignment; half a pixel for the joint registration to move; and the planes' own interpolation.
+    """
+    context = 1.5 + (network_px + spec.radius_px + 1) / spec.factor
+    pitch = float(np.hypot(*spec.grid.pitch_um))
+    return context * pitch * alignment.max_stretch(spec.grid.extent_um) + 3 * max(spec.spacing_um)
 
 
 def pool(prep: Prepared, spec: GuideSpec, alignment: Alignment, progress: Progress) -> None:

@@ -20,10 +20,12 @@ class PatchSource:
 
     Attributes:
         cache: URL of the plane cache.
-        arrays: .npz with ``factors`` (K, ny, nx) filled and ``weight`` (ny, nx).
+        arrays: .npz with ``factors`` (K, ny, nx) filled, ``pooled`` (F, ny, nx) features and ``weight`` (ny, nx).
         spec: `GuideSpec.to_dict`.
         alignment: `Alignment.to_dict` at the start of training.
         cells: First row and column of each patch.
+        context_px: Measured pixels around a patch's core.
+        radius_px: High-resolution pixels around the core that the network sees.
         margin_px: Plane pixels around a patch, for the registration to move in.
     """
 
@@ -32,6 +34,8 @@ class PatchSource:
     spec: dict[str, Any]
     alignment: dict[str, Any]
     cells: list[list[int]]
+    context_px: int
+    radius_px: int
     margin_px: int
 
 
@@ -78,13 +82,11 @@ class PatchReader:
         self.alignment = Alignment.from_dict(source.alignment)
         self._planes = PlaneReader(source.cache)
         with np.load(source.arrays) as arrays:
-            self._factors, self._weight = arrays["factors"], arrays["weight"]
+            self._factors, self._pooled, self._weight = arrays["factors"], arrays["pooled"], arrays["weight"]
 
     def window(self, patch: int) -> tuple[int, int, int, int]:
         """Plane rows and columns (r0, r1, c0, c1) of a patch, margin included."""
-        i0, j0 = self.source.cells[patch]
-        points = self.spec.points_um(Cells(i0, i0 + self.side, j0, j0 + self.side), 0)
-        return self.spec.window(self.alignment.map(points), self.source.margin_px)
+        return core_window(self.source, self.spec, self.alignment, patch, self.side)
 
     def load(self, patch: int, shape_px: tuple[int, int]) -> dict[str, NDArray[Any]]:
         """One patch with fixed shapes.
@@ -94,8 +96,8 @@ class PatchReader:
             shape_px: Rows and columns of the plane window; smaller windows are padded with their edge.
 
         Returns:
-            ``planes`` (h, w, 7) uint8, ``origin`` (2,), ``cell`` (2,), ``target`` (K, p, p) float32,
-            ``weight`` (p, p) float32 (0 outside the grid, where not measured, and in held-out blocks).
+            ``planes`` (h, w, 7) uint8 of the core, ``origin`` (2,), ``cell`` (2,), ``pooled`` (F, p, p) and
+            ``target`` (K, p, p) float32, ``weight`` (p, p) float32 (0 outside the grid, where not measured, and in held-out blocks).
         """
         i0, j0 = self.source.cells[patch]
         r0, r1, c0, c1 = self.window(patch)
@@ -110,9 +112,19 @@ class PatchReader:
             "planes": np.ascontiguousarray(planes),
             "origin": np.array([r0, c0], np.int64),
             "cell": np.array([i0, j0], np.int64),
+            "pooled": take(self._pooled, *window).astype(np.float32),
             "target": take(self._factors, *window).astype(np.float32),
             "weight": (take(self._weight, *window) * inside).astype(np.float32),
         }
+
+
+def core_window(
+    source: PatchSource, spec: GuideSpec, alignment: Alignment, patch: int, patch_px: int
+) -> tuple[int, int, int, int]:
+    """Plane rows and columns (r0, r1, c0, c1) that a patch's core needs, with room for the registration."""
+    (i0, j0), c = source.cells[patch], source.context_px
+    core = Cells(i0 + c, i0 + patch_px - c, j0 + c, j0 + patch_px - c)
+    return spec.window(alignment.map(spec.points_um(core, source.radius_px)), source.margin_px)
 
 
 def plane_shape(sources: list[PatchSource], patch_px: int) -> tuple[int, int]:
@@ -120,8 +132,7 @@ def plane_shape(sources: list[PatchSource], patch_px: int) -> tuple[int, int]:
     shape = (1, 1)
     for source in sources:
         spec, alignment = GuideSpec.from_dict(source.spec), Alignment.from_dict(source.alignment)
-        for i0, j0 in source.cells:
-            points = spec.points_um(Cells(i0, i0 + patch_px, j0, j0 + patch_px), 0)
-            r0, r1, c0, c1 = spec.window(alignment.map(points), source.margin_px)
+        for patch in range(len(source.cells)):
+            r0, r1, c0, c1 = core_window(source, spec, alignment, patch, patch_px)
             shape = (max(shape[0], r1 - r0), max(shape[1], c1 - c0))
     return shape

@@ -104,38 +104,66 @@ class JointModel(nn.Module):
         return module
 
     def features(self, batch: dict[str, Tensor], n: int) -> tuple[Tensor, Tensor, GuideSpec, int]:
-        """Features (1, F, p f, p f) of patch n, its weight (1, 1, p, p), spec and section."""
+        """Features of patch n's core, differentiable in its registration.
+
+        Returns:
+            Features (F, h, w) of the core with the network's receptive field around it, the share of each
+            core pixel's footprint that the slide shows (c, c), the section's spec and number.
+        """
         section = int(batch["section"][n])
-        spec, side = self.specs[section], self.settings.patch_px
+        spec, c, p = self.specs[section], self.settings.context_px, self.settings.patch_px
         i0, j0 = (int(v) for v in batch["cell"][n])
-        points = torch.from_numpy(spec.points_um(Cells(i0, i0 + side, j0, j0 + side), 0))
+        core = Cells(i0 + c, i0 + p - c, j0 + c, j0 + p - c)
+        r = self.network.radius_px
+        points = torch.from_numpy(spec.points_um(core, r))
         slide = self._registration(section)(points.reshape(-1, 2)).reshape(points.shape)
         origin = (int(batch["origin"][n][0]), int(batch["origin"][n][1]))
         features, cover = spec.features(batch["planes"][n].float(), origin, slide)
-        covered = (cell_means(cover, spec.factor) >= 0.99).float()
-        return features[None], (batch["weight"][n] * covered)[None, None], spec, section
+        inner = cover[r : cover.shape[0] - r, r : cover.shape[1] - r]
+        return features, (cell_means(inner, spec.factor) >= 0.99).float(), spec, section
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Mean losses over the patches of a batch.
 
         Args:
             batch: ``planes`` (N, h, w, 7) uint8, ``origin`` (N, 2), ``cell`` (N, 2), ``section`` (N,),
+                ``pooled`` (N, F, p, p) footprint means of the features at the starting alignment,
                 ``target`` (N, K, p, p) factors, ``weight`` (N, p, p), ``flip`` (N, 2).
 
         Returns:
             ``mapping``, ``reconstruction``, ``correlation``, ``smoothness`` and ``total`` (weighted sum).
         """
-        parts: dict[str, list[Tensor]] = {"mapping": [], "reconstruction": [], "correlation": []}
-        for n in range(len(batch["section"])):
-            stain, weight, spec, section = self.features(batch, n)
-            target = batch["target"][n][None]
-            flips = [axis for axis, flip in ((-2, batch["flip"][n][0]), (-1, batch["flip"][n][1])) if flip]
-            stain, weight, target = (torch.flip(x, flips) if flips else x for x in (stain, weight, target))
-            parts["mapping"].append(self._mapping(stain, target, weight, spec.factor))
-            parts["reconstruction"].append(self._reduced_scale(cell_means(stain, spec.factor), target, weight))
-            parts["correlation"].append(self._correlation(stain, target, spec.factor, section))
-        out = {name: torch.stack(values).mean() for name, values in parts.items()}
-        out["smoothness"] = self._smoothness()
+        c, p, r = self.settings.context_px, self.settings.patch_px, self.network.radius_px
+        core = slice(c, p - c)
+        target, weight = batch["target"], batch["weight"][:, None]
+        pooled_core, covered_core, mapping, correlation = [], [], [], []
+        for n in range(len(target)):
+            stain, covered, spec, section = self.features(batch, n)
+            f = spec.factor
+            inside = stain[:, r : stain.shape[1] - r, r : stain.shape[2] - r]
+            # The core follows the registration; its context stays where the alignment was at the start.
+            pooled_core.append(cell_means(inside, f))
+            covered_core.append(covered[None])
+            mapped = self.network.mapped(inside[None])
+            small = (slice(n, n + 1), slice(None), core, core)
+            mapping.append(mapping_loss(mapped, target[small], weight[small] * covered, f))
+            correlation.append(self._correlation(stain[None].detach(), target[n : n + 1], f, section))
+        inner = nn.functional.pad(torch.ones(p - 2 * c, p - 2 * c), (c, c, c, c)).bool()
+        pad = (c, c, c, c)
+        pooled = torch.where(inner, nn.functional.pad(torch.stack(pooled_core), pad), batch["pooled"])
+        weight = weight * nn.functional.pad(torch.stack(covered_core), pad, value=1.0)
+        flip_y, flip_x = batch["flip"][:, 0].bool(), batch["flip"][:, 1].bool()
+
+        def flipped(x: Tensor) -> Tensor:
+            x = torch.where(flip_y[:, None, None, None], x.flip(-2), x)
+            return torch.where(flip_x[:, None, None, None], x.flip(-1), x)
+
+        out = {
+            "mapping": torch.stack(mapping).mean(),
+            "reconstruction": self._reduced_scale(flipped(pooled), flipped(target), flipped(weight)),
+            "correlation": torch.stack(correlation).mean(),
+            "smoothness": self._smoothness(),
+        }
         out["total"] = (
             out["reconstruction"]
             + self.settings.mapping_weight * out["mapping"]
@@ -143,19 +171,6 @@ class JointModel(nn.Module):
             + out["smoothness"]
         )
         return out
-
-    def _core(self, factor: int, context_px: int) -> tuple[slice, slice]:
-        c, p = self.settings.context_px, self.settings.patch_px
-        cut = slice(c * factor - context_px, (p - c) * factor + context_px)
-        return cut, cut
-
-    def _mapping(self, stain: Tensor, target: Tensor, weight: Tensor, factor: int) -> Tensor:
-        rows, cols = self._core(factor, 0)
-        small_rows, small_cols = self._core(1, 0)
-        mapped = self.network.mapped(stain[..., rows, cols])
-        return mapping_loss(
-            mapped, target[..., small_rows, small_cols], weight[..., small_rows, small_cols], factor
-        )
 
     def _reduced_scale(self, pooled: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         r0 = self.network.radius_px
@@ -179,16 +194,14 @@ class JointModel(nn.Module):
         gate = self.gates[section]
         if self.settings.correlation_weight == 0 or not bool(gate.any()):
             return stain.new_zeros(())
-        r = self.network.radius_px
-        rows, cols = self._core(factor, r)
-        small_rows, small_cols = self._core(1, 1 + -(-r // factor))
-        padded = nn.functional.pad(target[..., small_rows, small_cols], (1, 1, 1, 1), mode="replicate")
-        upsampled = expand(padded, factor, "keys")
-        crop = (upsampled.shape[-1] - (rows.stop - rows.start)) // 2
+        r, c = self.network.radius_px, self.settings.context_px
+        around = c - 1 - -(-r // factor)
+        cells = target[..., around : target.shape[-2] - around, around : target.shape[-1] - around]
+        upsampled = expand(cells, factor, "keys")
+        crop = (upsampled.shape[-1] - stain.shape[-1]) // 2
         upsampled = upsampled[..., crop : upsampled.shape[-2] - crop, crop : upsampled.shape[-1] - crop]
-        window = stain[..., rows, cols].detach()
-        detail = self.network(window, upsampled)
-        inner = window[..., r : window.shape[-2] - r, r : window.shape[-1] - r]
+        detail = self.network(stain, upsampled)
+        inner = stain[..., r : stain.shape[-2] - r, r : stain.shape[-1] - r]
         proven = torch.einsum("nfyx,fk->nkyx", inner, self.closed_form[section])
         return correlation_loss(project(detail, factor), project(proven, factor), gate)
 
