@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from deepfere.alignment.overview import MeasuredOverview, StainOverview
-from deepfere.alignment.refine import AFFINE_STAGES, Stage, refine
+from deepfere.alignment.refine import Stage, refine
 from deepfere.alignment.score import placement_r2, slide_cover
 from deepfere.errors import InputError
 from deepfere.frame import Alignment, SectionGrid
@@ -28,9 +28,10 @@ from deepfere.model.registration import bilinear
 MARGIN = 0.05
 """Held-out R2 by which the best placement must beat the best wrong one."""
 
-COARSE_STAGES = (Stage(0.8, False, 40, 0.25), Stage(0.4, False, 30, 0.10))
+COARSE_STAGES = (Stage(0.8, False, 30, 0.25), Stage(0.4, False, 25, 0.10))
+FINAL_STAGES = (Stage(0.35, False, 20, 0.08), Stage(0.25, True, 35, 0.04))
 
-FINALISTS = 8
+FINALISTS = 6
 """Distinct placements that are refined to the end and compared."""
 
 MIN_COVER = 0.7
@@ -227,37 +228,49 @@ def search(
         if len(chosen) >= refined:
             break
     coarse = stain.features(0.35 * float(np.mean(small.grid.pitch_um)))
-    placed: list[Candidate] = []
-    for n, (_, flip, angle, alignment) in enumerate(chosen):
-        better = refine(small, stain, alignment, COARSE_STAGES, supersample=2)
-        if slide_cover(small, stain, better) >= MIN_COVER:
-            r2 = placement_r2(small, stain, better, features=coarse, fine=False)
-            placed.append(Candidate(better, flip, angle, r2, r2))
+    placed = [Candidate(alignment, flip, angle, -1.0, -1.0) for _, flip, angle, alignment in chosen]
+    # Successive halving: a short refinement of all, a longer one of the better half.
+    for stage, keep in zip(COARSE_STAGES, (1.0, 0.5), strict=True):
+        moved = []
+        for candidate in placed[: max(FINALISTS, round(keep * len(placed)))]:
+            better = refine(small, stain, candidate.alignment, (stage,), supersample=2)
+            if slide_cover(small, stain, better) >= MIN_COVER:
+                r2 = placement_r2(small, stain, better, features=coarse, fine=False)
+                moved.append(Candidate(better, candidate.flip, candidate.angle_deg, r2, r2))
+        placed = sorted(moved, key=lambda c: -c.r2)
         if progress:
-            progress(0.4 + 0.4 * (n + 1) / len(chosen))
+            progress(0.6 if keep == 1.0 else 0.7)
     finalists: list[Candidate] = []
-    for candidate in sorted(placed, key=lambda c: -c.r2):
+    for candidate in placed:
         if not any(_same_place(candidate.alignment, f.alignment, small.grid) for f in finalists):
             finalists.append(candidate)
     finalists = finalists[:FINALISTS]
     fine = stain.features(0.25 * float(np.mean(small.grid.pitch_um)))
     candidates = []
     for n, candidate in enumerate(finalists):
-        better = refine(small, stain, candidate.alignment, AFFINE_STAGES[1:], supersample=3)
+        better = refine(small, stain, candidate.alignment, FINAL_STAGES, supersample=3)
         r2 = placement_r2(small, stain, better, features=fine, fine=False)
         fine_r2 = placement_r2(small, stain, better, features=fine, fine=True)
         if slide_cover(small, stain, better) >= MIN_COVER:
             candidates.append(Candidate(better, candidate.flip, candidate.angle_deg, r2, fine_r2))
         if progress:
-            progress(0.8 + 0.2 * (n + 1) / len(finalists))
+            progress(0.7 + 0.3 * (n + 1) / len(finalists))
     candidates.sort(key=lambda c: -c.fine_r2)
     return _accept(small, stain, candidates, fine), candidates
 
 
-def _same_place(a: Alignment, b: Alignment, grid: SectionGrid) -> bool:
+def _same_place(a: Alignment, b: Alignment, grid: SectionGrid, pixels: float = 1.0) -> bool:
+    """Whether two placements agree to within some measured pixels (median over the section)."""
     points = SectionGrid((5, 5), (grid.extent_um[0] / 5, grid.extent_um[1] / 5)).centres_um()
     gap = np.linalg.norm(a.map(points) - b.map(points), axis=-1)
-    return float(np.median(gap)) < max(grid.pitch_um)
+    return float(np.median(gap)) < pixels * max(grid.pitch_um)
+
+
+def _same_basin(a: Alignment, b: Alignment, grid: SectionGrid) -> bool:
+    """Whether two refined placements are versions of one: near, with the same flip and nearly the same angle."""
+    (flip_a, angle_a, _), (flip_b, angle_b, _) = describe(a), describe(b)
+    turn = abs((angle_a - angle_b + 180.0) % 360.0 - 180.0)
+    return flip_a == flip_b and turn < 12.0 and _same_place(a, b, grid, 3.0)
 
 
 def null_placements(grid: SectionGrid, best: Alignment, count: int, seed: int = 0) -> list[Alignment]:
@@ -281,7 +294,7 @@ def _accept(
     if not candidates:
         raise InputError("no placement of the section on the slide covers 70 % of the measured pixels", remedy=remedy)
     best = candidates[0]
-    others = [c for c in candidates[1:] if not _same_place(c.alignment, best.alignment, measured.grid)]
+    others = [c for c in candidates[1:] if not _same_basin(c.alignment, best.alignment, measured.grid)]
     runner_up = max((c.fine_r2 for c in others), default=-1.0)
     nulls = np.array(
         [

@@ -97,7 +97,8 @@ class PatchReader:
 
         Returns:
             ``planes`` (h, w, 7) uint8 of the core, ``origin`` (2,), ``cell`` (2,), ``pooled`` (F, p, p) and
-            ``target`` (K, p, p) float32, ``weight`` (p, p) float32 (0 outside the grid, where not measured, and in held-out blocks).
+            ``target`` (K, p, p) float32, ``weight`` (p, p) float32 (0 outside the grid, where not measured,
+            and in held-out blocks).
         """
         i0, j0 = self.source.cells[patch]
         r0, r1, c0, c1 = self.window(patch)

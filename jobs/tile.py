@@ -1,0 +1,16 @@
+"""Ray job entry point: Decode the slides of a study into patch caches.
+
+Submit it with Ray's own client, from a checkout, to a cluster whose nodes share the study's storage:
+
+    ray job submit --working-dir . -- python jobs/tile.py study.yaml -o /shared/work
+"""
+
+from __future__ import annotations
+
+import sys
+
+from deepfere.cli import main
+
+if __name__ == "__main__":
+    # The stage finds the cluster through RAY_ADDRESS, which Ray sets for its jobs.
+    main(["tile", *sys.argv[1:]])
