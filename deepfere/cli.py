@@ -124,6 +124,9 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
 @click.option("-o", "--out", required=True, type=click.Path(), help="Result store to write (a folder, .zarr).")
 @click.option("--factor", type=int, help="High-resolution pixels per measured pixel and axis [default: by the data].")
 @click.option("--mz", callback=_numbers, help="Target m/z: a list 798.54,826.57 or a file with one a line.")
+@click.option("--tolerance-ppm", type=float, help="Half-width of an ion's m/z window [default: 5].")
+@click.option("--representation", type=click.Choice(["centroid", "profile"]), help="Where the file does not say.")
+@click.option("--duplicates", type=click.Choice(["error", "sum", "mean"]), help="Several spectra for one pixel.")
 @click.option("--pitch-um", help="Measured pixel size, micrometres: 50 or 50,40 (y,x).")
 @click.option("--slide-mpp-um", help="Slide pixel size, micrometres per pixel: 0.25 or 0.25,0.25 (y,x).")
 @click.option("--alignment", type=click.Path(), help="Alignment JSON to use as it is.")
@@ -145,10 +148,19 @@ def fuse(msi: str, slide: str | None, overrides: tuple[str, ...], out: str, no_g
 
     if slide is not None and "=" in slide and not Path(slide).exists():
         overrides, slide = (slide, *overrides), None
-    with progress_bar("fuse") as progress:
+    worked = False
+    with progress_bar("fuse") as bar:
+
+        def progress(stage: str, share: float) -> None:
+            nonlocal worked
+            worked = True
+            bar(stage, share)
+
         result = run(
             msi, slide, out, guide=False if no_guide else None, overrides=overrides, progress=progress, **given
         )
+    if not worked:
+        click.echo(f"{out} is finished already: nothing was done")
     from deepfere.evaluation.report import write_report
 
     report = Path(str(out).rstrip("/")).with_suffix(".html")
@@ -270,7 +282,6 @@ def _stage(name: str, text: str) -> None:
     @OVERWRITE
     @click.option("--factor", type=int, help="High-resolution pixels per measured pixel and axis.")
     @click.option("--no-guide", is_flag=True, help="Without the stain.")
-    @click.option("--model", help="Registered model instead of training: models:/NAME@ALIAS (reconstruct only).")
     def command(
         study: str,
         overrides: tuple[str, ...],
@@ -279,12 +290,10 @@ def _stage(name: str, text: str) -> None:
         overwrite: bool,
         factor: int | None,
         no_guide: bool,
-        model: str | None,
+        model: str | None = None,
     ) -> None:
         from deepfere.pipeline.study import run_stage
 
-        if model is not None and name != "reconstruct":
-            raise InputError("--model belongs to reconstruct", remedy="leave it out")
         with progress_bar(name) as progress:
             lines = run_stage(
                 name,
@@ -300,6 +309,9 @@ def _stage(name: str, text: str) -> None:
             )
         for line in lines:
             click.echo(line)
+
+    if name == "reconstruct":
+        click.option("--model", help="Registered model instead of training: models:/NAME@ALIAS.")(command)
 
 
 _stage("ingest", "Read every section's measurement into a cube (imzML to Zarr).")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,10 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DEDUP_LOGS": "1",
+    # Ray's C++ side writes to the user's terminal, actors that are told to restart always among it
+    # (ray-project/ray#53727). What fails reaches the user as an exception; RAY_BACKEND_LOG_LEVEL=info shows the rest.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -33,6 +40,7 @@ def connect(settings: RaySettings) -> None:
 
     Raises:
         InputError: There is no cluster at the address.
+        DeepfereError: A local session does not start.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -48,21 +56,47 @@ def connect(settings: RaySettings) -> None:
         "runtime_env": environment,
         "configure_logging": True,
     }
-    if address:
-        try:
-            ray.init(address=address, **options)
-        except ConnectionError as error:
-            raise InputError(
-                f"no Ray cluster answers ({error})", where=address, remedy="check ray.address, or leave it out"
-            ) from error
-    else:
-        ray.init(
-            num_cpus=settings.num_cpus,
-            object_store_memory=settings.object_store_memory_bytes,
-            include_dashboard=False,
-            **options,
-        )
+    with keep_signals():
+        if address:
+            try:
+                ray.init(address=address, **options)
+            except ConnectionError as error:
+                raise InputError(
+                    f"no Ray cluster answers ({error})", where=address, remedy="check ray.address, or leave it out"
+                ) from error
+        else:
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=settings.num_cpus,
+                    object_store_memory=settings.object_store_memory_bytes,
+                    include_dashboard=False,
+                    **options,
+                )
+            except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+                raise DeepfereError(f"Ray does not start: {last_line(error)}") from error
     _quiet_ray_data()
+
+
+@contextmanager
+def keep_signals() -> Iterator[None]:
+    """Keep this process's handlers of SIGINT and SIGTERM: Ray puts its own there and leaves them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            if handler is not None:
+                signal.signal(number, handler)
+
+
+def last_line(error: BaseException) -> str:
+    """What an error says in one line: of a traceback (as Ray's errors carry) only its end."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def _quiet_ray_data() -> None:
@@ -161,6 +195,7 @@ def run_rows(
     on_done: Callable[[dict[str, Any]], None] | None = None,
     num_cpus: float = 1.0,
     num_gpus: float = 0.0,
+    inline_up_to: int = 0,
 ) -> list[dict[str, Any]]:
     """Carry out rows on Ray Data actors; pixels stay in the actors, rows and records are small.
 
@@ -172,6 +207,7 @@ def run_rows(
         on_done: Called in the driver with each record as it arrives.
         num_cpus: CPUs per actor.
         num_gpus: GPUs per actor.
+        inline_up_to: So few rows are carried out right here: starting actors would cost more.
 
     Returns:
         The records, in no particular order.
@@ -179,11 +215,43 @@ def run_rows(
     Raises:
         DeepfereError: Some rows failed; the others are done.
     """
-    import ray
-
     items = [{"row": json.dumps(row)} for row in rows]
     if not items:
         return []
+    records: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+
+    def collect(found: Iterable[dict[str, Any]]) -> None:
+        for record in found:
+            (failed if record["error"] else records).append(record)
+            if on_done:
+                on_done(record)
+
+    if len(items) <= inline_up_to:
+        here = worker(*arguments)
+        collect(json.loads(str(text)) for item in items for text in here({"row": [item["row"]]})["record"])
+    else:
+        _on_actors(items, worker, arguments, collect, what, num_cpus, num_gpus)
+    if failed:
+        first = failed[0]
+        raise DeepfereError(
+            f"{what}: {len(failed)} of {len(items)} pieces failed; first {first['unit']}: {first['error']}"
+        )
+    return records
+
+
+def _on_actors(
+    items: list[dict[str, str]],
+    worker: type[RowWorker],
+    arguments: tuple[Any, ...],
+    collect: Callable[[Iterable[dict[str, Any]]], None],
+    what: str,
+    num_cpus: float,
+    num_gpus: float,
+) -> None:
+    import ray
+    from ray.exceptions import RayError
+
     available = ray.cluster_resources().get("CPU", 1.0)
     size = max(1, min(len(items), int(available / num_cpus)))
     dataset: Any = ray.data.from_items(items, override_num_blocks=min(len(items), 4 * size))
@@ -195,18 +263,10 @@ def run_rows(
         num_cpus=num_cpus,
         num_gpus=num_gpus or None,
     )
-    records: list[dict[str, Any]] = []
-    failed: list[dict[str, Any]] = []
-    for record in _records(dataset):
-        (failed if record["error"] else records).append(record)
-        if on_done:
-            on_done(record)
-    if failed:
-        first = failed[0]
-        raise DeepfereError(
-            f"{what}: {len(failed)} of {len(items)} pieces failed; first {first['unit']}: {first['error']}"
-        )
-    return records
+    try:
+        collect(_records(dataset))
+    except RayError as error:
+        raise DeepfereError(f"{what}: {last_line(error)}") from error
 
 
 def _records(dataset: Any) -> Iterator[dict[str, Any]]:

@@ -24,6 +24,8 @@ class IngestSettings(_Settings):
     tolerance_ppm: float = Field(5.0, gt=0, le=1000, description="half-width of an ion's m/z window")
     mz: list[float] | None = Field(None, description="target list; None = the file's axis, or automatic peaks")
     normalisation: Literal["none", "tic", "rms", "median"] = "none"
+    representation: Literal["centroid", "profile"] | None = Field(None, description="where the file does not say")
+    duplicates: Literal["error", "sum", "mean"] = Field("error", description="several spectra for one pixel")
     band_rows: int = Field(64, ge=1)
 
 

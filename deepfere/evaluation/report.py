@@ -93,11 +93,12 @@ def render_report(
         # Noisy pictures hardly compress: a smaller side keeps the file one that can be mailed.
         shape = figures.fit_shape(result.grid.extent_um, side)
         context |= {
-            "stain": pictures.data_uri(figures.photo_jpeg(figures.resample_photo(stain, shape)), "jpeg"),
+            "stain": stain is not None
+            and pictures.data_uri(figures.photo_jpeg(figures.resample_photo(stain, shape)), "jpeg"),
             "frame": pictures.frame_of(result.grid.extent_um, shape),
             "most": [pictures.ion_row(loaded[row], shape) for row in most],
             "least": [pictures.ion_row(loaded[row], shape) for row in least],
-            "alignment": alignment_section(result, stain, side),
+            "alignment": alignment_section(result, stain, side) if stain is not None else None,
         }
         page = template.render(context)
         if len(page.encode("utf-8")) <= MAX_BYTES:
@@ -105,11 +106,12 @@ def render_report(
     return page
 
 
-def _stain(result: Any) -> NDArray[np.uint8]:
-    """The stain on the section grid, (h, w, 3) uint8, at the page's level."""
+def _stain(result: Any) -> NDArray[np.uint8] | None:
+    """The stain on the section grid, (h, w, 3) uint8, at the page's level; None for a run without it."""
     ny, nx = result.grid.shape_px
     level = pictures.page_level((ny * result.factor, nx * result.factor), result.levels)
-    return np.moveaxis(np.asarray(pictures.thin(result.stain(level=level))), 0, -1)
+    stain = result.stain(level=level)
+    return None if stain is None else np.moveaxis(np.asarray(pictures.thin(stain)), 0, -1)
 
 
 def _context(result: Any, rows: list[dict[str, Any]], evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -125,7 +127,7 @@ def _context(result: Any, rows: list[dict[str, Any]], evaluation: Mapping[str, A
     exact, times = tables.exactness(ions), tables.timings(provenance)
     fine = grid.refine(result.factor)
     model = provenance.get("model") or {}
-    r2 = result.alignment.evidence.get("held_out_r2")
+    evidence = result.alignment.evidence if result.alignment is not None else {"source": "no stain"}
     histogram = {
         theme: pictures.data_uri(
             figures.figure_png(
@@ -145,7 +147,11 @@ def _context(result: Any, rows: list[dict[str, Any]], evaluation: Mapping[str, A
         ),
         ("section", " × ".join(f"{side / 1000:.2f}" for side in grid.extent_um) + " mm", "height × width"),
         ("largest disagreement", exact["value"], "of the maximum: " + ("exact" if exact["ok"] else "not exact")),
-        ("alignment, held-out R²", tables.number(r2), str(result.alignment.evidence.get("source") or "")),
+        (
+            "alignment, held-out R²",
+            tables.number(evidence.get("held_out_r2")),
+            str(evidence.get("source") or ""),
+        ),
         (
             "model",
             str(model.get("tier") or "–"),

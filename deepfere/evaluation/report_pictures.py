@@ -153,16 +153,18 @@ def zoom(result: Any, row: dict[str, Any]) -> dict[str, Any] | None:
     measured = np.asarray(result.measured(mz)[i : i + h, j : j + w], dtype=np.float64)
     sharp = np.asarray(result.ion(mz, level=0)[fine], dtype=np.float64)
     spread = np.asarray(result.uncertainty(mz)[fine], dtype=np.float64)
-    stain = np.moveaxis(np.asarray(result.stain(level=0)[(slice(None), *fine)]), 0, -1)
+    stain = result.stain(level=0)
     tops = figures.robust_top(measured, sharp), figures.robust_top(spread)
     images = [("measured", measured), ("reconstructed", sharp)]
     shown = IonImages(row, tops[0], images, spread, tops[1], "")
     ny, nx = result.grid.shape_px
     panel = ion_row(shown, shape)
-    photo = figures.photo_jpeg(figures.resample_photo(stain, shape))
-    panel["pictures"].insert(
-        0, {"src": data_uri(photo, "jpeg"), "alt": "the stain in the same window", "label": "stain"}
-    )
+    if stain is not None:
+        window_rgb = np.moveaxis(np.asarray(stain[(slice(None), *fine)]), 0, -1)
+        photo = figures.photo_jpeg(figures.resample_photo(window_rgb, shape))
+        panel["pictures"].insert(
+            0, {"src": data_uri(photo, "jpeg"), "alt": "the stain in the same window", "label": "stain"}
+        )
     panel["frame"] = frame_of(extent, shape)
     panel["box"] = {"top": 100 * i / ny, "left": 100 * j / nx, "height": 100 * h / ny, "width": 100 * w / nx}
     rows, columns = (f"{a * p:.0f}–{(a + n) * p:.0f}" for a, n, p in zip((i, j), (h, w), pitch, strict=True))

@@ -192,18 +192,21 @@ def opening(result: Any, best_mz: float) -> dict[str, str]:
     )
     python = f"import deepfere\n\nresult = deepfere.open({path!r})\n"
     python += "\n".join(f"{code:<36}# {comment}" for code, comment in lines)
+    stained = result.stain() is not None
     viewer = (
-        "import deepfere, napari, numpy as np\n\n"
+        f"import deepfere, napari{', numpy as np' if stained else ''}\n\n"
         f"result = deepfere.open({path!r})\n"
         f"pixel_um = {scale}\n"
         "viewer = napari.Viewer()\n"
-        "stain = np.moveaxis(result.stain(), 0, -1)\n"
-        "viewer.add_image(stain, rgb=True, scale=pixel_um)\n"
+    )
+    if stained:
+        viewer += "stain = np.moveaxis(result.stain(), 0, -1)\nviewer.add_image(stain, rgb=True, scale=pixel_um)\n"
+    viewer += (
         f"ion = result.ion({mz})\n"
         'viewer.add_image(ion, colormap="viridis", scale=pixel_um)\n'
         "napari.run()"
     )
-    stores = [f"{path.rstrip('/')}/stain"]
+    stores = [f"{path.rstrip('/')}/{'stain' if stained else 'detail'}"]
     written = Path(path) / "ions"
     if written.is_dir():
         stores += sorted(str(store) for store in written.iterdir() if store.is_dir())[:5]

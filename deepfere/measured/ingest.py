@@ -89,7 +89,7 @@ def ingest(
     if not (math.isfinite(tolerance_ppm) and 0 < tolerance_ppm < 1e5):
         raise InputError(f"a tolerance of {tolerance_ppm} ppm", where="--tolerance-ppm", remedy="give a positive one")
     if band_rows < 1:
-        raise InputError(f"bands of {band_rows} rows", where="--band-rows", remedy="give a positive number")
+        raise InputError(f"bands of {band_rows} rows", where="ingest.band_rows", remedy="give a positive number")
     if representation not in (None, "centroid", "profile"):
         raise InputError(f"unknown representation {representation!r}", remedy="give centroid or profile")
     kind = representation or index.representation

@@ -9,7 +9,7 @@ from typing import Any
 
 from deepfere.cluster import pin_threads
 from deepfere.config import Config, digest, load_config
-from deepfere.errors import InputError
+from deepfere.errors import DeepfereError, InputError
 from deepfere.pipeline.learn import learn_stage
 from deepfere.pipeline.prepare import align_stage, ingest_stage, is_ingested, prepared, tile_stage
 from deepfere.pipeline.workspace import Progress, Workspace
@@ -56,10 +56,10 @@ def check_output(path: Path) -> None:
     parent = path.parent
     while not parent.exists():
         parent = parent.parent
+    if path.is_file():
+        raise InputError("is a file", where=path, remedy="choose another output")
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError("cannot be written", where=path, remedy="choose an output in a folder that you may write to")
-    if path.suffix and path.is_file():
-        raise InputError("is a file", where=path, remedy="choose another output")
 
 
 def fuse(
@@ -69,6 +69,9 @@ def fuse(
     *,
     factor: int | None = None,
     mz: Iterable[float] | None = None,
+    tolerance_ppm: float | None = None,
+    representation: str | None = None,
+    duplicates: str | None = None,
     pitch_um: Any = None,
     slide_mpp_um: Any = None,
     alignment: str | Path | None = None,
@@ -89,6 +92,9 @@ def fuse(
         out: Where the result store goes; unfinished work lies in ``OUT.work/``.
         factor: High-resolution pixels per measured pixel and axis; None lets the data choose.
         mz: Target list; None takes the file's axis or automatic peaks.
+        tolerance_ppm: Half-width of an ion's m/z window.
+        representation: "centroid" or "profile", where the file does not say.
+        duplicates: Several spectra for one pixel: "error", "sum" or "mean".
         pitch_um: Measured pixel size, where the file does not state it.
         slide_mpp_um: Slide pixel size, where the file does not state it.
         alignment: Alignment JSON to use as it is.
@@ -110,7 +116,14 @@ def fuse(
         settings = config
     else:
         settings = load_config(
-            config, overrides, factor=factor, guide=guide, ingest__mz=None if mz is None else [float(v) for v in mz]
+            config,
+            overrides,
+            factor=factor,
+            guide=guide,
+            ingest__mz=None if mz is None else [float(v) for v in mz],
+            ingest__tolerance_ppm=tolerance_ppm,
+            ingest__representation=representation,
+            ingest__duplicates=duplicates,
         )
     if settings.guide and slide is None:
         raise InputError("no slide is given", remedy="give the slide, or --no-guide")
@@ -131,9 +144,15 @@ def fuse(
     if section.slide is not None:
         open_slide(section.slide, section.slide_mpp_um).close()
     identity = identity_of([section], [inputs], settings)
+    work, stood = Workspace(target.with_name(target.name + ".work")), target.exists()
     if claim_result(target, identity, overwrite):
+        if work.belongs_to(identity):
+            # Stopped between the result's last byte and the removal of its work.
+            work.remove()
         return open(target)
-    work = Workspace(target.with_name(target.name + ".work"))
+    if stood and not target.exists():
+        # This very result is to be made again, from the beginning.
+        work.remove()
     resumed = work.claim(identity, overwrite)
     try:
         result = _run(section, inputs, identity, target, work, settings, progress)
@@ -142,6 +161,8 @@ def fuse(
         if not resumed:
             work.remove()
         raise
+    except DeepfereError as error:
+        raise DeepfereError(f"{error} (details in {work.note_failure(error)})") from error
     work.remove()
     return result
 

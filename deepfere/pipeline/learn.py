@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,8 +79,8 @@ def held_out_blocks(problem: Problem, share: float, seed: int) -> NDArray[np.boo
     return np.isin(np.arange(names.max() + 1), rng.choice(names, count, replace=False))
 
 
-def _problem(prep: Prepared, cube: NDArray[np.float32], factors: Factors) -> Problem:
-    features, cover = read_pooled(prep.folder)
+def _problem(prep: Prepared, cube: NDArray[np.float32], factors: Factors, pooled: Path) -> Problem:
+    features, cover = read_pooled(pooled)
     covered = cover >= COVERED
     if not (covered & prep.measured.mask).any():
         raise InputError(
@@ -173,7 +174,7 @@ def learn_stage(
                 _save(work, prep, factor, without_guide(cube, prep.measured.mask, factor), None)
             facts["history"] = []
             return []
-        problems = [_problem(p, c, f) for p, c, f in zip(preps, cubes, factors, strict=True)]
+        problems = [_problem(p, c, f, p.folder.pooled) for p, c, f in zip(preps, cubes, factors, strict=True)]
         closed = [fit_t1(p, config.model.null_guides, config.seed) for p in problems]
         progress("learn", 0.1)
         trained, joint, held = None, None, [np.zeros(1, bool)] * len(preps)
@@ -333,8 +334,8 @@ def _choose(
         # The jointly refined registration stays only if the closed form, refitted with it, says so.
         trial = joint[1][number]
         spec = load_plan(prep.folder)
-        pool(prep, spec, trial, lambda *_: None)
-        other = _problem(prep, cube, factors)
+        pool(prep, spec, trial, lambda *_: None, prep.folder.pooled_joint)
+        other = _problem(prep, cube, factors, prep.folder.pooled_joint)
         refit = fit_t1(other, config.model.null_guides, config.seed)
         left = tier_error(other, weight, refit[0].predicted, np.ones(len(other.rows.block), bool))
         notes["t1_left_joint"] = left
@@ -343,8 +344,6 @@ def _choose(
         stages.append({"stage": "joint with the network", "r2": 1 - left, "kept": kept})
         if kept:
             alignment, problem, closed = trial, other, refit
-        else:
-            pool(prep, spec, alignment, lambda *_: None)
     alignment = alignment.with_evidence(stages=stages)
     progress("learn", 0.9)
     fit, nulls = closed

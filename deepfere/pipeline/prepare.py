@@ -79,6 +79,8 @@ def ingest_stage(section: Section, inputs: dict[str, str], work: Workspace, conf
                 pitch_um=section.pitch_um,
                 mz=config.ingest.mz,
                 tolerance_ppm=config.ingest.tolerance_ppm,
+                representation=config.ingest.representation,
+                duplicates=config.ingest.duplicates,
                 band_rows=config.ingest.band_rows,
                 progress=lambda done, total: progress("ingest", done / max(total, 1)),
             )
@@ -104,7 +106,11 @@ def prepared(section: Section, work: Workspace, config: Config) -> Prepared:
     """An ingested section with its factor decided."""
     folder = work.section(section.name)
     measured = open_measured(folder.measured)
-    mpp = open_slide(section.slide, section.slide_mpp_um).mpp_um if section.slide and config.guide else None
+    mpp = None
+    if section.slide and config.guide:
+        slide = open_slide(section.slide, section.slide_mpp_um)
+        mpp = slide.mpp_um
+        slide.close()
     return Prepared(section, folder, measured, check_factor(config.factor, measured.grid, mpp))
 
 
@@ -237,7 +243,7 @@ def tile_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config: 
         run_rows(
             todo, CacheWorker, (cache, str(journal.folder), fingerprint), what=f"tiling {name}", on_done=counter.step
         )
-        pool(prep, spec, alignment, progress)
+        pool(prep, spec, alignment, progress, folder.pooled)
         facts["shards"] = len(rows)
 
 
@@ -252,11 +258,11 @@ def reach_um(spec: GuideSpec, alignment: Alignment, network_px: int) -> float:
     return context * pitch * alignment.max_stretch(spec.grid.extent_um) + 3 * max(spec.spacing_um)
 
 
-def pool(prep: Prepared, spec: GuideSpec, alignment: Alignment, progress: Progress) -> None:
-    """Footprint averages of the stain features under an alignment -> ``pooled.zarr`` (F + 1, ny, nx)."""
+def pool(prep: Prepared, spec: GuideSpec, alignment: Alignment, progress: Progress, out: Path) -> None:
+    """Footprint averages of the stain features under an alignment -> ``out`` (F + 1, ny, nx)."""
     folder, grid = prep.folder, prep.measured.grid
     side = max(1, POOL_PX // spec.factor)
-    group = open_group(folder.pooled, "w")
+    group = open_group(out, "w")
     create_array(
         group,
         "pooled",
@@ -268,14 +274,15 @@ def pool(prep: Prepared, spec: GuideSpec, alignment: Alignment, progress: Progre
     )
     windows = plan_windows(grid, prep.measured.mask, side)
     rows = [{"unit": f"{c.i0}/{c.j0}", "cells": [c.i0, c.i1, c.j0, c.j1]} for c in windows]
-    arguments = (spec.to_dict(), alignment.to_dict(), str(folder.planes), str(folder.pooled))
+    arguments = (spec.to_dict(), alignment.to_dict(), str(folder.planes), str(out))
     counter = _Counter(progress, "tile", len(rows), 0, 0.7, 1.0)
-    run_rows(rows, PoolWorker, arguments, what=f"averaging {prep.section.name}", on_done=counter.step)
+    what = f"averaging {prep.section.name}"
+    run_rows(rows, PoolWorker, arguments, what=what, on_done=counter.step, inline_up_to=2)
 
 
-def read_pooled(folder: SectionFolder) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def read_pooled(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Pooled features (F, ny, nx) and cover (ny, nx)."""
-    array: Any = open_group(folder.pooled, "r")["pooled"]
+    array: Any = open_group(path, "r")["pooled"]
     values = np.asarray(array[:])
     return values[:-1], values[-1]
 

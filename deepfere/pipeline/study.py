@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from deepfere.cluster import pin_threads
-from deepfere.config import Config, load_config
+from deepfere.config import Config, digest, load_config
 from deepfere.errors import DeepfereError, InputError
 from deepfere.frame import Alignment
 from deepfere.model.network import network_from_config
@@ -102,7 +102,8 @@ def run_stage(
     check_output(target)
     inputs = [input_digests(s, settings) for s in sections]
     work = Workspace(target)
-    work.claim("study", overwrite=False)
+    # The folder belongs to these inputs; settings may change from stage to stage (each stage knows its own).
+    work.claim(digest([[s.model_dump(mode="json") for s in sections], inputs]), overwrite)
     pin_threads()
     if stage in ("align", "tile") and not settings.guide:
         raise InputError(f"{stage} needs the stain", where="--no-guide", remedy="leave it out")
@@ -171,7 +172,7 @@ def _learn_and_write(
                     continue
             lines.append(f"{prep.section.name}: {open(out)!r}")
     if failed:
-        raise DeepfereError("; ".join(failed))
+        raise DeepfereError(f"{len(failed)} of {len(preps)} sections failed: " + "; ".join(failed))
     return lines
 
 

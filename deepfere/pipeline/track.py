@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from deepfere import __version__
-from deepfere.config import Config
+from deepfere.config import Config, digest
 from deepfere.model.fit import SectionFit
 from deepfere.pipeline.prepare import Prepared
 from deepfere.pipeline.workspace import Workspace, write_json
@@ -101,18 +101,24 @@ def tracked(
     work: Workspace, sections: list[Section], inputs: list[dict[str, str]], config: Config, name: str
 ) -> Iterator[Run]:
     """Open the job's run, or go on with it after a restart; close it with how the job ended."""
+    # A run goes on only for the same inputs and settings, in the same store: MLflow's parameters are for ever.
+    belongs = digest([inputs, config.digest(), config.tracking.model_dump(mode="json")])
     known = work.facts("track")
-    uri = config.tracking.uri
+    if known.get("belongs") != belongs:
+        known = {}
+    params = {key: value for key, value in config.resolved().items() if key not in ("ray", "tracking")}
+    params["train"].pop("use_gpu")
     tracker = Tracker.start(
-        uri,
+        config.tracking.uri,
         config.tracking.experiment,
         name,
-        config.resolved(),
+        params,
         {"deepfere.config": config.digest()},
-        run_id=known.get("run_id") if known.get("run_id") else None,
+        run_id=known.get("run_id"),
     )
     if tracker.run_id and not known:
-        write_json(work.root / "done" / "track.json", {"run_id": tracker.run_id, "seconds": 0})
+        write_json(work.root / "done" / "track.json", {"run_id": tracker.run_id, "belongs": belongs, "seconds": 0})
+        tracker.log_dict(config.resolved(), "config.json")
         for section, digests in zip(sections, inputs, strict=True):
             rows = [{"file": kind, "sha256": value} for kind, value in digests.items()]
             tracker.log_dataset(section.name, digests["msi"], section.msi, rows)

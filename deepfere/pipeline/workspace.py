@@ -41,6 +41,7 @@ class SectionFolder:
         self.plan = root / "plan.json"
         self.planes = root / "planes.zarr"
         self.pooled = root / "pooled.zarr"
+        self.pooled_joint = root / "pooled-joint.zarr"
         self.arrays = root / "arrays.npz"
         self.fit = root / "fit.npz"
         self.model = root / "model.json"
@@ -62,6 +63,14 @@ class Workspace:
         """One section's folder."""
         return SectionFolder(self.root / "sections" / name)
 
+    def _identity(self) -> str | None:
+        marker = self.root / "identity.json"
+        return json.loads(marker.read_text()).get("identity") if marker.exists() else None
+
+    def belongs_to(self, identity: str) -> bool:
+        """Whether work of these inputs and settings lies here."""
+        return self._identity() == identity
+
     def claim(self, identity: str, overwrite: bool) -> bool:
         """Make sure that what lies here belongs to the same inputs and settings.
 
@@ -77,10 +86,8 @@ class Workspace:
             InputError: The folder cannot be written.
         """
         marker = self.root / "identity.json"
-        found = None
-        if marker.exists():
-            found = json.loads(marker.read_text()).get("identity")
-        elif self.root.exists() and any(self.root.iterdir()):
+        found = self._identity()
+        if not marker.exists() and self.root.exists() and any(self.root.iterdir()):
             raise IdentityError(
                 "holds something that deepfere did not write", where=self.root, remedy="choose another output"
             )
@@ -103,6 +110,14 @@ class Workspace:
                 ) from error
         return found is not None
 
+    def note_failure(self, error: BaseException) -> Path:
+        """Write everything that is known about a failure to a file in here, for whoever looks into it."""
+        import traceback
+
+        file = self.root / "failure.log"
+        file.write_text("".join(traceback.format_exception(error)))
+        return file
+
     def remove(self) -> None:
         """Delete everything."""
         import shutil
@@ -120,6 +135,10 @@ class Workspace:
         values = json.loads(path.read_text())
         return values if values.get("fingerprint") == fingerprint else None
 
+    def forget(self, stage: str, section: str | None = None) -> None:
+        """Have a stage done again: what it made is gone."""
+        self._marker(stage, section).unlink(missing_ok=True)
+
     @contextmanager
     def stage(self, stage: str, depends: Any, section: str | None = None) -> Iterator[dict[str, Any] | None]:
         """Run a stage once.
@@ -130,7 +149,7 @@ class Workspace:
         if self.done(stage, fingerprint, section) is not None:
             yield None
             return
-        self._marker(stage, section).unlink(missing_ok=True)
+        self.forget(stage, section)
         facts: dict[str, Any] = {}
         started = time.perf_counter()
         yield facts
@@ -143,7 +162,9 @@ class Workspace:
         return json.loads(path.read_text()) if path.exists() else {}
 
     def timings_s(self) -> dict[str, float]:
-        """Seconds per finished stage."""
+        """Seconds per finished stage, in the order in which they finished."""
         folder = self.root / "done"
         files = sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime) if folder.exists() else []
-        return {path.stem: json.loads(path.read_text())["seconds"] for path in files}
+        facts = {path.stem: json.loads(path.read_text()) for path in files}
+        # Markers without a fingerprint are notes (the MLflow run), not stages.
+        return {name.removesuffix("-section"): f["seconds"] for name, f in facts.items() if "fingerprint" in f}

@@ -22,7 +22,7 @@ from deepfere.pipeline.prepare import Prepared, load_plan
 from deepfere.pipeline.workspace import Progress, Workspace, write_json
 from deepfere.reconstruction.ome import AXIS_NAMES, level_shapes, multiscale
 from deepfere.reconstruction.pyramid import build_pyramid
-from deepfere.reconstruction.result import FORMAT, FORMAT_VERSION, Result
+from deepfere.reconstruction.result import FORMAT, FORMAT_VERSION, Result, sealing
 from deepfere.reconstruction.shards import DetailWorker, SectionModel
 from deepfere.store import create_array, open_group
 from deepfere.tiling.plan import ShardGrid
@@ -51,27 +51,38 @@ class Outcome:
 
 
 def claim_result(path: Path, identity: str, overwrite: bool) -> bool:
-    """Whether a finished result of this identity stands at ``path``; makes way for a new one otherwise.
+    """Whether a finished result of this identity stands at ``path`` and is to stay.
+
+    With ``overwrite`` a finished result of this identity is removed; one of another identity stays until the
+    new one is written, so that a run that is refused costs nothing.
 
     Raises:
         IdentityError: Something else stands there.
     """
     if not path.exists():
         return False
-    try:
-        attrs: dict[str, Any] = dict(open_group(path, "r").attrs)
-    except InputError:
-        attrs = {}
+    attrs = _attributes(path)
     if attrs.get("format") != FORMAT:
         raise IdentityError("is not a deepfere result", where=path, remedy="choose another output")
-    if attrs.get("identity") == identity and not overwrite:
-        return attrs.get("complete") is True
+    complete = attrs.get("complete") is True
+    if attrs.get("identity") == identity:
+        if complete and overwrite:
+            shutil.rmtree(path)
+            return False
+        return complete
     if not overwrite:
         raise IdentityError(
             "holds a result of other inputs or settings", where=path, remedy="choose another output or give --overwrite"
         )
-    shutil.rmtree(path)
     return False
+
+
+def _attributes(path: Path) -> dict[str, Any]:
+    """Root attributes of what stands at a path; empty if that is no store."""
+    try:
+        return dict(open_group(path, "r").attrs)
+    except (InputError, OSError, ValueError):
+        return {}
 
 
 def section_model(prep: Prepared, model: dict[str, Any]) -> SectionModel:
@@ -111,10 +122,13 @@ def reconstruct_stage(
     guided = config.guide and model["tier"] != "T0" and bool(fit.factor_gate.any())
     fingerprint = digest([depends, model["alignment"], fit.weights.tolist(), fit.factor_gate.tolist(), shards.shard_px])
     journal = Journal(prep.folder.journal / "reconstruct", fingerprint)
+    begun = _attributes(out).get("identity") == outcome.identity
+    if not begun:
+        work.forget("reconstruct", prep.section.name)
     with work.stage("reconstruct", [fingerprint, str(out)], prep.section.name) as facts:
         if facts is not None:
             finished = journal.done()
-            if not finished or not (out / "zarr.json").exists():
+            if not finished or not begun:
                 _create(out, shards, shapes, len(fit.factor_gate), config, outcome.identity)
                 finished = {}
             if config.guide:
@@ -122,7 +136,7 @@ def reconstruct_stage(
             else:
                 progress("reconstruct", 0.7)
             images = ["detail", "stain"] if config.guide else ["detail"]
-            if guided or config.guide:
+            if config.guide:
                 pyramid = Journal(prep.folder.journal / "pyramid", fingerprint)
                 tell = lambda done, total: progress("reconstruct", 0.7 + 0.15 * done / max(total, 1))  # noqa: E731
                 build_pyramid(str(out), images, len(shapes), pyramid, tell)
@@ -224,6 +238,8 @@ def _seal(
         group["stain"].attrs["ome"] = multiscale("stain", hr, len(shapes), ["red", "green", "blue"], text)
         with np.load(prep.folder.overview) as data:
             rgb, spacing = data["rgb"], data["spacing_um"]
+        if "overview" in group:
+            del group["overview"]
         stored = create_array(group, "overview", rgb.shape, "uint8", (512, 512, 3), dimension_names=("y", "x", "c"))
         stored[:] = rgb
         stored.attrs["spacing_um"] = spacing.tolist()
@@ -261,13 +277,11 @@ def _seal(
     }
     group.attrs.update(attrs)
     _provenance(prep, out, model, fit, outcome, work, config)
-    # Checked through the public reader, which refuses unfinished results: a private door for the seal.
+    # Checked through the public reader, which otherwise refuses unfinished results.
+    with sealing(out):
+        worst = _check(Result(out), prep, config, progress)
+    _small(basis, "consistency", worst)
     group.attrs["complete"] = True
-    try:
-        _small(basis, "consistency", _check(Result(out), prep, config, progress))
-    except BaseException:
-        group.attrs["complete"] = False
-        raise
     progress("reconstruct", 1.0)
     return Result(out)
 
@@ -337,6 +351,7 @@ def _provenance(
             | {name: version(name) for name in packages},
             "model": {"tier": model["tier"], **outcome.model, "notes": model["notes"]},
             "run": outcome.run,
+            "threads_per_worker": 1,
             "timings_s": work.timings_s(),
             "warnings": notes,
         },

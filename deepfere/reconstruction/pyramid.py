@@ -74,13 +74,8 @@ def build_pyramid(
     finished = journal.done()
     for level_rows in rows:
         todo = [row for row in level_rows if row["unit"] not in finished]
-        if len(todo) <= 8:
-            # Starting actors costs more than a handful of small shards.
-            worker = PyramidWorker(out, str(journal.folder), journal.fingerprint)
-            for row in todo:
-                worker.work(row)
-        else:
-            run_rows(todo, PyramidWorker, (out, str(journal.folder), journal.fingerprint), what="pyramid")
+        arguments = (out, str(journal.folder), journal.fingerprint)
+        run_rows(todo, PyramidWorker, arguments, what="pyramid", inline_up_to=8)
         done += len(level_rows)
         if on_done:
             on_done(done, total)

@@ -14,6 +14,8 @@ Layout of the store (Zarr v3; root attributes hold ``format_version``; without `
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +38,20 @@ if TYPE_CHECKING:
 
 FORMAT, FORMAT_VERSION = "deepfere-result", 1
 
+_SEALING: set[str] = set()
+
+
+@contextmanager
+def sealing(path: str | Path) -> Iterator[None]:
+    """Let this process, and nobody else, open an unfinished result: to check it before it is called complete."""
+    _SEALING.add(str(path))
+    try:
+        yield
+    finally:
+        _SEALING.discard(str(path))
+        _opened.cache_clear()
+        _decoder.cache_clear()
+
 
 class Result:
     """A finished reconstruction.
@@ -53,7 +69,7 @@ class Result:
         attrs: dict[str, Any] = dict(group.attrs)
         if attrs.get("format") != FORMAT:
             raise InputError("is not a result", where=path, remedy="give a store that `deepfere fuse` wrote")
-        if attrs.get("complete") is not True:
+        if attrs.get("complete") is not True and self.path not in _SEALING:
             raise InputError("is unfinished", where=path, remedy="run the same command again: it resumes")
         if attrs.get("format_version") != FORMAT_VERSION:
             raise InputError(
@@ -207,7 +223,7 @@ class Result:
         return np.asarray(array[:]), (spacing[0], spacing[1])
 
 
-def _nanmean(block: NDArray[Any], axis: Any) -> NDArray[Any]:
+def _nanmean(block: NDArray[Any], axis: Any | None = None) -> NDArray[Any]:
     count = np.isfinite(block).sum(axis=axis)
     total = np.nansum(block, axis=axis, dtype=np.float64)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)

@@ -43,7 +43,7 @@ def default_uri() -> str:
     return f"sqlite:///{root / 'deepfere' / 'mlflow.db'}"
 
 
-def resolve_uri(uri: str | None = None, *, where: str = "--tracking-uri") -> str:
+def resolve_uri(uri: str | None = None, *, where: str = "tracking.uri") -> str:
     """An absolute tracking URI: a Ray worker has another working directory than the driver.
 
     Args:
@@ -86,12 +86,12 @@ def connect(uri: str | None = None, *, create: bool = True) -> MlflowClient:
     """
     uri = resolve_uri(uri)
     if uri == OFF:
-        raise InputError("tracking is off", where="--tracking-uri", remedy="give a tracking store")
+        raise InputError("tracking is off", where="tracking.uri", remedy="give a tracking store")
     path = sqlite_path(uri)
     if path is not None and not create and not path.is_file():
-        raise InputError("there is no tracking store", where=path, remedy="give --tracking-uri")
+        raise InputError("there is no tracking store", where=path, remedy="give tracking.uri")
     mlflow = import_mlflow()
-    with mlflow_errors(uri, InputError, remedy="check the store, or give another --tracking-uri"):
+    with mlflow_errors(uri, InputError, remedy="check the store, or give another tracking.uri"):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
         elif uri.startswith("http"):

@@ -108,7 +108,7 @@ def register_model(
     if alias is not None:
         _check_alias(alias)
     if tracker.uri == OFF:
-        raise InputError("tracking is off: no model can be registered", remedy="give --tracking-uri")
+        raise InputError("tracking is off: no model can be registered", remedy="give tracking.uri")
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
 

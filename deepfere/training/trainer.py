@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from deepfere.cluster import keep_signals, last_line
 from deepfere.config import TrainSettings
 from deepfere.errors import DeepfereError, InputError
 from deepfere.tiling.dataset import patch_dataset
@@ -144,6 +145,7 @@ def train_joint(
     Raises:
         InputError: Impossible resources.
         DeepfereError: Training failed.
+        KeyboardInterrupt: It was interrupted; the same call goes on from the last checkpoint.
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -183,17 +185,22 @@ def train_joint(
         datasets={"train": patch_dataset(rows, sources, settings.patch_px, shape, batch // train.workers)},
     )
     try:
-        with _watch(progress, on_step):
+        with _watch(progress, on_step), keep_signals():
             result = trainer.fit()
+    except SystemExit as stop:
+        # Ray's own handler of Ctrl-C ends the process with success when the controller is gone already.
+        raise KeyboardInterrupt from stop
     except Exception as error:
-        raise DeepfereError(f"training failed: {error}") from error
+        raise DeepfereError(f"training failed: {last_line(error)}") from error
     if result.error is not None:
-        raise DeepfereError(f"training failed: {result.error}") from result.error
-    if result.checkpoint is None:
-        raise DeepfereError("training ended without a checkpoint")
-    kept = folder / name / "final"
-    result.checkpoint.to_directory(str(kept))
-    history = json.loads((kept / HISTORY).read_text())
+        raise DeepfereError(f"training failed: {last_line(result.error)}") from result.error
+    kept = folder / f"{name}.final"
+    if result.checkpoint is not None:
+        result.checkpoint.to_directory(str(kept))
+    history = json.loads((kept / HISTORY).read_text()) if result.checkpoint is not None else []
+    if not history or history[-1]["step"] != settings.steps:
+        # Ray Train turns Ctrl-C into an aborted run that looks like a finished one.
+        raise KeyboardInterrupt
     return Trained(kept / CHECKPOINT, history)
 
 

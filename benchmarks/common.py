@@ -1,0 +1,183 @@
+"""What the benchmarks share: result rows with their musts, tables, the machine, JSON and the exit code.
+
+A benchmark prints tables for people and rows for programs:
+``{"machine": {...}, "rows": [{"what", "value", "against", "baseline", "ratio", "must", "ok"}]}``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_MUST = re.compile(
+    r"^(?P<op><=|>=|<|>|within)\s+(?P<number>[0-9.eE+-]+)?\s*(?P<base>(of )?baseline)?\s*(?P<off>[+-]\s*[0-9.eE-]+)?$"
+)
+PACKAGES = ("deepfere", "numpy", "scipy", "torch", "ray", "zarr", "opencv-python-headless")
+
+
+def met(value: float, baseline: float | None, must: str) -> bool:
+    """Whether a row meets its must.
+
+    Args:
+        value: What was measured; NaN meets nothing.
+        baseline: What it is set against, or None.
+        must: Empty (always met), ``OP NUMBER``, ``OP baseline``, ``OP baseline + NUMBER`` with OP one of
+            ``<= >= < >``, or ``within NUMBER of baseline`` (both sides).
+
+    Raises:
+        ValueError: The must cannot be read, or needs a baseline that is not there.
+    """
+    if not must:
+        return True
+    found = _MUST.match(must.strip())
+    if found is None or (found["op"] == "within") != bool(found["base"] and found["number"]):
+        raise ValueError(f"cannot read the must {must!r}")
+    if bool(found["number"]) == bool(found["base"]) and found["op"] != "within":
+        raise ValueError(f"the must {must!r} needs one number or the baseline")
+    if found["base"] and baseline is None:
+        raise ValueError(f"the must {must!r} needs a baseline")
+    if found["op"] == "within":
+        return abs(value - float(baseline or 0.0)) <= float(found["number"])
+    bar = float(found["number"]) if found["number"] else float(baseline or 0.0)
+    if found["off"]:
+        bar += float(found["off"].replace(" ", ""))
+    compared = {"<=": value <= bar, ">=": value >= bar, "<": value < bar, ">": value > bar}
+    return compared[found["op"]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of a benchmark.
+
+    Attributes:
+        what: What was measured, unit included.
+        value: The figure; NaN where there is none.
+        against: What the baseline is.
+        baseline: The figure that it is set against, or None.
+        ratio: value / baseline, or None.
+        must: What it must meet (see `met`); empty for information.
+        ok: Whether it does.
+    """
+
+    what: str
+    value: float
+    against: str
+    baseline: float | None
+    ratio: float | None
+    must: str
+    ok: bool
+
+    @classmethod
+    def of(cls, what: str, value: float, against: str = "", baseline: float | None = None, must: str = "") -> Row:
+        """A row with its ratio and verdict filled in."""
+        value = float(value)
+        base = None if baseline is None else float(baseline)
+        ratio = None if base is None or base == 0 else value / base
+        return cls(what, value, against, base, ratio, must, met(value, base, must))
+
+
+def table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A plain text table: the first column to the left, the others to the right.
+
+    Args:
+        title: Printed above.
+        header: Column names.
+        rows: Cells; floats should come formatted, None is left blank.
+    """
+    cells = [list(header), *[["" if cell is None else str(cell) for cell in row] for row in rows]]
+    widths = [max(len(row[n]) for row in cells) for n in range(len(header))]
+    lines = [title]
+    for number, row in enumerate(cells):
+        lines.append(
+            "  ".join(c.ljust(w) if n == 0 else c.rjust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True)))
+        )
+        if number == 0:
+            lines.append("  ".join("-" * w for w in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    import psutil
+
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "absent"
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return {
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": int(psutil.virtual_memory().total),
+        "load_1min": os.getloadavg()[0],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _plain(values: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(values, dict):
+        return {key: _plain(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_plain(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def write_json(path: str | Path, about: dict[str, Any], rows: Iterable[Row]) -> None:
+    """Write the machine and the rows.
+
+    Args:
+        path: Where to; its folder must exist.
+        about: From `machine`.
+        rows: Figures; those that are not finite become null.
+    """
+    values = {"machine": about, "rows": [asdict(row) for row in rows]}
+    Path(path).write_text(json.dumps(_plain(values), indent=1, allow_nan=False) + "\n")
+
+
+def parser(description: str, cases: Sequence[str]) -> argparse.ArgumentParser:
+    """The command line that all benchmarks share: ``[CASE ...] [--quick] [--json FILE]``."""
+    out = argparse.ArgumentParser(description=description)
+    # No `choices`: argparse refuses an empty list of them.
+    out.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(cases)}; all by default")
+    out.add_argument("--quick", action="store_true", help="within a minute on 2 cores; longer rows are left out")
+    out.add_argument("--json", metavar="FILE", help="write machine and rows")
+    return out
+
+
+def finish(rows: Sequence[Row], json_path: str | None = None) -> int:
+    """Print the musts, write the JSON and give the exit code: 1 if a must is missed, else 0."""
+    judged = [row for row in rows if row.must]
+    if judged:
+        cells = [
+            [
+                row.what,
+                f"{row.value:.4g}",
+                "" if row.baseline is None else f"{row.against} {row.baseline:.4g}",
+                row.must,
+                "ok" if row.ok else "MISSED",
+            ]
+            for row in judged
+        ]
+        print("\n" + table("musts", ["what", "value", "against", "must", ""], cells))
+    if json_path:
+        write_json(json_path, machine(), rows)
+    missed = [row.what for row in rows if not row.ok]
+    if missed:
+        print(f"{len(missed)} of {len(judged)} musts missed", file=sys.stderr)
+    return 1 if missed else 0

@@ -1,0 +1,100 @@
+"""The oracle: the closed form's own stain features, regressed on the truth.
+
+It says how much of what the measurement lost these features could give back if their weights were known: a
+ceiling for a closed form at this alignment (in-sample, so slightly too high), not for every method.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from cases import Case, repeat
+from numpy.typing import NDArray
+
+from deepfere.frame import Alignment
+from deepfere.measured.operator import cell_means, expand, fill_missing, null_space, pad_edge, spline_coefficients
+from deepfere.model.decode import IonDecoder
+from deepfere.model.detail import COVERED
+from deepfere.model.guide import Cells, GuideSpec, features_of
+from deepfere.pipeline.prepare import reach_um, stain_overview
+from deepfere.readers.slide import open_slide
+from deepfere.reconstruction.result import Result
+from deepfere.tiling.cache import CacheSpec, compute_shard
+from deepfere.tiling.plan import needed_shards, plan_planes
+
+PENALTY = 1e-6
+"""Ridge penalty as a share of the rows, on features of unit variance: only against exact collinearity."""
+
+
+def stain_features(case: Case, result: Result, alignment: Alignment) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Features (F, H, W) and cover (H, W) of a section at an alignment, straight from the slide."""
+    slide = open_slide(str(case.slide), None if case.slide_mpp_um is None else (case.slide_mpp_um,) * 2)
+    grid, f = result.grid, result.factor
+    overview, _ = stain_overview(slide, float(np.mean(grid.pitch_um)))
+    planes = plan_planes(slide.shape_px, slide.mpp_um, grid.refine(f).pitch_um)
+    smoothing = float(result.provenance["config"]["model"]["smoothing_pitch"])
+    spec = GuideSpec(grid, f, planes.spacing_um, planes.shape_px, overview.reference.white, smoothing)
+    cache = CacheSpec("", str(case.slide), slide.mpp_um, planes, overview.reference)
+    whole = np.zeros((7, *planes.shape_px), np.uint8)
+    for row, col in needed_shards(planes, alignment, grid, result.mask, reach_um(spec, alignment, 0)):
+        r0, r1, c0, c1 = planes.shard_window(int(row), int(col))
+        whole[:, r0:r1, c0:c1] = compute_shard(cache, int(row), int(col))
+
+    def planes_at(r0: int, r1: int, c0: int, c1: int) -> NDArray[Any]:
+        return whole[:, r0:r1, c0:c1]
+
+    with torch.inference_mode():
+        features, cover = features_of(spec, planes_at, alignment, Cells(0, grid.shape_px[0], 0, grid.shape_px[1]))
+    return features.double().numpy(), cover.double().numpy()
+
+
+def oracle_images(case: Case, plain: Result, guided: Result, alignment: Alignment) -> NDArray[np.float64]:
+    """What the features could give, (M, H, W), for the images of a case that the results hold.
+
+    Per ion: ridge of ``(I - P A) truth`` on ``(I - P A) features`` over covered measured pixels, then the
+    decoding of every result, with the positivity steps that the guided run selected: it differs from that
+    run by its weights (and by a network's freedom) alone.
+
+    Args:
+        case: Truth.
+        plain: The run without the stain: the measurement.
+        guided: A run with it: the settings of its features, its positivity steps.
+        alignment: Where the stain is taken from.
+    """
+    f = plain.factor
+    features, cover = stain_features(case, guided, alignment)
+    covered = repeat((cell_means(cover, f) >= COVERED) & plain.mask, f)
+    x = null_space(features, f)
+    rows = x[:, covered].T
+    scale = np.sqrt((rows**2).mean(0))
+    rows = rows / np.where(scale > 1e-9, scale, np.inf)
+    gram = rows.T @ rows + PENALTY * len(rows) * np.eye(rows.shape[1])
+    chosen = guided.ions["nonneg_steps"].to_numpy()
+    out = np.full(case.truth.shape, np.nan)
+    for m, truth in enumerate(case.truth):
+        near = nearest(plain, case.mz[m])
+        if near is None:
+            continue
+        target = truth - expand(pad_edge(spline_coefficients(cell_means(truth, f))), f)
+        weights = np.linalg.solve(gram, rows.T @ target[covered]) / np.where(scale > 1e-9, scale, np.inf)
+        detail = np.tensordot(weights, x, axes=1) * covered
+        cells = fill_missing(np.asarray(plain.measured(near), np.float64), plain.mask)
+        steps = int(chosen[guided.index(near)])
+        decoder = IonDecoder.build(cells, np.ones(1), f, steps)
+        # The window is the whole grid: the planes are asked for as they are.
+        out[m] = decoder.window(Cells(0, cells.shape[0], 0, cells.shape[1]), partial(_as_planes, detail))
+    return out
+
+
+def _as_planes(detail: NDArray[np.float64], cells: Cells) -> NDArray[np.float64]:
+    return detail[None]
+
+
+def nearest(result: Result, mz: float, ppm: float = 10.0) -> float | None:
+    """The result's ion at an m/z of the truth; None where peak picking did not find it."""
+    axis = result.ions["mz"].to_numpy()
+    found = float(axis[int(np.abs(axis - mz).argmin())])
+    return found if abs(found - mz) / mz * 1e6 <= ppm else None

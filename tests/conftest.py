@@ -1,0 +1,120 @@
+"""One phantom, one Ray session and one full run, shared by every test of the pipeline."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deepfere.config import RaySettings, load_config
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.pop("RAY_ADDRESS", None)
+
+FACTOR = 4
+SETTINGS = (
+    "train.steps=4",
+    "train.batch=2",
+    "train.patch_px=20",
+    "train.report_every=2",
+    "model.depth=2",
+    "model.null_guides=8",
+    "align.angle_step_deg=30",
+    "align.candidates=6",
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the shared run is, and how it was made."""
+
+    result: Path
+    tracking: str
+
+    @property
+    def overrides(self) -> list[str]:
+        return [*SETTINGS, f"tracking.uri={self.tracking}"]
+
+    def config(self, *more: str, **given):
+        return load_config(None, [*self.overrides, *more], factor=FACTOR, **given)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        """Lines on standard error besides the names of the stages."""
+        return [line for line in self.err.splitlines() if not line.startswith(("fuse: ", "reconstruct: ", "train: "))]
+
+
+@pytest.fixture
+def cli(capfd):
+    """Run a command in this process; standard streams are those of the file descriptors, Ray's noise included."""
+    from deepfere.cli import main
+
+    def run(*arguments: object) -> Outcome:
+        capfd.readouterr()
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as stop:
+                main([str(a) for a in arguments])
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        captured = capfd.readouterr()
+        return Outcome(int(stop.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    from deepfere.cluster import connect, shutdown
+
+    connect(RaySettings(num_cpus=2, object_store_memory_bytes=100 * 2**20))
+    yield
+    shutdown()
+
+
+@pytest.fixture(scope="session")
+def phantom(tmp_path_factory):
+    from deepfere.phantom import PhantomSpec, write_phantom
+
+    spec = PhantomSpec(shape_px=(24, 21), slide_mpp_um=2.0, factor=FACTOR, seed=3)
+    return write_phantom(tmp_path_factory.mktemp("phantom"), spec)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Place:
+    folder = tmp_path_factory.mktemp("run")
+    return Place(folder / "result.zarr", f"sqlite:///{folder / 'mlflow.db'}")
+
+
+@pytest.fixture(scope="session")
+def fused(phantom, place, ray_session):
+    """The result of one whole run: search, training, reconstruction."""
+    from deepfere.pipeline import fuse
+
+    return fuse(phantom.imzml, phantom.slide, place.result, config=place.config())
+
+
+def contents(root: Path, *parts: str) -> dict[str, bytes]:
+    """Every file below some folders of a store."""
+    files = [p for part in parts for p in sorted((root / part).rglob("*")) if p.is_file()]
+    assert files
+    return {str(p.relative_to(root)): p.read_bytes() for p in files}
+
+
+def footprint_means(image, factor: int):
+    """Means over factor x factor pixels, in float64."""
+    h, w = image.shape
+    return np.asarray(image, np.float64).reshape(h // factor, factor, w // factor, factor).mean((1, 3))

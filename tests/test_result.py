@@ -1,0 +1,137 @@
+"""What a result offers: exact ions, levels, uncertainty, alignment, provenance, and images that others can open."""
+
+from __future__ import annotations
+
+import dask.array as da
+import numpy as np
+import pytest
+import zarr
+
+import deepfere
+from deepfere.errors import InputError
+from tests.conftest import FACTOR, footprint_means
+
+pytestmark = pytest.mark.ray
+
+
+def test_every_ion_averages_back_to_its_measurement(fused):
+    assert len(fused.ions) == 24
+    for mz in fused.ions["mz"]:
+        y, image = fused.measured(mz), fused.ion(mz)
+        assert isinstance(image, da.Array)
+        fine = image.compute()
+        assert fine.dtype == np.float32 and fine.shape == (24 * FACTOR, 21 * FACTOR)
+        seen = np.repeat(np.repeat(fused.mask, FACTOR, 0), FACTOR, 1)
+        np.testing.assert_array_equal(np.isfinite(fine), seen)
+        off = np.abs(footprint_means(fine, FACTOR) - y)[fused.mask].max()
+        assert off <= 1e-5 * np.nanmax(y)
+    assert fused.ions["consistency"].max() <= 1e-5
+    assert fused.ions["consistency"].min() > 0  # written by the check, not left at its initial zero
+
+
+def test_mask_is_the_phantoms(fused, phantom):
+    np.testing.assert_array_equal(fused.mask, phantom.mask())
+
+
+def test_some_ions_carry_detail_that_interpolation_does_not(fused):
+    ions = fused.ions
+    assert (ions["informed"] == "stain-informed").any() and (ions["informed"] == "smooth").any()
+    assert (ions["gate"][ions["informed"] == "smooth"] <= 0.05).all()
+    assert zarr.open_group(fused.path, mode="r")["detail/0"][:].any()
+
+
+def test_levels_are_averages_and_one_is_the_measurement(fused):
+    mz = float(fused.ions["mz"][0])
+    full = np.asarray(fused.ion(mz), np.float64)
+    for level in (1, 2):
+        got = fused.ion(mz, level=level).compute()
+        assert got.shape == (24 * FACTOR >> level, 21 * FACTOR >> level)
+        np.testing.assert_allclose(got, footprint_means(full, 2**level), rtol=1e-5, atol=1e-5 * np.nanmax(full))
+    np.testing.assert_allclose(fused.ion(mz, level=2), fused.measured(mz), rtol=1e-5, atol=1e-5 * np.nanmax(full))
+    with pytest.raises(InputError, match="level 9"):
+        fused.ion(mz, level=9)
+
+
+def test_ions_are_found_within_the_tolerance_only(fused):
+    mz = float(fused.ions["mz"][5])
+    np.testing.assert_array_equal(fused.measured(mz * (1 + 3e-6)), fused.measured(mz))
+    with pytest.raises(InputError, match=rf"nearest is {mz:.5f}"):
+        fused.ion(mz * (1 + 50e-6))
+    assert fused.ion(mz * (1 + 50e-6), ppm=60).shape == fused.ion(mz).shape
+    with pytest.raises(InputError, match="no ion"):
+        fused.ion(-1.0)
+
+
+def test_uncertainty_is_a_standard_deviation(fused):
+    for mz in fused.ions["mz"][::6]:
+        sd = fused.uncertainty(mz).compute()
+        seen = np.repeat(np.repeat(fused.mask, FACTOR, 0), FACTOR, 1)
+        assert np.isfinite(sd[seen]).all() and (sd[seen] >= 0).all() and np.isnan(sd[~seen]).all()
+        # Counting noise: where nothing was counted for pixels around, nothing is the sharpest estimate.
+        counted = np.repeat(np.repeat(np.nan_to_num(fused.measured(mz)) > 0, FACTOR, 0), FACTOR, 1)
+        assert (sd[counted] > 0).all()
+        assert np.median(sd[seen]) < np.nanmax(fused.measured(mz))
+
+
+def test_the_alignment_is_the_true_one(fused, phantom):
+    points = phantom.spec.grid.centres_um()[phantom.mask()]
+    truth = phantom.alignment()
+    error = np.linalg.norm(fused.alignment.map(points) - truth.map(points), axis=1) / phantom.spec.pitch_um
+    assert np.median(error) < 1.0
+    assert fused.alignment.evidence["flip"] == truth.evidence["flip"]
+    assert fused.alignment_start is not None
+
+
+def test_the_stain_lies_on_the_section_grid(fused):
+    stain = fused.stain().compute()
+    assert stain.shape == (3, 24 * FACTOR, 21 * FACTOR) and stain.dtype == np.uint8
+    assert stain.std() > 5
+    overview, mpp_um = fused.overview()
+    assert overview.shape[2] == 3 and min(mpp_um) >= 2.0
+
+
+def test_the_result_says_what_made_it(fused, place, phantom):
+    told = fused.provenance
+    assert told["run"]["uri"] == place.tracking and len(told["run"]["run_id"]) == 32
+    assert told["model"]["name"] == "deepfere" and told["model"]["version"] == "1"
+    assert told["config"]["train"]["steps"] == 4
+    assert set(told["inputs"]) == {"msi", "slide"}
+    assert told["section"]["slide"] == str(phantom.slide)
+    stages = {"ingest-section", "align-section", "tile-section", "learn", "reconstruct-section"}
+    assert stages <= set(told["timings_s"])
+
+
+def test_generic_readers_find_images_of_the_right_size(fused):
+    from ome_zarr.io import parse_url
+    from ome_zarr.reader import Reader
+    from ome_zarr_models.v05 import BioFormats2Raw, Image
+
+    root = zarr.open_group(fused.path, mode="r")
+    assert BioFormats2Raw.from_zarr(root).attributes.ome.bioformats2raw_layout == 3
+    series = root["OME"].attrs["ome"]["series"]
+    assert series == ["detail", "stain"]
+    for name in series:
+        (multiscale,) = Image.from_zarr(root[name]).attributes.ome.multiscales
+        assert [(a.name, a.unit) for a in multiscale.axes] == [
+            ("c", None),
+            ("y", "micrometer"),
+            ("x", "micrometer"),
+        ]
+        for level, dataset in enumerate(multiscale.datasets):
+            pixel = 50.0 / FACTOR * 2**level
+            scale, translation = dataset.coordinateTransformations
+            assert scale.scale == [1.0, pixel, pixel]
+            assert translation.translation == [0.0, pixel / 2, pixel / 2]
+        (node,) = Reader(parse_url(f"{fused.path}/{name}"))()
+        assert [tuple(d.shape[1:]) for d in node.data] == [(96, 84), (48, 42), (24, 21)]
+
+
+def test_open_refuses_what_is_no_result(fused, phantom, tmp_path):
+    with pytest.raises(InputError, match="not a result"):
+        deepfere.open(f"{fused.path}/measured")
+    with pytest.raises(InputError, match="does not exist"):
+        deepfere.open(tmp_path / "nothing.zarr")
+    assert deepfere.open(fused.path).factor == FACTOR
+    np.testing.assert_allclose(
+        deepfere.open_measured(f"{fused.path}/measured").grid.pitch_um, phantom.spec.grid.pitch_um
+    )
