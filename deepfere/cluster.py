@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
+import sys
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +32,7 @@ ENVIRONMENT = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
+RAY_INFORMATION = re.compile(rb"\[[^]]* I \d+ \d+\] (\([^)]*\) )?\w+\.cc:\d+: ")
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -56,7 +60,7 @@ def connect(settings: RaySettings) -> None:
         "runtime_env": environment,
         "configure_logging": True,
     }
-    with keep_signals():
+    with keep_signals(), _without_ray_chatter():
         if address:
             try:
                 ray.init(address=address, **options)
@@ -76,6 +80,31 @@ def connect(settings: RaySettings) -> None:
             except (ConnectionError, OSError, RuntimeError, ValueError) as error:
                 raise DeepfereError(f"Ray does not start: {last_line(error)}") from error
     _quiet_ray_data()
+
+
+@contextmanager
+def _without_ray_chatter() -> Iterator[None]:
+    """Hold back standard error while Ray starts, and drop the lines in which its C++ side talks about itself.
+
+    Ray says there, before any setting counts, that it has read its log level; Python cannot reach that logger.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            held.seek(0)
+            for line in held.read().splitlines(keepends=True):
+                if not RAY_INFORMATION.match(line):
+                    os.write(2, line)
 
 
 @contextmanager

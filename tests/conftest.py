@@ -54,7 +54,8 @@ class Outcome:
     @property
     def errors(self) -> list[str]:
         """Lines on standard error besides the names of the stages."""
-        return [line for line in self.err.splitlines() if not line.startswith(("fuse: ", "reconstruct: ", "train: "))]
+        stages = ("fuse: ", "ingest: ", "align: ", "tile: ", "train: ", "reconstruct: ", "evaluate: ")
+        return [line for line in self.err.splitlines() if not line.startswith(stages)]
 
 
 @pytest.fixture

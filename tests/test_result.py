@@ -97,7 +97,7 @@ def test_the_result_says_what_made_it(fused, place, phantom):
     assert told["config"]["train"]["steps"] == 4
     assert set(told["inputs"]) == {"msi", "slide"}
     assert told["section"]["slide"] == str(phantom.slide)
-    stages = {"ingest-section", "align-section", "tile-section", "learn", "reconstruct-section"}
+    stages = {"ingest", "align", "tile", "learn", "reconstruct"}
     assert stages <= set(told["timings_s"])
 
 

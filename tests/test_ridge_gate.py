@@ -11,6 +11,7 @@ from deepfere.measured.operator import cell_means, expand, null_space, pad_edge,
 from deepfere.model import gate as gates
 from deepfere.model.fit import (
     RATIO,
+    Evidence,
     SectionFit,
     evidence,
     fit_t1,
@@ -18,6 +19,7 @@ from deepfere.model.fit import (
     local_variance,
     select_positivity,
     tier_error,
+    tier_evidence,
 )
 from deepfere.model.network import FusionNetwork
 from deepfere.model.reduced import network_rows, reduced_detail, ridge_detail
@@ -383,3 +385,18 @@ def test_a_fit_survives_its_file(tmp_path):
         np.testing.assert_array_equal(getattr(again, name), values)
     np.testing.assert_array_equal(again.loadings, arrays["ion_gate"][:, None] * arrays["basis"])
     assert again.informed() == ["partly", "smooth", "partly", "partly", "smooth"]
+
+
+def test_a_tier_needs_evidence_over_blocks():
+    rng = np.random.default_rng(3)
+    images = guide_of(3, count=2)
+    mask, blocks = np.ones(SHAPE, bool), blocks_of(SHAPE)
+    rows, targets = detail_rows(images, mask, blocks, RATIO), target_rows(images, mask, RATIO)
+    problem = Evidence(images, mask, blocks, rows, targets, targets)
+    weight, every = np.ones(2), np.ones(len(targets), bool)
+    unit = targets.std(0)
+    good, again, poor = (targets + s * unit * rng.normal(size=targets.shape) for s in (0.5, 0.5, 1.5))
+    assert tier_evidence(problem, weight, poor, good, every) > 2
+    assert tier_evidence(problem, weight, good, poor, every) < -2
+    assert abs(tier_evidence(problem, weight, good, again, every)) < 3
+    assert tier_evidence(problem, weight, poor, good, ~every) == 0.0

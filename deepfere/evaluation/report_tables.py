@@ -201,11 +201,7 @@ def opening(result: Any, best_mz: float) -> dict[str, str]:
     )
     if stained:
         viewer += "stain = np.moveaxis(result.stain(), 0, -1)\nviewer.add_image(stain, rgb=True, scale=pixel_um)\n"
-    viewer += (
-        f"ion = result.ion({mz})\n"
-        'viewer.add_image(ion, colormap="viridis", scale=pixel_um)\n'
-        "napari.run()"
-    )
+    viewer += f'ion = result.ion({mz})\nviewer.add_image(ion, colormap="viridis", scale=pixel_um)\nnapari.run()'
     stores = [f"{path.rstrip('/')}/{'stain' if stained else 'detail'}"]
     written = Path(path) / "ions"
     if written.is_dir():

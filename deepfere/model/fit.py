@@ -178,6 +178,33 @@ def tier_error(problem: Evidence, weight: Array, predicted: Array, where: NDArra
     return float((weight * left).sum() / weight.sum())
 
 
+def tier_evidence(problem: Evidence, weight: Array, lower: Array, upper: Array, where: NDArray[np.bool_]) -> float:
+    """By how many standard errors over spatial blocks the upper tier leaves less unexplained than the lower.
+
+    Args:
+        problem: The section's reduced-scale problem.
+        weight: (K,) importance of the factors.
+        lower: (R, K) predictions of the lower tier.
+        upper: (R, K) predictions of the upper tier.
+        where: (R,) rows that may judge: neither tier has seen them.
+    """
+    t = problem.factor_rows[where]
+    if not len(t):
+        return 0.0
+    share = weight / weight.sum() / np.maximum((t**2).sum(0), 1e-300)
+    errors = []
+    for predicted in (lower[where], upper[where]):
+        power = (predicted**2).sum(0)
+        gain = np.clip((t * predicted).sum(0) / np.where(power > 0, power, np.inf), 0, 1)
+        errors.append(((t - gain * predicted) ** 2) @ share)
+    block = spatial_blocks(problem.mask, 12).ravel()[problem.rows.index][where]
+    better = np.bincount(block, errors[0] - errors[1])[np.unique(block)]
+    if len(better) < 4:
+        return 0.0
+    spread = better.std(ddof=1) / np.sqrt(len(better))
+    return float(better.mean() / spread) if spread > 0 else 0.0
+
+
 def local_variance(cells: Array) -> Array:
     """Variance over 3 x 3 neighbours of (..., ny, nx), edges repeated."""
     padded = np.pad(cells, [(0, 0)] * (cells.ndim - 2) + [(1, 1), (1, 1)], mode="edge")

@@ -51,6 +51,31 @@ def identity_of(sections: list[Section], inputs: list[dict[str, str]], config: C
     return digest([RESULT_FORMAT, stated, inputs, config.digest()])
 
 
+def check_settings(config: Config) -> None:
+    """Refuse settings that do not fit each other, before work starts.
+
+    Raises:
+        InputError: The patches are smaller than what the network looks at.
+    """
+    if config.guide and config.model.tier in ("auto", "T2"):
+        least = least_patch_px(config.model.depth)
+        if config.train.patch_px < least:
+            raise InputError(
+                f"patches of {config.train.patch_px} measured pixels are too small for a network of depth "
+                f"{config.model.depth}",
+                where="train.patch_px",
+                remedy=f"give at least {least}",
+            )
+
+
+def least_patch_px(depth: int) -> int:
+    """Side of the smallest patch that a network of this depth can be trained on, measured pixels.
+
+    Its receptive field, the alignment to coarse cells and one cell of projection on either side, and a core.
+    """
+    return 2 * (2**depth - 1 + 4) + 4
+
+
 def check_output(path: Path) -> None:
     """Refuse an output that cannot be written, before work starts."""
     parent = path.parent
@@ -125,6 +150,7 @@ def fuse(
             ingest__representation=representation,
             ingest__duplicates=duplicates,
         )
+    check_settings(settings)
     if settings.guide and slide is None:
         raise InputError("no slide is given", remedy="give the slide, or --no-guide")
     section = make_section(

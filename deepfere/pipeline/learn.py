@@ -19,7 +19,16 @@ from deepfere.measured.factors import Factors, factor_weight, factorise
 from deepfere.measured.operator import fill_missing
 from deepfere.model.detail import COVERED
 from deepfere.model.features import FEATURES
-from deepfere.model.fit import RATIO, SectionFit, evidence, fit_t1, gate_ions, select_positivity, tier_error
+from deepfere.model.fit import (
+    RATIO,
+    SectionFit,
+    evidence,
+    fit_t1,
+    gate_ions,
+    select_positivity,
+    tier_error,
+    tier_evidence,
+)
 from deepfere.model.fit import Evidence as Problem
 from deepfere.model.network import FusionNetwork
 from deepfere.model.reduced import network_rows, reduced_detail, ridge_detail
@@ -30,6 +39,9 @@ from deepfere.tiling.patches import PatchSource
 from deepfere.tiling.plan import plan_patches
 from deepfere.training.loop import LoopSettings, SectionTask
 from deepfere.training.trainer import Trained, train_joint
+
+TIER_EVIDENCE = 2.0
+"""Standard errors over spatial blocks by which the deep tier must be ahead: on few pixels luck looks like skill."""
 
 TIER_MARGIN = 0.005
 """Share of the detail's variance by which a tier must beat the one below on held-out blocks."""
@@ -353,7 +365,9 @@ def _choose(
         rows = held[problem.rows.block]
         notes["t1_left_held_out"] = tier_error(problem, weight, fit.predicted, rows)
         notes["t2_left_held_out"] = tier_error(problem, weight, deep, rows)
-        if config.model.tier == "T2" or notes["t2_left_held_out"] < notes["t1_left_held_out"] - TIER_MARGIN:
+        notes["t2_evidence"] = tier_evidence(problem, weight, fit.predicted, deep, rows)
+        ahead = notes["t2_left_held_out"] < notes["t1_left_held_out"] - TIER_MARGIN
+        if config.model.tier == "T2" or (ahead and notes["t2_evidence"] > TIER_EVIDENCE):
             tier, network = "T2", joint[0]
             predicted = deep
             null_rows = [

@@ -1,0 +1,77 @@
+"""Scores at reduced scale: what is compared, what is left out, and where it is shown."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from deepfere.evaluation.evaluate import load_evaluation, scores_file
+from deepfere.evaluation.metrics import keys_bicubic
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def copied(fused, place, tmp_path_factory):
+    """The shared result elsewhere: scores and report lie beside it."""
+    import shutil
+
+    target = tmp_path_factory.mktemp("evaluate") / "copy.zarr"
+    shutil.copytree(place.result, target)
+    return target
+
+
+def test_evaluate_scores_and_shows_them(copied, cli):
+    done = cli("evaluate", copied, "--ratio", 2, "--ratio", 4, "model.tier=T1")
+    assert done.code == 0, done
+    assert "x2: alignment" in done.out and "bicubic" in done.out and "no_guide" in done.out
+    assert "too few" in done.out
+    scores = load_evaluation(copied)
+    two, four = scores["wald"]
+    assert two["ratio"] == 2 and four["ratio"] == 4
+    assert four["rows"] == [] and "too few" in four["note"]
+    assert two["alignment"] in ("found", "refused")
+    everything = two["rows"][0]
+    assert everything["what"] == "all ions (24)" and len(two["ions"]) == 24
+    for name in ("bicubic", "no_guide", "ours"):
+        assert 5 < everything[f"{name}_db"] < 60
+        assert -1 <= everything[f"{name}_r"] <= 1
+    # Detail that the stain proves must help the ions that it informs.
+    informed = next(row for row in two["rows"] if row["what"].startswith("stain-informed"))
+    assert informed["ours_db"] > informed["no_guide_db"] - 0.05
+    page = copied.with_suffix(".html").read_text()
+    assert "× 2" in page and "too few" in page
+    assert json.loads(scores_file(copied).read_text())["identity"] == scores["identity"]
+
+
+def test_the_bicubic_of_the_table_is_recomputed(copied, fused):
+    """One number of the table, from scratch."""
+    scores = load_evaluation(copied)
+    mz = scores["wald"][0]["ions"][0]["mz"]
+    y, mask = np.asarray(fused.measured(mz), np.float64), fused.mask
+    pairs = (y.shape[0] // 2, 2, y.shape[1] // 2, 2)
+    cut = (slice(0, pairs[0] * 2), slice(0, pairs[2] * 2))
+    coarse_mask = mask[cut].reshape(pairs).all((1, 3))
+    coarse = np.where(coarse_mask, y[cut].reshape(pairs).mean((1, 3)), 0.0)
+    image = keys_bicubic(coarse, 2, coarse_mask)
+    inside = np.repeat(np.repeat(coarse_mask, 2, 0), 2, 1) & mask[cut]
+    error = np.sqrt(((image - y[cut])[inside] ** 2).mean())
+    assert scores["wald"][0]["ions"][0]["bicubic_rmse"] == pytest.approx(error, rel=1e-4)
+
+
+def test_scores_of_another_result_are_not_shown(copied):
+    file = scores_file(copied)
+    scores = json.loads(file.read_text())
+    file.write_text(json.dumps({**scores, "identity": "other"}))
+    assert load_evaluation(copied) is None
+
+
+def test_a_slide_that_is_gone_is_told(copied, cli):
+    file = copied / "provenance.json"
+    told = json.loads(file.read_text())
+    told["section"]["slide"] = "/nowhere/slide.svs"
+    file.write_text(json.dumps(told))
+    done = cli("evaluate", copied, "--ratio", 2)
+    assert done.code == 2 and len(done.errors) == 1 and "slide" in done.errors[0]

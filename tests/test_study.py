@@ -1,0 +1,174 @@
+"""The stages as commands on a study of two sections that share one model; tiles that equal the whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+
+import deepfere
+from deepfere.frame import Alignment
+from deepfere.model.guide import Cells
+from tests.conftest import FACTOR
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def manifest(phantom, tmp_path_factory):
+    """Two sections, both aligned by hand: the search has its own tests."""
+    folder = tmp_path_factory.mktemp("study")
+    truth = Alignment.load(phantom.truth / "alignment.json")
+    truth.save(folder / "right.json")
+    Alignment(truth.matrix, truth.offset_um + [8.0, -5.0]).save(folder / "near.json")
+    sections = [
+        {"name": name, "msi": str(phantom.imzml), "slide": str(phantom.slide), "alignment": f"{file}.json"}
+        for name, file in (("one", "right"), ("two", "near"))
+    ]
+    (folder / "study.yaml").write_text(yaml.safe_dump({"sections": sections}))
+    return folder / "study.yaml"
+
+
+@pytest.fixture(scope="module")
+def tracking(tmp_path_factory):
+    return f"sqlite:///{tmp_path_factory.mktemp('tracking') / 'mlflow.db'}"
+
+
+@pytest.fixture
+def stage(cli, manifest, place, tracking, ray_session):
+    def run(name: str, *more: object):
+        settings = [s for s in place.overrides if not s.startswith("tracking")] + [f"tracking.uri={tracking}"]
+        return cli(name, manifest, "-o", manifest.parent / "work", "--factor", FACTOR, *settings, *more)
+
+    return run
+
+
+def markers(manifest) -> dict[str, int]:
+    return {p.stem: p.stat().st_mtime_ns for p in (manifest.parent / "work" / "done").glob("*.json")}
+
+
+def test_stage_by_stage_to_one_model_for_both(stage, manifest, tracking):
+    from mlflow import MlflowClient
+
+    for name, word in (("ingest", "24 ions, 24 x 21 pixels"), ("align", "from given"), ("tile", "24 ions")):
+        before = markers(manifest)
+        done = stage(name)
+        assert done.code == 0, done
+        assert [line.split(":")[0] for line in done.out.splitlines()] == ["one", "two"] and word in done.out
+        after = markers(manifest)
+        # What is done is not done again.
+        assert {key: after[key] for key in before} == before
+        assert {f"{name}-one", f"{name}-two"} == set(after) - set(before)
+    done = stage("train")
+    assert done.code == 0, done
+    assert "registered as deepfere 1" in done.out and "two: fitted" in done.out
+    models = [
+        json.loads((manifest.parent / "work" / "sections" / s / "model.json").read_text()) for s in ("one", "two")
+    ]
+    assert models[0]["network"] == models[1]["network"]
+    weights = [(manifest.parent / "work" / "sections" / s / "network.safetensors").read_bytes() for s in ("one", "two")]
+    assert weights[0] == weights[1]
+    assert len(MlflowClient(tracking).search_model_versions("name='deepfere'")) == 1
+
+
+def test_reconstruct_writes_every_section(stage, manifest, tracking):
+    before = markers(manifest)
+    done = stage("reconstruct")
+    assert done.code == 0, done
+    assert markers(manifest)["learn"] == before["learn"]
+    for name in ("one", "two"):
+        result = deepfere.open(manifest.parent / "work" / "results" / f"{name}.zarr")
+        assert result.ions["consistency"].max() <= 1e-5
+        assert result.provenance["model"]["version"] == "1"
+        assert result.provenance["section"]["name"] == name
+    finished = markers(manifest)
+    assert stage("reconstruct").code == 0
+    assert {k: v for k, v in markers(manifest).items() if k != "track"} == {
+        k: v for k, v in finished.items() if k != "track"
+    }
+
+
+def test_tiles_equal_the_whole(manifest):
+    """The same fitted section in one piece and in tiles of several sizes, odd ones too."""
+    from deepfere.config import load_config
+    from deepfere.pipeline.prepare import prepared
+    from deepfere.pipeline.workspace import Workspace
+    from deepfere.pipeline.write import section_model
+    from deepfere.section import load_study
+    from deepfere.tiling.cache import PlaneReader
+
+    work = Workspace(manifest.parent / "work")
+    prep = prepared(load_study(manifest).sections[0], work, load_config(None, factor=FACTOR))
+    model = json.loads(prep.folder.model.read_text())
+    assert model["state"] is not None
+    # The deep model and the closed form, whichever of them was chosen.
+    for tier in ("T1", "T2"):
+        built = section_model(prep, {**model, "tier": tier}).build()
+        assert (built.network is not None) == (tier == "T2") and built.gate.any()
+        planes = PlaneReader(str(prep.folder.planes))
+        whole, _ = built.window(planes, Cells(0, 24, 0, 21))
+        assert whole.std() > 0.01
+        for side in (5, 8, 13):
+            tiled = np.zeros_like(whole)
+            for i in range(0, 24, side):
+                for j in range(0, 21, side):
+                    cells = Cells(i, min(i + side, 24), j, min(j + side, 21))
+                    at = (slice(i * FACTOR, cells.i1 * FACTOR), slice(j * FACTOR, cells.j1 * FACTOR))
+                    tiled[(slice(None), *at)] = built.window(planes, cells)[0]
+            # Factors have unit s.d.
+            assert np.abs(tiled - whole).max() <= 1e-5, (tier, side)
+
+
+def test_a_promoted_model_takes_the_place_of_training(stage, manifest, tracking):
+    from deepfere.training.tracking import promote
+
+    refused = stage("reconstruct", "--model", "models:/deepfere@champion")
+    assert refused.code == 2 and len(refused.errors) == 1 and "champion" in refused.errors[0]
+    promote("deepfere", 1, uri=tracking)
+    training = manifest.parent / "work" / "training"
+    before = sorted(p.name for p in training.iterdir())
+    # Results of the training that was done here stand there.
+    assert stage("reconstruct", "--model", "models:/deepfere@champion").code == 2
+    for name in ("one", "two"):
+        shutil.rmtree(manifest.parent / "work" / "results" / f"{name}.zarr")
+    done = stage("reconstruct", "--model", "models:/deepfere@champion")
+    assert done.code == 0, done
+    assert sorted(p.name for p in training.iterdir()) == before  # nothing was trained
+    result = deepfere.open(manifest.parent / "work" / "results" / "two.zarr")
+    assert result.provenance["model"]["name"] == "deepfere" and result.provenance["model"]["version"] == "1"
+    assert result.ions["consistency"].max() <= 1e-5
+
+
+def test_sections_that_cannot_be_used_are_named(cli, phantom, tmp_path):
+    shutil.copy(phantom.imzml, tmp_path / "broken.imzML")
+    (tmp_path / "broken.ibd").write_bytes((phantom.folder / "section.ibd").read_bytes()[:-4000])
+    sections = [
+        {"name": "good", "msi": str(phantom.imzml), "slide": str(phantom.slide)},
+        {"name": "broken", "msi": "broken.imzML", "slide": str(phantom.slide)},
+    ]
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({"sections": sections}))
+    done = cli("ingest", tmp_path / "study.yaml", "-o", tmp_path / "work")
+    assert done.code == 2
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "broken" in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("sections: [{name: a, msi: gone.imzML}]", "no slide for a"),
+        ("sections: [{name: a, msi: gone.imzML, slide: gone.svs}]", "gone.imzML"),
+        ("sections: [{name: a/b, msi: x, slide: y}]", "name"),
+        ("sections: [{name: a, msi: x, slide: y}, {name: a, msi: x, slide: y}]", "twice: a"),
+        ("- nothing", "not a study"),
+    ],
+)
+def test_wrong_manifests_are_refused(cli, tmp_path, text, word):
+    (tmp_path / "study.yaml").write_text(text)
+    done = cli("ingest", tmp_path / "study.yaml", "-o", tmp_path / "work")
+    assert done.code == 2 and len(done.errors) == 1, done
+    assert done.errors[0].startswith("error: ") and word in done.errors[0]
+    assert not (tmp_path / "work").exists()
