@@ -34,7 +34,10 @@ def refused(cli, tmp_path):
         folder.mkdir(exist_ok=True)
         target = out if out is not None else folder / "result.zarr"
         given = ["--factor", factor] if factor is not None else []
-        done = cli("fuse", *arguments, "-o", target, *given, *SETTINGS, f"tracking.uri=sqlite:///{tmp_path / 'm.db'}")
+        settings = [*SETTINGS, f"tracking.uri=sqlite:///{tmp_path / 'm.db'}"]
+        settings += [a for a in arguments if isinstance(a, str) and "=" in a]
+        files = [a for a in arguments if a not in settings]
+        done = cli("fuse", *files, "-o", target, *given, *settings)
         assert done.code == 2, done
         assert len(done.errors) == 1 and done.errors[0].startswith("error: "), done.err
         for word in words:

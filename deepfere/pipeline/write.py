@@ -67,7 +67,7 @@ def claim_result(path: Path, identity: str, overwrite: bool) -> bool:
     complete = attrs.get("complete") is True
     if attrs.get("identity") == identity:
         if complete and overwrite:
-            shutil.rmtree(path)
+            discard(path)
             return False
         return complete
     if not overwrite:
@@ -75,6 +75,15 @@ def claim_result(path: Path, identity: str, overwrite: bool) -> bool:
             "holds a result of other inputs or settings", where=path, remedy="choose another output or give --overwrite"
         )
     return False
+
+
+def discard(path: Path) -> None:
+    """Remove a store; it is gone from its place at once, so that no half of it is ever found there."""
+    aside = path.with_name(f".{path.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if path.exists():
+        path.rename(aside)
+        shutil.rmtree(aside)
 
 
 def _attributes(path: Path) -> dict[str, Any]:
@@ -144,12 +153,14 @@ def reconstruct_stage(
 
 
 def _create(out: Path, shards: ShardGrid, shapes: Any, count: int, config: Config, identity: str) -> None:
-    """Groups and arrays, by one writer before any worker starts; no metadata that says finished."""
-    if out.exists():
-        shutil.rmtree(out)
+    """Groups and arrays, by one writer before any worker starts; no metadata that says finished.
+
+    Made aside and moved: a store at ``out`` always says whose it is, so that a killed run can go on.
+    """
+    aside = out.with_name(f".{out.name}.new")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        group = open_group(out, "w")
+        group = open_group(aside, "w")
     except OSError as error:
         raise InputError(
             f"cannot be written ({error.strerror or error})", where=out, remedy="choose another output"
@@ -169,6 +180,8 @@ def _create(out: Path, shards: ShardGrid, shapes: Any, count: int, config: Confi
                 fill_value=0,
                 dimension_names=AXIS_NAMES,
             )
+    discard(out)
+    aside.rename(out)
 
 
 def _shards(
