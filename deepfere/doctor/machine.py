@@ -20,6 +20,7 @@ PYTHON = (3, 11)
 # The project's own requirements, here because an unpacked source tree has no metadata to read them from.
 MINIMUMS = {
     "click": "8.1",
+    "contourpy": "1.3",
     "dask": "2025.1",
     "fsspec": "2024.6",
     "imagecodecs": "2025.3",
@@ -31,6 +32,7 @@ MINIMUMS = {
     "openslide-bin": "4.0.1",
     "openslide-python": "1.4",
     "pandas": "2.2",
+    "pillow": "11",
     "psutil": "6",
     "pyarrow": "17",
     "pydantic": "2.10",
