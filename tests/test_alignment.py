@@ -7,9 +7,8 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter, map_coordinates
 
-from deepfere.alignment import search as searching
 from deepfere.alignment.overview import MeasuredOverview, StainOverview
-from deepfere.alignment.refine import AFFINE_STAGES, Stage, high_pass, refine, residual_variance
+from deepfere.alignment.refine import AFFINE_STAGES, high_pass, refine, residual_variance
 from deepfere.alignment.score import held_out_r2, placement_r2, slide_cover, spatial_blocks
 from deepfere.alignment.search import (
     centred_alignment,
@@ -99,13 +98,7 @@ def test_search_and_refinement_find_the_section(found_section):
     assert better.evidence == found.evidence
 
 
-@pytest.fixture
-def quick_finish(monkeypatch):
-    """Finalists are refined for a few steps only."""
-    monkeypatch.setattr(searching, "AFFINE_STAGES", (AFFINE_STAGES[0], Stage(0.3, True, 40, 0.05)))
-
-
-def test_a_mirrored_slide_gives_the_mirrored_place(found_section, quick_finish):
+def test_a_mirrored_slide_gives_the_mirrored_place(found_section):
     stain, measured, _, found, *_ = found_section
     mirrored = StainOverview(np.ascontiguousarray(stain.planes[:, :, ::-1]), stain.spacing_um, stain.reference)
     other, _ = search(measured, mirrored, angle_step_deg=20.0, refined=2)
@@ -115,7 +108,7 @@ def test_a_mirrored_slide_gives_the_mirrored_place(found_section, quick_finish):
     assert np.median(error_px(other, expected)) < 0.15
 
 
-def test_a_foreign_slide_is_refused(quick_finish):
+def test_a_foreign_slide_is_refused():
     measured = measure(stain_of(3), truth_of(False, 20.0))
     with pytest.raises(InputError, match=r"does not show where the section lies.*--landmarks"):
         search(measured, stain_of(4), angle_step_deg=30.0, refined=2)
