@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -188,7 +189,7 @@ class Journal:
             os.fsync(handle.fileno())
 
 
-class RowWorker:
+class RowWorker(ABC):
     """Base of the actors that carry out planned rows: one row in, a small record out.
 
     Subclasses implement `work`; an exception becomes an ``error`` column, never a lost block.
@@ -210,9 +211,9 @@ class RowWorker:
 
         return {"record": np.array(out, dtype=object)}
 
+    @abstractmethod
     def work(self, row: dict[str, Any]) -> dict[str, Any]:
         """Carry out one row; returns plain values."""
-        raise NotImplementedError
 
 
 def run_rows(
