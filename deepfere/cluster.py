@@ -179,6 +179,11 @@ class Journal:
                     out[record["unit"]] = record
         return out
 
+    def clear(self) -> None:
+        """Forget everything: the store that the records speak of is made anew."""
+        for path in self.folder.glob("*.jsonl"):
+            path.unlink(missing_ok=True)
+
     def record(self, unit: str, **values: Any) -> None:
         """Add a finished unit; on disk when this returns."""
         self.folder.mkdir(parents=True, exist_ok=True)

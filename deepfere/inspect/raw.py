@@ -82,36 +82,12 @@ def imzml(path: Path) -> Description:
 
 def _index_despite(path: Path, error: InputError) -> ImzmlIndex:
     """The index of a pair that the reader refuses, from the XML alone; ``error`` again where that is no use."""
-    from deepfere.readers import imzml as reader
-    from deepfere.readers import imzml_head as head
+    from deepfere.readers.imzml import read_index
 
-    if path.suffix.lower() == ".ibd":
-        raise error
-    walk = reader._walk(path)
-    modes = [m for a, m in ((head.CONTINUOUS, "continuous"), (head.PROCESSED, "processed")) if a in walk.content]
-    if not walk.columns["x"] or len(modes) != 1:
-        raise error
     try:
-        ibd_path = reader._find_ibd(path)
+        return read_index(path, check_ibd=False)
     except InputError:
-        ibd_path = path.with_suffix(".ibd")
-    pitch_um, pitch_problem = reader._pitch(walk.scan_settings)
-    return reader.ImzmlIndex(
-        path=path,
-        ibd_path=ibd_path,
-        mode=modes[0],
-        representation=min(walk.representations) if len(walk.representations) == 1 else None,
-        polarity=min(walk.polarities) if len(walk.polarities) == 1 else None,
-        mz_dtype=np.dtype(walk.dtypes["mz"]),
-        mz_compressed=walk.compressed["mz"],
-        int_dtype=np.dtype(walk.dtypes["int"]),
-        int_compressed=walk.compressed["int"],
-        pitch_um=pitch_um,
-        pitch_problem=pitch_problem,
-        uuid=None,
-        uuid_matches=None,
-        **{name: np.array(values, dtype=np.int64) for name, values in walk.columns.items()},
-    )
+        raise error from None
 
 
 def _add_mz(notes: Notes, index: ImzmlIndex, inside: NDArray[np.int64]) -> None:

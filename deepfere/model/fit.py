@@ -271,4 +271,10 @@ def _variance_model(image: Array, truth: Array, coarse: Array, inside: NDArray[n
     # Weighted towards relative errors: squared errors are as uncertain as they are large.
     weight = 1.0 / (0.1 * level + (design / scale).mean(1) * level)
     solution, _ = nnls(design / scale * weight[:, None], squared * weight)
-    return solution / scale
+    solution = solution / scale
+    # Where an ion was never seen nearby, it may still turn up: once in all these pixels, at its least intensity
+    # (Laplace's rule of succession).
+    seen = truth[inside][truth[inside] > 0]
+    least = seen.min() ** 2 / (inside.sum() + 2) if len(seen) else 0.0
+    solution[0] = max(solution[0], least)
+    return solution

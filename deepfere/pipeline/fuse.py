@@ -10,6 +10,7 @@ from typing import Any
 from deepfere.cluster import pin_threads
 from deepfere.config import Config, digest, load_config
 from deepfere.errors import DeepfereError, InputError
+from deepfere.pipeline.deep import check_patches
 from deepfere.pipeline.learn import learn_stage
 from deepfere.pipeline.prepare import align_stage, ingest_stage, is_ingested, prepared, tile_stage
 from deepfere.pipeline.workspace import Progress, Workspace
@@ -49,31 +50,6 @@ def identity_of(sections: list[Section], inputs: list[dict[str, str]], config: C
     """Hash of inputs and resolved settings: what makes a result what it is."""
     stated = [[s.name, s.pitch_um, s.slide_mpp_um] for s in sections]
     return digest([RESULT_FORMAT, stated, inputs, config.digest()])
-
-
-def check_settings(config: Config) -> None:
-    """Refuse settings that do not fit each other, before work starts.
-
-    Raises:
-        InputError: The patches are smaller than what the network looks at.
-    """
-    if config.guide and config.model.tier in ("auto", "T2"):
-        least = least_patch_px(config.model.depth)
-        if config.train.patch_px < least:
-            raise InputError(
-                f"patches of {config.train.patch_px} measured pixels are too small for a network of depth "
-                f"{config.model.depth}",
-                where="train.patch_px",
-                remedy=f"give at least {least}",
-            )
-
-
-def least_patch_px(depth: int) -> int:
-    """Side of the smallest patch that a network of this depth can be trained on, measured pixels.
-
-    Its receptive field, the alignment to coarse cells and one cell of projection on either side, and a core.
-    """
-    return 2 * (2**depth - 1 + 4) + 4
 
 
 def check_output(path: Path) -> None:
@@ -150,7 +126,7 @@ def fuse(
             ingest__representation=representation,
             ingest__duplicates=duplicates,
         )
-    check_settings(settings)
+    check_patches(settings)
     if settings.guide and slide is None:
         raise InputError("no slide is given", remedy="give the slide, or --no-guide")
     section = make_section(

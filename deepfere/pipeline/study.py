@@ -12,8 +12,10 @@ from deepfere.config import Config, digest, load_config
 from deepfere.errors import DeepfereError, InputError
 from deepfere.frame import Alignment
 from deepfere.model.network import network_from_config
-from deepfere.pipeline.fuse import check_output, check_settings, identity_of, input_digests
-from deepfere.pipeline.learn import GivenModel, learn_stage
+from deepfere.pipeline.deep import check_patches
+from deepfere.pipeline.fuse import check_output, identity_of, input_digests
+from deepfere.pipeline.given import GivenModel
+from deepfere.pipeline.learn import learn_stage
 from deepfere.pipeline.prepare import Prepared, align_stage, ingest_stage, prepared, tile_stage
 from deepfere.pipeline.track import tracked
 from deepfere.pipeline.workspace import Progress, Workspace
@@ -91,7 +93,7 @@ def run_stage(
         DeepfereError: Sections failed; the others are done.
     """
     settings = load_config(config, overrides, factor=factor, guide=guide)
-    check_settings(settings)
+    check_patches(settings)
     sections = load_study(study).sections
     if settings.guide:
         bare = [s.name for s in sections if s.slide is None]

@@ -137,7 +137,10 @@ def reconstruct_stage(
     with work.stage("reconstruct", [fingerprint, str(out)], prep.section.name) as facts:
         if facts is not None:
             finished = journal.done()
+            pyramid = Journal(prep.folder.journal / "pyramid", fingerprint)
             if not finished or not begun:
+                journal.clear()
+                pyramid.clear()
                 _create(out, shards, shapes, len(fit.factor_gate), config, outcome.identity)
                 finished = {}
             if config.guide:
@@ -145,8 +148,8 @@ def reconstruct_stage(
             else:
                 progress("reconstruct", 0.7)
             images = ["detail", "stain"] if config.guide else ["detail"]
+            facts["uncovered_px"] = sum(record["uncovered"] for record in journal.done().values())
             if config.guide:
-                pyramid = Journal(prep.folder.journal / "pyramid", fingerprint)
                 tell = lambda done, total: progress("reconstruct", 0.7 + 0.15 * done / max(total, 1))  # noqa: E731
                 build_pyramid(str(out), images, len(shapes), pyramid, tell)
     return _seal(prep, out, shards, shapes, model, fit, outcome, work, config, progress)
@@ -346,6 +349,12 @@ def _provenance(
     packages = ("ray", "torch", "zarr", "numpy", "openslide-python", "pyimzml", "mlflow")
     notes = list(outcome.warnings)
     notes += work.facts("ingest", prep.section.name).get("warnings", [])
+    uncovered = work.facts("reconstruct", prep.section.name).get("uncovered_px", 0)
+    if uncovered:
+        notes.append(
+            f"the slide does not show {uncovered} of {int(prep.measured.mask.sum())} measured pixels: "
+            "they are plain interpolation"
+        )
     forced = prep.section.alignment or prep.section.landmarks
     if config.guide and not fit.ion_gate.any():
         notes.append(
@@ -365,6 +374,7 @@ def _provenance(
             "model": {"tier": model["tier"], **outcome.model, "notes": model["notes"]},
             "run": outcome.run,
             "threads_per_worker": 1,
+            "uncovered_px": uncovered,
             "timings_s": work.timings_s(),
             "warnings": notes,
         },

@@ -101,11 +101,12 @@ class ImzmlIndex:
         return len(self.x)
 
 
-def read_index(path: str | Path) -> ImzmlIndex:
+def read_index(path: str | Path, *, check_ibd: bool = True) -> ImzmlIndex:
     """Index an imzML pair without reading its spectra.
 
     Args:
         path: The .imzML; the .ibd beside it is found whatever the case of its extension.
+        check_ibd: False takes the XML's word: the .ibd may be missing, short or another file's.
 
     Raises:
         InputError: The XML is broken or not imzML, holds no spectra or contradicts itself; the .ibd is
@@ -125,10 +126,17 @@ def read_index(path: str | Path) -> ImzmlIndex:
         stated = "both continuous and processed" if modes else "neither continuous nor processed"
         raise InputError(f"states {stated}", where=path, remedy="correct its fileContent (IMS:1000030 or 31)")
     columns = {name: np.array(values, dtype=np.int64) for name, values in walk.columns.items()}
-    ibd_path = _find_ibd(path)
-    _check_length(ibd_path, columns)
+    uuid, matches = None, None
+    if check_ibd:
+        ibd_path = _find_ibd(path)
+        _check_length(ibd_path, columns)
+        uuid, matches = _check_uuid(walk.content, path, ibd_path)
+    else:
+        try:
+            ibd_path = _find_ibd(path)
+        except InputError:
+            ibd_path = path.with_suffix(".ibd")
     pitch_um, problem = _pitch(walk.scan_settings)
-    uuid, matches = _check_uuid(walk.content, path, ibd_path)
     # What the spectra say is nearer to the data than what the file says.
     representations = walk.representations or {
         name for a, name in ((head.CENTROID, "centroid"), (head.PROFILE, "profile")) if a in walk.content

@@ -147,9 +147,8 @@ class DetailWorker(RowWorker):
         for name, values in (("detail", (detail / self._scale).astype(np.float16)), ("stain", stain)):
             delete_shard(group[name]["0"], Path(self._out), f"{name}/0", row["row"], row["col"])
             group[name]["0"][:, at[0], at[1]] = values
-        power = (detail.astype(np.float64) ** 2).sum((1, 2)).tolist()
-        self._journal.record(row["unit"], uncovered=uncovered, power=power)
-        return {"uncovered": uncovered, "power": power}
+        self._journal.record(row["unit"], uncovered=uncovered)
+        return {"uncovered": uncovered}
 
     def _stain(self, cells: Cells) -> np.ndarray:
         """RGB of the stain (3, h f, w f) uint8 on the section grid; white where the slide ends."""

@@ -1,0 +1,186 @@
+"""What is kept of a section's learning: alignment and tier by held-out blocks, then gates, positivity, uncertainty."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepfere.config import Config
+from deepfere.errors import InputError
+from deepfere.frame import Alignment
+from deepfere.measured.factors import Factors, factor_weight
+from deepfere.model.detail import COVERED
+from deepfere.model.features import FEATURES
+from deepfere.model.fit import (
+    RATIO,
+    SectionFit,
+    evidence,
+    fit_t1,
+    gate_ions,
+    select_positivity,
+    tier_error,
+    tier_evidence,
+)
+from deepfere.model.fit import Evidence as Problem
+from deepfere.model.network import FusionNetwork
+from deepfere.model.reduced import network_rows, reduced_detail, ridge_detail
+from deepfere.model.ridge import RidgeFit, null_guides
+from deepfere.pipeline.prepare import Prepared, load_plan, pool, read_pooled
+from deepfere.pipeline.workspace import Progress
+
+TIER_EVIDENCE = 2.0
+"""Standard errors over spatial blocks by which the deep tier must be ahead: on few pixels luck looks like skill."""
+
+TIER_MARGIN = 0.005
+"""Share of the detail's variance by which a tier must beat the one below on held-out blocks."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What one section's reconstruction uses.
+
+    Attributes:
+        tier: "T0", "T1" or "T2".
+        alignment: The alignment kept.
+        fit: Gates, weights and evidence.
+        notes: Scores of the choices made, for the report and MLflow.
+    """
+
+    tier: str
+    alignment: Alignment
+    fit: SectionFit
+    notes: dict[str, Any]
+
+
+def section_problem(prep: Prepared, cube: NDArray[np.float32], factors: Factors, pooled: Path) -> Problem:
+    """The section's reduced-scale problem, from footprint averages of the stain.
+
+    Raises:
+        InputError: The slide shows no measured pixel.
+    """
+    features, cover = read_pooled(pooled)
+    covered = cover >= COVERED
+    if not (covered & prep.measured.mask).any():
+        raise InputError(
+            "the slide shows no measured pixel at this alignment",
+            where=prep.section.slide,
+            remedy="correct the alignment",
+        )
+    return evidence(features, prep.measured.mask, covered, cube, factors)
+
+
+def feature_scale(problems: list[Problem]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and s.d. (F,) of the stain features over all sections' tissue; 1 for a constant feature."""
+    rows = np.concatenate([p.features[:, p.mask].T for p in problems])
+    sd = rows.std(0)
+    return rows.mean(0), np.where(sd > 1e-6, sd, 1.0)
+
+
+def without_guide(cube: NDArray[np.float32], mask: NDArray[np.bool_], factors: Factors) -> Learned:
+    """T0: no stain at all; only the positivity steps are selected."""
+    ions, count = len(cube), factors.basis.shape[1]
+    steps, variance = select_positivity(cube, mask, None, np.zeros((ions, count)))
+    zero = np.zeros(ions)
+    fit = SectionFit(
+        np.zeros((len(FEATURES), count)),
+        factors.basis,
+        np.zeros(count),
+        np.zeros(count),
+        zero,
+        zero,
+        zero,
+        steps,
+        variance,
+        np.zeros(len(FEATURES)),
+        np.ones(len(FEATURES)),
+    )
+    return Learned("T0", Alignment.identity(), fit, {"tier": "T0"})
+
+
+def choose(
+    prep: Prepared,
+    cube: NDArray[np.float32],
+    factors: Factors,
+    problem: Problem,
+    closed: tuple[RidgeFit, list[NDArray[np.float64]]],
+    held: NDArray[np.bool_],
+    joint: tuple[FusionNetwork, list[Alignment]] | None,
+    number: int,
+    config: Config,
+    progress: Progress,
+    moved: bool,
+) -> Learned:
+    """Decide alignment and tier by held-out blocks, then gates, positivity and uncertainty."""
+    weight = factor_weight(factors) ** 2
+    everywhere = np.ones(len(problem.rows.block), bool)
+    alignment = Alignment.load(prep.folder.alignment)
+    notes: dict[str, Any] = {"t1_left": tier_error(problem, weight, closed[0].predicted, everywhere)}
+    stages = [{"stage": "search and affine", "r2": 1 - notes["t1_left"], "kept": True}]
+    free = prep.section.alignment is None and prep.section.landmarks is None
+    if joint is not None and moved and free:
+        # The jointly refined registration stays only if the closed form, refitted with it, says so.
+        trial = joint[1][number]
+        spec = load_plan(prep.folder)
+        pool(prep, spec, trial, lambda *_: None, prep.folder.pooled_joint)
+        other = section_problem(prep, cube, factors, prep.folder.pooled_joint)
+        refit = fit_t1(other, config.model.null_guides, config.seed)
+        left = tier_error(other, weight, refit[0].predicted, np.ones(len(other.rows.block), bool))
+        notes["t1_left_joint"] = left
+        # Losing rows must not look like a gain: the slide has to cover every pixel that it covered before.
+        kept = left < notes["t1_left"] - 0.2 * TIER_MARGIN and bool((other.mask >= problem.mask).all())
+        stages.append({"stage": "joint with the network", "r2": 1 - left, "kept": kept})
+        if kept:
+            alignment, problem, closed = trial, other, refit
+    alignment = alignment.with_evidence(stages=stages)
+    progress("learn", 0.9)
+    fit, nulls = closed
+    tier, network = "T1", None
+    if joint is not None:
+        deep = network_rows(joint[0], problem, factors)
+        rows = held[problem.rows.block]
+        notes["t1_left_held_out"] = tier_error(problem, weight, fit.predicted, rows)
+        notes["t2_left_held_out"] = tier_error(problem, weight, deep, rows)
+        notes["t2_evidence"] = tier_evidence(problem, weight, fit.predicted, deep, rows)
+        ahead = notes["t2_left_held_out"] < notes["t1_left_held_out"] - TIER_MARGIN
+        if config.model.tier == "T2" or (ahead and notes["t2_evidence"] > TIER_EVIDENCE):
+            tier, network = "T2", joint[0]
+            predicted = deep
+            null_rows = [
+                network_rows(network, problem, factors, features)
+                for features in null_guides(problem.features, config.model.null_guides, config.seed)
+            ]
+            # Only rows that training never saw can judge the network.
+            factor_gate, ion_gate = gate_ions(problem, factors.basis, predicted, null_rows, rows)
+    if tier == "T1":
+        factor_gate, ion_gate = gate_ions(problem, factors.basis, fit.predicted, nulls)
+    if config.model.tier == "T0" or not ion_gate.gate.any():
+        tier = "T0" if config.model.tier == "T0" else tier
+    gate = np.zeros_like(ion_gate.gate) if tier == "T0" else ion_gate.gate
+    loadings = gate[:, None] * factors.basis
+
+    def detail_at(ratio: int) -> NDArray[np.float64]:
+        raw = reduced_detail(network, problem, factors) if network is not None else ridge_detail(problem, fit.weights)
+        return raw * factor_gate.gate[:, None, None]
+
+    steps, variance = select_positivity(cube, prep.measured.mask, detail_at, loadings)
+    mean, sd = feature_scale([problem])
+    section = SectionFit(
+        fit.weights,
+        factors.basis,
+        factor_gate.gate,
+        factor_gate.r2,
+        gate,
+        ion_gate.r2,
+        ion_gate.null_r2,
+        steps,
+        variance,
+        mean,
+        sd,
+    )
+    notes["tier"] = tier
+    notes["ratio"] = RATIO
+    return Learned(tier, alignment, section, notes)
