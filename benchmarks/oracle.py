@@ -35,7 +35,7 @@ def stain_features(case: Case, result: Result, alignment: Alignment) -> tuple[ND
     grid, f = result.grid, result.factor
     overview, _ = stain_overview(slide, float(np.mean(grid.pitch_um)))
     planes = plan_planes(slide.shape_px, slide.mpp_um, grid.refine(f).pitch_um)
-    smoothing = float(result.provenance["config"]["model"]["smoothing_pitch"])
+    smoothing = float(result.provenance["model"]["notes"]["smoothing_pitch"])
     spec = GuideSpec(grid, f, planes.spacing_um, planes.shape_px, overview.reference.white, smoothing)
     cache = CacheSpec("", str(case.slide), slide.mpp_um, planes, overview.reference)
     whole = np.zeros((7, *planes.shape_px), np.uint8)

@@ -41,7 +41,7 @@ class ModelSettings(_Settings):
 
     max_factors: int = Field(16, ge=1, le=64)
     tier: Literal["auto", "T0", "T1", "T2"] = "auto"
-    smoothing_pitch: float = Field(0.25, ge=0, le=1, description="s.d. of the feature smoothing, measured pixels")
+    smoothing_pitch: float | None = Field(None, ge=0, le=1, description="s.d. of the features' smoothing in pixels")
     width: int = Field(32, ge=4, le=256)
     depth: int = Field(3, ge=1, le=5)
     null_guides: int = Field(20, ge=4)

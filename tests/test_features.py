@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -196,7 +198,8 @@ def test_cover_is_the_share_that_the_slide_shows():
     np.testing.assert_allclose(cover.numpy()[3:], expected[3:], atol=1e-6)
     assert (cover.numpy()[:2, :4] < 0.3).all()
     assert not cover.numpy()[:, 4:].any()
-    _, pooled = pooled_window(spec, Alignment.identity(), lambda a, b, c, d: planes[:, a:b, c:d], Cells(0, 4, 0, 4))
+    read = lambda a, b, c, d: planes[:, a:b, c:d]  # noqa: E731
+    _, pooled = pooled_window(spec, Alignment.identity(), read, Cells(0, 4, 0, 4), (0.0,))
     np.testing.assert_allclose(pooled, cell_means(cover.double().numpy(), 2))
 
 
@@ -207,8 +210,11 @@ def test_footprint_means_are_plain_means_of_the_features():
         return planes[:, r0:r1, c0:c1]
 
     cells = Cells(1, 5, 0, 3)
-    features, cover = features_of(SPEC, read, TURNED, cells)
-    pooled, pooled_cover = pooled_window(SPEC, TURNED, read, cells)
-    assert pooled.shape == (len(FEATURES), 4, 3)
-    np.testing.assert_allclose(pooled, cell_means(features.double().numpy(), 3), atol=1e-12)
-    np.testing.assert_allclose(pooled_cover, cell_means(cover.double().numpy(), 3), atol=1e-12)
+    smoothings = (0.2, 0.5)
+    pooled, pooled_cover = pooled_window(SPEC, TURNED, read, cells, smoothings)
+    assert pooled.shape == (2, len(FEATURES), 4, 3)
+    for smoothing, means in zip(smoothings, pooled, strict=True):
+        # Each is what the reconstruction will see at that smoothing.
+        features, cover = features_of(replace(SPEC, smoothing_pitch=smoothing), read, TURNED, cells)
+        np.testing.assert_allclose(means, cell_means(features.double().numpy(), 3), atol=1e-6)
+        np.testing.assert_allclose(pooled_cover, cell_means(cover.double().numpy(), 3), atol=1e-6)

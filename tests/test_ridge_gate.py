@@ -24,8 +24,15 @@ from deepfere.model.fit import (
 from deepfere.model.network import FusionNetwork
 from deepfere.model.reduced import network_rows, reduced_detail, ridge_detail
 from deepfere.model.ridge import detail, detail_rows, fit_ridge, null_guides, phases, stain_detail, target_rows
+from deepfere.model.transfer import FeatureChoice
 
 SHAPE = (37, 34)
+
+
+def problem_of(features, *rest):
+    """`evidence` with every feature, as it is."""
+    every = FeatureChoice("every", tuple(range(len(features))), 0.25, np.nan, np.nan)
+    return evidence(features[None], (0.25,), *rest, choice=every)
 
 
 def guide_of(seed, shape=SHAPE, count=4, blur=0.7):
@@ -205,7 +212,7 @@ def section(seed, noise=0.3, ions=12):
 
 def decide_for(guide, cube, mask, seed=0):
     (factors,) = factorise([cube], [mask], 8)
-    problem = evidence(guide, mask, np.ones_like(mask), cube, factors)
+    problem = problem_of(guide, mask, np.ones_like(mask), cube, factors)
     fit, nulls = fit_t1(problem, 20, seed)
     return gate_ions(problem, factors.basis, fit.predicted, nulls), problem, factors, fit
 
@@ -274,7 +281,7 @@ def test_too_little_to_judge_by_gives_plain_interpolation(case):
     rng = np.random.default_rng(0)
     cube = rng.random((6, *shape))
     (factors,) = factorise([cube], [mask], 8)
-    problem = evidence(rng.standard_normal((4, *shape)), mask, covered, cube, factors)
+    problem = problem_of(rng.standard_normal((4, *shape)), mask, covered, cube, factors)
     fit, nulls = fit_t1(problem, 8, 0)
     factor, ion = gate_ions(problem, factors.basis, fit.predicted, nulls)
     assert not factor.gate.any()
@@ -310,10 +317,10 @@ def test_uncovered_pixels_give_no_evidence():
     covered[:, 20:] = False
     (factors,) = factorise([cube], [mask], 8)
     spoilt = np.where(covered, features, 1e6)
-    problem = evidence(spoilt, mask, covered, cube, factors)
+    problem = problem_of(spoilt, mask, covered, cube, factors)
     assert np.abs(problem.features).max() < 1e3
     assert (np.unravel_index(problem.rows.index, SHAPE)[1] < 20).all()
-    clean = evidence(features, mask, covered, cube, factors)
+    clean = problem_of(features, mask, covered, cube, factors)
     np.testing.assert_array_equal(problem.rows.stain, clean.rows.stain)
     assert len(problem.factor_rows) == len(problem.rows.stain) == len(problem.ion_rows)
 
@@ -392,7 +399,8 @@ def test_a_tier_needs_evidence_over_blocks():
     images = guide_of(3, count=2)
     mask, blocks = np.ones(SHAPE, bool), blocks_of(SHAPE)
     rows, targets = detail_rows(images, mask, blocks, RATIO), target_rows(images, mask, RATIO)
-    problem = Evidence(images, mask, blocks, rows, targets, targets)
+    choice = FeatureChoice("every", (0,), 0.25, np.nan, np.nan)
+    problem = Evidence(choice, images, mask, blocks, rows, targets, targets)
     weight, every = np.ones(2), np.ones(len(targets), bool)
     unit = targets.std(0)
     good, again, poor = (targets + s * unit * rng.normal(size=targets.shape) for s in (0.5, 0.5, 1.5))

@@ -6,7 +6,8 @@ the features' smoothing. Beyond the grid's edge the stain is still there; the me
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from deepfere.frame import Alignment
 from deepfere.measured.operator import cell_means, expand, pad_edge, take
+from deepfere.model.features import smooth
 from deepfere.model.guide import Cells, GuideSpec, features_of
 from deepfere.model.network import FusionNetwork
 
@@ -90,9 +92,29 @@ class DetailModel:
 
 
 def pooled_window(
-    spec: GuideSpec, alignment: Alignment, planes_at: Any, cells: Cells
+    spec: GuideSpec, alignment: Alignment, planes_at: Any, cells: Cells, smoothings_pitch: Sequence[float]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Footprint means of the features (F, h, w) and of the cover (h, w) over a window of measured pixels."""
+    """Footprint means of the features over a window of measured pixels, at several smoothings.
+
+    Args:
+        spec: The section's geometry; its own smoothing does not matter.
+        alignment: Section to slide.
+        planes_at: Called with (r0, r1, c0, c1), returns base planes (7, h, w) uint8.
+        cells: Window.
+        smoothings_pitch: (S,) s.d. in measured pixels.
+
+    Returns:
+        Features (S, F, h, w) and cover (h, w).
+    """
+    bare, f = replace(spec, smoothing_pitch=0.0), spec.factor
+    reach = [replace(spec, smoothing_pitch=s).radius_px for s in smoothings_pitch]
+    most = max(reach)
     with torch.inference_mode():
-        features, cover = features_of(spec, planes_at, alignment, cells)
-    return cell_means(features.double().numpy(), spec.factor), cell_means(cover.double().numpy(), spec.factor)
+        raw, cover = features_of(bare, planes_at, alignment, cells, most)
+        out = []
+        for smoothing, radius in zip(smoothings_pitch, reach, strict=True):
+            spare = most - radius
+            inner = raw[None, :, spare : raw.shape[1] - spare, spare : raw.shape[2] - spare]
+            out.append(cell_means(smooth(inner, smoothing * f)[0].double().numpy(), f))
+    cover = cover[most : cover.shape[0] - most, most : cover.shape[1] - most]
+    return np.stack(out), cell_means(cover.double().numpy(), f)

@@ -155,19 +155,22 @@ def smooth(images: Tensor, sigma_px: float) -> Tensor:
     return smooth_axis(smooth_axis(images, sigma_px, 2), sigma_px, 3)
 
 
-def stain_features(planes: Tensor, white: tuple[float, float, float], sigma_px: float) -> Tensor:
-    """Features (N, F, H - 2 r, W - 2 r) of `FEATURES` from planes (N, 7, H, W) in 0..255.
+def raw_features(planes: Tensor, white: tuple[float, float, float]) -> Tensor:
+    """Features (N, F, H, W) of `FEATURES`, not smoothed, from planes (N, 7, H, W) in 0..255.
 
     Args:
-        planes: Base planes sampled on the section's high-resolution grid, with r pixels of context.
+        planes: Base planes sampled on the section's high-resolution grid.
         white: RGB of glass.
-        sigma_px: S.d. of the smoothing in high-resolution pixels; r = `smoothing_radius`.
     """
     glass = planes.new_tensor(white).view(1, 3, 1, 1)
     od = torch.clamp(-torch.log10((planes[:, :3] + 1.0) / (glass + 1.0)), min=0.0)
     red, green, blue = od[:, 0:1], od[:, 1:2], od[:, 2:3]
-    raw = torch.cat(
+    return torch.cat(
         [od, od**2, red * green, red * blue] + [planes[:, 4:5] / 255, planes[:, 3:4] / 100, planes[:, 5:6] / 255],
         dim=1,
     )
-    return smooth(raw, sigma_px)
+
+
+def stain_features(planes: Tensor, white: tuple[float, float, float], sigma_px: float) -> Tensor:
+    """`raw_features`, smoothed: (N, F, H - 2 r, W - 2 r), r = `smoothing_radius` of ``sigma_px``."""
+    return smooth(raw_features(planes, white), sigma_px)

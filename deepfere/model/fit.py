@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.alignment.score import spatial_blocks
-from deepfere.measured.factors import Factors
+from deepfere.measured.factors import Factors, factor_weight
 from deepfere.measured.operator import cell_means, fill_missing
 from deepfere.model import gate as gates
 from deepfere.model.decode import IonDecoder, positive
 from deepfere.model.guide import Cells
 from deepfere.model.ridge import DetailRows, RidgeFit, detail_rows, fit_ridge, null_guides, target_rows, usable
+from deepfere.model.transfer import FeatureChoice, choose_features
 
 Array = NDArray[np.float64]
 RATIO = 2
@@ -81,7 +82,8 @@ class Evidence:
     """The reduced-scale regression problem of one section.
 
     Attributes:
-        features: (F, ny, nx) footprint-averaged features, holes filled.
+        choice: Which features, how smooth.
+        features: (F, ny, nx) footprint-averaged features at that smoothing, holes filled.
         mask: (ny, nx) measured pixels that the slide covers.
         blocks: (ny, nx) spatial block numbers.
         rows: Stain detail rows.
@@ -89,6 +91,7 @@ class Evidence:
         ion_rows: (R, M) measured detail of the ions.
     """
 
+    choice: FeatureChoice
     features: Array
     mask: NDArray[np.bool_]
     blocks: NDArray[np.int64]
@@ -98,24 +101,36 @@ class Evidence:
 
 
 def evidence(
-    features: Array, mask: NDArray[np.bool_], covered: NDArray[np.bool_], cube: Any, factors: Factors
+    pooled: Array,
+    smoothings: tuple[float, ...],
+    mask: NDArray[np.bool_],
+    covered: NDArray[np.bool_],
+    cube: Any,
+    factors: Factors,
+    choice: FeatureChoice | None = None,
 ) -> Evidence:
     """Set up the reduced-scale problem.
 
     Args:
-        features: (F, ny, nx) footprint-averaged stain features.
+        pooled: (S, F, ny, nx) footprint-averaged stain features at every smoothing.
+        smoothings: (S,) in measured pixels.
         mask: (ny, nx) measured pixels.
         covered: (ny, nx) pixels that the slide shows completely.
         cube: (M, ny, nx) ions.
         factors: Their factors.
+        choice: Features and smoothing; None lets the data choose.
     """
     inside = mask & covered
-    filled = fill_missing(features, inside) if inside.any() else features
     blocks = spatial_blocks(inside)
-    rows = detail_rows(filled, inside, blocks, RATIO)
     images = fill_missing(factors.images, mask)
+    if choice is None:
+        choice = choose_features(pooled, smoothings, inside, blocks, images, factor_weight(factors) ** 2)
+    features = pooled[smoothings.index(choice.smoothing_pitch)]
+    filled = fill_missing(features, inside) if inside.any() else features
+    rows = detail_rows(filled, inside, blocks, RATIO)
     ions = fill_missing(np.asarray(cube, np.float64), mask)
-    return Evidence(filled, inside, blocks, rows, target_rows(images, inside, RATIO), target_rows(ions, inside, RATIO))
+    targets = target_rows(images, inside, RATIO), target_rows(ions, inside, RATIO)
+    return Evidence(choice, filled, inside, blocks, rows, *targets)
 
 
 def gate_ions(
@@ -156,11 +171,12 @@ def gate_ions(
 
 def fit_t1(problem: Evidence, null_count: int, seed: int) -> tuple[RidgeFit, list[Array]]:
     """The closed-form tier and its null guides' held-out predictions."""
-    fit = fit_ridge(problem.rows, problem.factor_rows)
+    used = problem.choice.used
+    fit = fit_ridge(problem.rows, problem.factor_rows, used)
     nulls = []
     for features in null_guides(problem.features, null_count, seed):
         rows = detail_rows(features, problem.mask, problem.blocks, RATIO)
-        nulls.append(fit_ridge(rows, problem.factor_rows).predicted)
+        nulls.append(fit_ridge(rows, problem.factor_rows, used).predicted)
     return fit, nulls
 
 
@@ -272,9 +288,10 @@ def _variance_model(image: Array, truth: Array, coarse: Array, inside: NDArray[n
     weight = 1.0 / (0.1 * level + (design / scale).mean(1) * level)
     solution, _ = nnls(design / scale * weight[:, None], squared * weight)
     solution = solution / scale
-    # Where an ion was never seen nearby, it may still turn up: once in all these pixels, at its least intensity
+    # Where an ion was never seen nearby it may still turn up: once in all such pixels, at its least intensity
     # (Laplace's rule of succession).
-    seen = truth[inside][truth[inside] > 0]
-    least = seen.min() ** 2 / (inside.sum() + 2) if len(seen) else 0.0
-    solution[0] = max(solution[0], least)
+    values = truth[inside]
+    absent, seen = int((values <= 0).sum()), values[values > 0]
+    if absent and len(seen):
+        solution[0] = max(solution[0], seen.min() ** 2 / (absent + 2))
     return solution

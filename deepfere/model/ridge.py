@@ -134,16 +134,21 @@ class RidgeFit:
     predicted: Array
 
 
-def fit_ridge(rows: DetailRows, targets: Array, ridges: tuple[float, ...] = RIDGES) -> RidgeFit:
+def fit_ridge(
+    rows: DetailRows, targets: Array, used: tuple[int, ...] | None = None, ridges: tuple[float, ...] = RIDGES
+) -> RidgeFit:
     """Ridge of measured on stain detail; the penalty of each factor by blocks left out.
 
     Args:
         rows: Stain detail.
         targets: (R, K) measured detail of the factors.
+        used: Features that may have a weight; None takes all.
         ridges: Penalties tried, as shares of the number of rows, on features of unit variance.
     """
     scale = np.sqrt((rows.stain**2).mean(0)) if len(rows.stain) else np.ones(rows.stain.shape[1])
     scale = np.where(scale > 1e-9, scale, np.inf)  # constant features get no weight
+    if used is not None:
+        scale[np.setdiff1d(np.arange(len(scale)), used)] = np.inf
     x = rows.stain / scale
     names = np.unique(rows.block)
     members = [np.flatnonzero(rows.block == b) for b in names]

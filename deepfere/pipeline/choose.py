@@ -29,6 +29,7 @@ from deepfere.model.fit import Evidence as Problem
 from deepfere.model.network import FusionNetwork
 from deepfere.model.reduced import network_rows, reduced_detail, ridge_detail
 from deepfere.model.ridge import RidgeFit, null_guides
+from deepfere.model.transfer import DEFAULT_SMOOTHING_PITCH, FeatureChoice
 from deepfere.pipeline.prepare import Prepared, load_plan, pool, read_pooled
 from deepfere.pipeline.workspace import Progress
 
@@ -46,18 +47,27 @@ class Learned:
     Attributes:
         tier: "T0", "T1" or "T2".
         alignment: The alignment kept.
+        smoothing_pitch: S.d. of the stain features' smoothing in measured pixels.
         fit: Gates, weights and evidence.
         notes: Scores of the choices made, for the report and MLflow.
     """
 
     tier: str
     alignment: Alignment
+    smoothing_pitch: float
     fit: SectionFit
     notes: dict[str, Any]
 
 
-def section_problem(prep: Prepared, cube: NDArray[np.float32], factors: Factors, pooled: Path) -> Problem:
-    """The section's reduced-scale problem, from footprint averages of the stain.
+def section_problem(
+    prep: Prepared,
+    cube: NDArray[np.float32],
+    factors: Factors,
+    pooled: Path,
+    smoothings: tuple[float, ...],
+    choice: FeatureChoice | None = None,
+) -> Problem:
+    """The section's reduced-scale problem, from footprint averages of the stain at some smoothings.
 
     Raises:
         InputError: The slide shows no measured pixel.
@@ -70,7 +80,7 @@ def section_problem(prep: Prepared, cube: NDArray[np.float32], factors: Factors,
             where=prep.section.slide,
             remedy="correct the alignment",
         )
-    return evidence(features, prep.measured.mask, covered, cube, factors)
+    return evidence(features, smoothings, prep.measured.mask, covered, cube, factors, choice)
 
 
 def feature_scale(problems: list[Problem]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -98,7 +108,7 @@ def without_guide(cube: NDArray[np.float32], mask: NDArray[np.bool_], factors: F
         np.zeros(len(FEATURES)),
         np.ones(len(FEATURES)),
     )
-    return Learned("T0", Alignment.identity(), fit, {"tier": "T0"})
+    return Learned("T0", Alignment.identity(), DEFAULT_SMOOTHING_PITCH, fit, {"tier": "T0"})
 
 
 def choose(
@@ -119,14 +129,17 @@ def choose(
     everywhere = np.ones(len(problem.rows.block), bool)
     alignment = Alignment.load(prep.folder.alignment)
     notes: dict[str, Any] = {"t1_left": tier_error(problem, weight, closed[0].predicted, everywhere)}
-    stages = [{"stage": "search and affine", "r2": 1 - notes["t1_left"], "kept": True}]
+    how = "search, affine and spline" if alignment.displacement is not None else "search and affine"
+    stages = [{"stage": how, "r2": 1 - notes["t1_left"], "kept": True}]
     free = prep.section.alignment is None and prep.section.landmarks is None
     if joint is not None and moved and free:
         # The jointly refined registration stays only if the closed form, refitted with it, says so.
         trial = joint[1][number]
         spec = load_plan(prep.folder)
-        pool(prep, spec, trial, lambda *_: None, prep.folder.pooled_joint)
-        other = section_problem(prep, cube, factors, prep.folder.pooled_joint)
+        choice = problem.choice
+        kept_smoothing = (choice.smoothing_pitch,)
+        pool(prep, spec, trial, lambda *_: None, prep.folder.pooled_joint, kept_smoothing)
+        other = section_problem(prep, cube, factors, prep.folder.pooled_joint, kept_smoothing, choice)
         refit = fit_t1(other, config.model.null_guides, config.seed)
         left = tier_error(other, weight, refit[0].predicted, np.ones(len(other.rows.block), bool))
         notes["t1_left_joint"] = left
@@ -183,4 +196,8 @@ def choose(
     )
     notes["tier"] = tier
     notes["ratio"] = RATIO
-    return Learned(tier, alignment, section, notes)
+    notes["features"] = problem.choice.name
+    notes["smoothing_pitch"] = problem.choice.smoothing_pitch
+    notes["transferred_r2"] = problem.choice.transferred_r2
+    notes["transfer_gain"] = problem.choice.gain
+    return Learned(tier, alignment, problem.choice.smoothing_pitch, section, notes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -79,7 +79,9 @@ def train_network(
     context = context_px(config.model.depth)
     tasks, sources = [], []
     for n, prep in enumerate(preps):
-        spec, alignment = load_plan(prep.folder), Alignment.load(prep.folder.alignment)
+        smoothing = problems[n].choice.smoothing_pitch
+        spec = replace(load_plan(prep.folder), smoothing_pitch=smoothing)
+        alignment = Alignment.load(prep.folder.alignment)
         gate, _ = gate_ions(problems[n], factors[n].basis, closed[n][0].predicted, closed[n][1])
         tasks.append(
             SectionTask(spec.to_dict(), alignment.to_dict(), gate.gate.tolist(), closed[n][0].weights.tolist())

@@ -14,10 +14,11 @@ from deepfere.frame import Alignment
 from deepfere.measured.factors import Factors, factorise
 from deepfere.model.fit import fit_t1
 from deepfere.model.network import FusionNetwork
+from deepfere.model.transfer import LEAST_PX
 from deepfere.pipeline.choose import Learned, choose, section_problem, without_guide
 from deepfere.pipeline.deep import held_out_blocks, train_network
 from deepfere.pipeline.given import GivenModel, given_factors
-from deepfere.pipeline.prepare import Prepared
+from deepfere.pipeline.prepare import Prepared, smoothings_pitch
 from deepfere.pipeline.workspace import Progress, Workspace, write_json
 
 
@@ -69,7 +70,10 @@ def learn_stage(
                 _save(work, prep, factor, without_guide(cube, prep.measured.mask, factor), None)
             facts["history"] = []
             return []
-        problems = [section_problem(p, c, f, p.folder.pooled) for p, c, f in zip(preps, cubes, factors, strict=True)]
+        smoothings = smoothings_pitch(config)
+        problems = [
+            section_problem(p, c, f, p.folder.pooled, smoothings) for p, c, f in zip(preps, cubes, factors, strict=True)
+        ]
         closed = [fit_t1(p, config.model.null_guides, config.seed) for p in problems]
         progress("learn", 0.1)
         trained, joint, held = None, None, [np.zeros(1, bool)] * len(preps)
@@ -82,7 +86,9 @@ def learn_stage(
                 else np.ones(int(p.blocks.max()) + 1, bool)
                 for p, digests in zip(problems, inputs, strict=True)
             ]
-        elif config.model.tier in ("auto", "T2"):
+        elif config.model.tier == "T2" or (
+            config.model.tier == "auto" and max(int(p.mask.sum()) for p in problems) >= LEAST_PX
+        ):
             held = [held_out_blocks(p, config.train.held_out, config.seed) for p in problems]
             trained, joint = train_network(preps, problems, closed, factors, held, work, config, progress, run_name)
         for n, prep in enumerate(preps):
@@ -115,6 +121,7 @@ def _save(work: Workspace, prep: Prepared, factors: Factors, learned: Learned, n
         folder.model,
         {
             "tier": learned.tier,
+            "smoothing_pitch": learned.smoothing_pitch,
             "alignment": learned.alignment.to_dict(),
             "network": network.settings if network is not None else None,
             "state": state,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deepfere.alignment.bend import bend
 from deepfere.alignment.overview import MeasuredOverview, StainOverview
 from deepfere.alignment.refine import AFFINE_STAGES, refine
 from deepfere.alignment.score import slide_cover
@@ -25,6 +26,7 @@ from deepfere.measured.ingest import ingest
 from deepfere.measured.store import Measured, open_measured
 from deepfere.model.features import FEATURES, StainReference, base_planes, stain_reference
 from deepfere.model.guide import GuideSpec
+from deepfere.model.transfer import SMOOTHINGS_PITCH
 from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace, write_json
 from deepfere.readers.slide import Slide, open_slide, read_area
 from deepfere.reconstruction.shards import CacheWorker, PoolWorker
@@ -181,9 +183,11 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
                 stain,
                 angle_step_deg=config.align.angle_step_deg,
                 refined=config.align.candidates,
-                progress=lambda share: progress("align", 0.9 * share),
+                progress=lambda share: progress("align", 0.7 * share),
             )
             found = refine(measured, stain, best, AFFINE_STAGES)
+            progress("align", 0.8)
+            found = bend(measured, stain, found, lambda share: progress("align", 0.8 + 0.2 * share))
         flip, rotation, scale = describe(found)
         tissue = MeasuredOverview(measured.images, tissue_pixels(measured), measured.weight, measured.grid)
         cover = slide_cover(tissue, stain, found)
@@ -202,7 +206,10 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
 
 
 def guide_spec(prep: Prepared, work: Workspace, config: Config) -> tuple[GuideSpec, PlaneGrid, StainReference, Slide]:
-    """Geometry of the section's guide, from the slide and the alignment stage."""
+    """Geometry of the section's guide, from the slide and the alignment stage.
+
+    Its smoothing is the widest that learning may choose: what is cached reaches far enough for all.
+    """
     slide = open_slide(str(prep.section.slide), prep.section.slide_mpp_um)
     hr = prep.measured.grid.refine(prep.factor).pitch_um
     planes = plan_planes(slide.shape_px, slide.mpp_um, hr)
@@ -213,7 +220,7 @@ def guide_spec(prep: Prepared, work: Workspace, config: Config) -> tuple[GuideSp
         planes.spacing_um,
         planes.shape_px,
         reference.white,
-        config.model.smoothing_pitch,
+        max(smoothings_pitch(config)),
     )
     return spec, planes, reference, slide
 
@@ -243,7 +250,7 @@ def tile_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config: 
         run_rows(
             todo, CacheWorker, (cache, str(journal.folder), fingerprint), what=f"tiling {name}", on_done=counter.step
         )
-        pool(prep, spec, alignment, progress, folder.pooled)
+        pool(prep, spec, alignment, progress, folder.pooled, smoothings_pitch(config))
         facts["shards"] = len(rows)
 
 
@@ -258,33 +265,47 @@ def reach_um(spec: GuideSpec, alignment: Alignment, network_px: int) -> float:
     return context * pitch * alignment.max_stretch(spec.grid.extent_um) + 3 * max(spec.spacing_um)
 
 
-def pool(prep: Prepared, spec: GuideSpec, alignment: Alignment, progress: Progress, out: Path) -> None:
-    """Footprint averages of the stain features under an alignment -> ``out`` (F + 1, ny, nx)."""
+def smoothings_pitch(config: Config) -> tuple[float, ...]:
+    """Smoothings of the stain features that are tried, in measured pixels; one if the settings fix it."""
+    fixed = config.model.smoothing_pitch
+    return SMOOTHINGS_PITCH if fixed is None else (fixed,)
+
+
+def pool(
+    prep: Prepared,
+    spec: GuideSpec,
+    alignment: Alignment,
+    progress: Progress,
+    out: Path,
+    smoothings: tuple[float, ...],
+) -> None:
+    """Footprint averages of the stain features under an alignment -> ``out`` (S F + 1, ny, nx)."""
     folder, grid = prep.folder, prep.measured.grid
     side = max(1, POOL_PX // spec.factor)
     group = open_group(out, "w")
+    count = len(smoothings) * len(FEATURES) + 1
     create_array(
         group,
         "pooled",
-        (len(FEATURES) + 1, *grid.shape_px),
+        (count, *grid.shape_px),
         "float64",
-        (len(FEATURES) + 1, side, side),
+        (count, side, side),
         fill_value=0.0,
         dimension_names=("feature", "y", "x"),
     )
     windows = plan_windows(grid, prep.measured.mask, side)
     rows = [{"unit": f"{c.i0}/{c.j0}", "cells": [c.i0, c.i1, c.j0, c.j1]} for c in windows]
-    arguments = (spec.to_dict(), alignment.to_dict(), str(folder.planes), str(out))
+    arguments = (spec.to_dict(), alignment.to_dict(), str(folder.planes), str(out), list(smoothings))
     counter = _Counter(progress, "tile", len(rows), 0, 0.7, 1.0)
     what = f"averaging {prep.section.name}"
     run_rows(rows, PoolWorker, arguments, what=what, on_done=counter.step, inline_up_to=2)
 
 
 def read_pooled(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Pooled features (F, ny, nx) and cover (ny, nx)."""
+    """Pooled features (S, F, ny, nx) at every smoothing, and cover (ny, nx)."""
     array: Any = open_group(path, "r")["pooled"]
     values = np.asarray(array[:])
-    return values[:-1], values[-1]
+    return values[:-1].reshape(-1, len(FEATURES), *values.shape[1:]), values[-1]
 
 
 def load_plan(folder: SectionFolder) -> GuideSpec:

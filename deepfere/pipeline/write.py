@@ -98,7 +98,7 @@ def section_model(prep: Prepared, model: dict[str, Any]) -> SectionModel:
     """The fitted section as the workers need it."""
     deep = model["tier"] == "T2"
     return SectionModel(
-        load_plan(prep.folder).to_dict(),
+        replace(load_plan(prep.folder), smoothing_pitch=model["smoothing_pitch"]).to_dict(),
         model["alignment"],
         str(prep.folder.arrays),
         str(prep.folder.planes),
@@ -129,7 +129,8 @@ def reconstruct_stage(
     power_of_two = f & (f - 1) == 0
     shapes = level_shapes(shards.shape_px, least=(f.bit_length() if power_of_two else 1))
     guided = config.guide and model["tier"] != "T0" and bool(fit.factor_gate.any())
-    fingerprint = digest([depends, model["alignment"], fit.weights.tolist(), fit.factor_gate.tolist(), shards.shard_px])
+    parts = [model["alignment"], model["smoothing_pitch"], fit.weights.tolist(), fit.factor_gate.tolist()]
+    fingerprint = digest([depends, parts, shards.shard_px])
     journal = Journal(prep.folder.journal / "reconstruct", fingerprint)
     begun = _attributes(out).get("identity") == outcome.identity
     if not begun:

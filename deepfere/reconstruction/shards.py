@@ -91,17 +91,21 @@ class CacheWorker(RowWorker):
 class PoolWorker(RowWorker):
     """Averages the stain features over the footprints of one window of measured pixels per row."""
 
-    def __init__(self, spec: dict[str, Any], alignment: dict[str, Any], cache: str, out: str) -> None:
+    def __init__(
+        self, spec: dict[str, Any], alignment: dict[str, Any], cache: str, out: str, smoothings_pitch: list[float]
+    ) -> None:
         self._spec, self._alignment = GuideSpec.from_dict(spec), Alignment.from_dict(alignment)
+        self._smoothings = smoothings_pitch
         self._planes, self._out = PlaneReader(cache), out
 
     def work(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Write one window of the pooled features (F + 1, h, w): features and cover."""
+        """Write one window of the pooled features (S F + 1, h, w): features at every smoothing, and cover."""
         whole = Cells(*row["cells"])
         group: Any = open_group(self._out, "r+")["pooled"]
         block = np.zeros((group.shape[0], *whole.shape))
         for cells in tiles(whole, self._spec.factor):
-            features, cover = pooled_window(self._spec, self._alignment, self._planes, cells)
+            features, cover = pooled_window(self._spec, self._alignment, self._planes, cells, self._smoothings)
+            features = features.reshape(-1, *cover.shape)
             window = (slice(cells.i0 - whole.i0, cells.i1 - whole.i0), slice(cells.j0 - whole.j0, cells.j1 - whole.j0))
             block[(slice(None), *window)] = np.concatenate([features, cover[None]])
         group[:, whole.i0 : whole.i1, whole.j0 : whole.j1] = block

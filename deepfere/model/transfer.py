@@ -1,0 +1,187 @@
+"""Which stain features, how smooth: what was learned at one scale has to hold at the next.
+
+The fine scale has no training signal, so a relation must be extrapolated to it. Here that step is rehearsed one
+octave up: weights are fitted between four and two measured pixels and have to predict what lies between two and
+one, on blocks that they have not seen. Two numbers come out for every set of features and every smoothing:
+
+* **Transferred R2**: how well they predict. Sets of features are compared by it. A plain held-out R2 at one scale
+  prefers features (squares, say) whose footprint means stand for texture there and mean something else below.
+* **Gain**: the least-squares factor on the prediction. Below 1 the finer octave holds less stain structure than
+  the coarser one promised: the alignment is not as good as the features are sharp, or the ions are smoother than
+  the stain. Gaussian smoothing of the features takes away just that, more of the finer octave than of the
+  coarser; the smoothing at which the gain is 1 makes both octaves obey the same weights, and is extrapolated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepfere.measured.operator import cell_means, fill_missing
+from deepfere.model.features import FEATURES
+from deepfere.model.ridge import RIDGES, detail_rows, target_rows
+
+Array = NDArray[np.float64]
+SMOOTHINGS_PITCH = (0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8)
+"""Smoothings tried, in measured pixels. No less than 0.2: nothing here sees the alignment's error below that."""
+DEFAULT_SMOOTHING_PITCH = 0.25
+LEAST_PX = 200
+"""Measured pixels below which two octaves cannot be told apart: then densities alone, at the default smoothing."""
+OCTAVE = 2
+
+
+def _names(*names: str) -> tuple[int, ...]:
+    return tuple(FEATURES.index(name) for name in names)
+
+
+DENSITIES = _names("od_red", "od_green", "od_blue")
+FEATURE_SETS: dict[str, tuple[int, ...]] = {
+    "densities": DENSITIES,
+    "with tissue": DENSITIES + _names("tissue"),
+    "with nuclei and texture": DENSITIES + _names("nuclear", "texture", "tissue"),
+    "all": tuple(range(len(FEATURES))),
+}
+"""From few to many: each holds the one before it."""
+
+
+@dataclass(frozen=True)
+class FeatureChoice:
+    """The features that a section's closed form uses.
+
+    Attributes:
+        name: Name of the set.
+        used: Indices into `FEATURES`.
+        smoothing_pitch: S.d. of their smoothing in measured pixels.
+        transferred_r2: R2 on the finer octave, NaN where it was not tried.
+        gain: The gain there, at that smoothing.
+    """
+
+    name: str
+    used: tuple[int, ...]
+    smoothing_pitch: float
+    transferred_r2: float
+    gain: float
+
+
+def octave_rows(
+    features: Array, images: Array, mask: NDArray[np.bool_], blocks: NDArray[np.int64], block: int
+) -> tuple[Array, Array, NDArray[np.int64]]:
+    """Stain and measured detail between ``2 block`` and ``block`` measured pixels, with block numbers.
+
+    Args:
+        features: (F, ny, nx) footprint-averaged features, holes filled.
+        images: (K, ny, nx) factors, holes filled.
+        mask: (ny, nx) pixels that count.
+        blocks: (ny, nx) spatial block numbers.
+        block: 1 for the finest octave of the measurement, 2 for the one above.
+    """
+    stain, target, number = [], [], []
+    for dy in range(block):
+        for dx in range(block):
+            ny, nx = ((n - d) // block * block for n, d in zip(mask.shape, (dy, dx), strict=True))
+            if min(ny, nx) < 4 * block:
+                continue
+            crop = (slice(dy, dy + ny), slice(dx, dx + nx))
+            whole = cell_means(mask[crop].astype(np.float64), block) > 0.999
+            if not whole.any():
+                continue
+            coarse = fill_missing(cell_means(features[:, crop[0], crop[1]], block), whole)
+            rows = detail_rows(coarse, whole, blocks[crop][::block, ::block], OCTAVE)
+            small = fill_missing(cell_means(images[:, crop[0], crop[1]], block), whole)
+            stain.append(rows.stain)
+            target.append(target_rows(small, whole, OCTAVE))
+            number.append(rows.block)
+    if not stain:
+        return np.zeros((0, len(features))), np.zeros((0, len(images))), np.zeros(0, np.int64)
+    return np.concatenate(stain), np.concatenate(target), np.concatenate(number)
+
+
+def transferred(
+    coarse: tuple[Array, Array, NDArray[np.int64]], fine: tuple[Array, Array, NDArray[np.int64]]
+) -> tuple[Array, Array]:
+    """R2 and gain (K,) on the finer octave of ridge weights fitted on the coarser one, block by block left out.
+
+    The penalty of every target is the one that is best on the coarser octave's own left-out blocks.
+    """
+    (x, y, block), (x_fine, y_fine, block_fine) = coarse, fine
+    scale = np.sqrt((x**2).mean(0))
+    scale = np.where(scale > 1e-9, scale, np.inf)
+    x, x_fine = x / scale, x_fine / scale
+    names = np.unique(block_fine)
+    gram, cross = x.T @ x, x.T @ y
+    eye, best, predicted = np.eye(x.shape[1]), np.full(y.shape[1], np.inf), np.zeros_like(y_fine)
+    for ridge in RIDGES:
+        own, other = np.zeros_like(y), np.zeros_like(y_fine)
+        for name in names:
+            out, out_fine = block == name, block_fine == name
+            lhs = gram - x[out].T @ x[out] + ridge * len(x) * eye
+            beta = np.linalg.solve(lhs, cross - x[out].T @ y[out])
+            own[out], other[out_fine] = x[out] @ beta, x_fine[out_fine] @ beta
+        error = ((y - own) ** 2).sum(0)
+        better = error < best
+        best = np.where(better, error, best)
+        predicted[:, better] = other[:, better]
+    power, total = (predicted**2).sum(0), (y_fine**2).sum(0)
+    gain = (y_fine * predicted).sum(0) / np.where(power > 0, power, np.inf)
+    left = ((y_fine - predicted) ** 2).sum(0)
+    return 1.0 - left / np.where(total > 0, total, np.inf), gain
+
+
+def crossing(smoothings: Array, gains: Array) -> float:
+    """The smallest smoothing at which the gain reaches 1, between the given ones by interpolation."""
+    rising = np.maximum.accumulate(gains)
+    if rising[0] >= 1.0:
+        return float(smoothings[0])
+    if rising[-1] < 1.0:
+        return float(smoothings[-1])
+    k = int(np.argmax(rising >= 1.0))
+    share = (1.0 - rising[k - 1]) / (rising[k] - rising[k - 1])
+    return float(smoothings[k - 1] + share * (smoothings[k] - smoothings[k - 1]))
+
+
+def choose_features(
+    pooled: Array,
+    smoothings: tuple[float, ...],
+    mask: NDArray[np.bool_],
+    blocks: NDArray[np.int64],
+    images: Array,
+    weight: Array,
+) -> FeatureChoice:
+    """Features and smoothing for one section.
+
+    Args:
+        pooled: (S, F, ny, nx) footprint-averaged features at every smoothing.
+        smoothings: (S,) in measured pixels, rising. With one, it is taken as it is.
+        mask: (ny, nx) measured pixels that the slide covers.
+        blocks: (ny, nx) spatial block numbers.
+        images: (K, ny, nx) factors, holes filled.
+        weight: (K,) importance of the factors.
+    """
+    default = min(smoothings, key=lambda s: abs(s - DEFAULT_SMOOTHING_PITCH))
+    fallback = FeatureChoice("densities", DENSITIES, default, float("nan"), float("nan"))
+    if mask.sum() < LEAST_PX:
+        return fallback
+    filled = [fill_missing(features, mask) for features in pooled]
+    rows = [(octave_rows(f, images, mask, blocks, 2), octave_rows(f, images, mask, blocks, 1)) for f in filled]
+    if not len(rows[0][0][0]) or not len(rows[0][1][0]):
+        return fallback
+    power = weight * (rows[0][1][1] ** 2).sum(0)
+    best: FeatureChoice | None = None
+    for name, used in FEATURE_SETS.items():
+        columns = list(used)
+        found = [transferred((c[0][:, columns], c[1], c[2]), (f[0][:, columns], f[1], f[2])) for c, f in rows]
+        r2 = np.array([float((r * power).sum() / power.sum()) for r, _ in found])
+        # Factors that the stain says nothing about have a gain of noise.
+        told = [power * np.clip(r, 0.0, None) for r, _ in found]
+        gains = np.array(
+            [float((g * t).sum() / t.sum()) if t.sum() > 0 else 0.0 for (_, g), t in zip(found, told, strict=True)]
+        )
+        wanted = crossing(np.asarray(smoothings), gains)
+        at = int(np.abs(np.asarray(smoothings) - wanted).argmin())
+        choice = FeatureChoice(name, used, smoothings[at], float(r2.max()), float(gains[at]))
+        if best is None or choice.transferred_r2 > best.transferred_r2:
+            best = choice
+    assert best is not None
+    return best

@@ -1,0 +1,116 @@
+"""Features and their smoothing: what one octave teaches has to hold in the next."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter
+
+from deepfere.alignment.score import spatial_blocks
+from deepfere.measured.operator import cell_means
+from deepfere.model.features import FEATURES
+from deepfere.model.transfer import (
+    DENSITIES,
+    FEATURE_SETS,
+    LEAST_PX,
+    SMOOTHINGS_PITCH,
+    choose_features,
+    crossing,
+    octave_rows,
+    transferred,
+)
+
+FACTOR = 8
+SHAPE = (40, 36)
+
+
+def section(blur_pitch, shape=SHAPE, seed=0, noise=0.05, shift_pitch=0.0):
+    """Sharp stain features, and two factors that follow them blurred (and misplaced) by so many measured pixels."""
+    rng = np.random.default_rng(seed)
+    fine = [n * FACTOR for n in shape]
+    raw = sum(gaussian_filter(rng.standard_normal((len(FEATURES), *fine)), (0, s, s)) * s for s in (2, 6, 16))
+    blurred = gaussian_filter(raw, (0, blur_pitch * FACTOR, blur_pitch * FACTOR))
+    blurred = np.roll(blurred, round(shift_pitch * FACTOR), axis=1)
+    images = np.stack([blurred[0] - 0.5 * blurred[1], blurred[2] + blurred[8]])
+    images = cell_means(images, FACTOR)
+    images /= images.std((1, 2), keepdims=True)
+    images += noise * rng.standard_normal(images.shape)
+    pooled = np.stack([cell_means(gaussian_filter(raw, (0, s * FACTOR, s * FACTOR)), FACTOR) for s in SMOOTHINGS_PITCH])
+    return pooled, images
+
+
+def choose(pooled, images, mask=None):
+    mask = np.ones(images.shape[1:], bool) if mask is None else mask
+    return choose_features(pooled, SMOOTHINGS_PITCH, mask, spatial_blocks(mask), images, np.ones(len(images)))
+
+
+@pytest.mark.parametrize("blur", [0.25, 0.4, 0.6])
+def test_the_smoothing_is_that_of_the_relation(blur):
+    choice = choose(*section(blur))
+    steps = np.array(SMOOTHINGS_PITCH)
+    assert abs(np.argmin(abs(steps - choice.smoothing_pitch)) - np.argmin(abs(steps - blur))) <= 1
+    assert choice.gain == pytest.approx(1.0, abs=0.15)
+    assert choice.transferred_r2 > 0.3
+
+
+def test_a_misplaced_stain_is_smoothed_more():
+    right, wrong = choose(*section(0.2)), choose(*section(0.2, shift_pitch=0.5))
+    assert wrong.smoothing_pitch > right.smoothing_pitch
+    assert wrong.transferred_r2 < right.transferred_r2
+
+
+def test_few_pixels_get_few_features():
+    pooled, images = section(0.4)
+    mask = np.zeros(SHAPE, bool)
+    mask[:14, :14] = True
+    assert mask.sum() < LEAST_PX
+    choice = choose(pooled, images, mask)
+    assert choice.used == DENSITIES
+    assert choice.smoothing_pitch == 0.25
+    assert np.isnan(choice.gain)
+
+
+def test_a_feature_that_matters_is_used():
+    pooled, images = section(0.25)
+    nuclear = images.copy()
+    nuclear[0] = nuclear[1]
+    choice = choose(pooled, nuclear)
+    assert FEATURES.index("nuclear") in choice.used
+
+
+def test_sets_grow():
+    sets = list(FEATURE_SETS.values())
+    for few, many in zip(sets, sets[1:], strict=False):
+        assert set(few) < set(many)
+    assert sets[-1] == tuple(range(len(FEATURES)))
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_octaves_are_average_then_detail(block):
+    rng = np.random.default_rng(1)
+    features, images = rng.standard_normal((3, 17, 19)), rng.standard_normal((2, 17, 19))
+    mask = np.ones((17, 19), bool)
+    stain, target, blocks = octave_rows(features, images, mask, spatial_blocks(mask), block)
+    assert len(stain) == len(target) == len(blocks)
+    # Detail has no mean over the pixels that were averaged, in any phase.
+    groups = stain.reshape(-1, 3)
+    assert abs(groups.mean(0)).max() < 0.05
+    assert len(stain) >= 0.6 * block**2 * 4 * (17 // block) * (19 // block)
+
+
+def test_a_linear_relation_transfers_whole():
+    rng = np.random.default_rng(2)
+    x, fine = rng.standard_normal((400, 3)), rng.standard_normal((300, 3))
+    weights = np.array([[1.0, 0.0], [0.5, -1.0], [0.0, 2.0]])
+    r2, gain = transferred((x, x @ weights, np.arange(400) % 8), (fine, 0.5 * fine @ weights, np.arange(300) % 8))
+    np.testing.assert_allclose(gain, 0.5, rtol=1e-2)
+    # Predicting twice the truth leaves as much as there was.
+    np.testing.assert_allclose(r2, 0.0, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("gains", "expected"),
+    [([1.2, 1.3, 1.4], 0.2), ([0.5, 0.6, 0.7], 0.4), ([0.8, 1.2, 1.1], 0.25), ([0.8, 0.7, 1.0], 0.4)],
+)
+def test_crossing(gains, expected):
+    assert crossing(np.array([0.2, 0.3, 0.4]), np.array(gains)) == pytest.approx(expected)
