@@ -172,6 +172,8 @@ def test_pitches_are_read_as_y_then_x(given, expected):
         ("s.yaml", "a: [\n", "cannot be read"),
         ("s.csv", "name,msi,pitch_um\na,x,0\n", "positive"),
         ("s.csv", "name,file\na,x\n", "a study"),
+        ("s.csv", "name,msi,pitch_um\na,x,50\nb,y,50,40\n", r'line 3 \(b\) has more fields.*quote.*"50,40"'),
+        ("s.csv", "name,msi,pitch_um,\na,x,50,40\n", r"line 2 \(a\) has more fields.*name every column"),
         ("s.csv", "name,msi\n", "sections"),
     ],
 )
@@ -190,3 +192,8 @@ def test_absent_manifest_and_a_study_of_one(tmp_path):
     with pytest.raises(InputError, match="cannot be read as a study"):
         load_study(tmp_path / "absent.yaml")
     assert len(Study(sections=[make_section(**GOOD)]).sections) == 1
+
+
+def test_a_quoted_pair_is_one_value_of_a_manifest(tmp_path):
+    (tmp_path / "s.csv").write_text('name,msi,pitch_um,slide\na,x,"50,40",\nb,y,50,,\n')
+    assert [s.pitch_um for s in load_study(tmp_path / "s.csv").sections] == [(50.0, 40.0), (50.0, 50.0)]
