@@ -86,7 +86,8 @@ def _validated(model: Any, values: Any, where: object) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{name}: {first['msg']}", where=where, remedy="correct the manifest or flag") from error
+        text = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{name}: {text}", where=where, remedy="correct the manifest or flag") from error
 
 
 def _rows(table: csv.DictReader[str], path: Path) -> list[dict[str, str]]:

@@ -23,8 +23,9 @@ def copied(fused, place, tmp_path_factory):
     return target
 
 
-def test_evaluate_scores_and_shows_them(copied, cli):
-    done = cli("evaluate", copied, "--ratio", 2, "--ratio", 4, "model.tier=T1")
+def test_evaluate_scores_and_shows_them(copied, cli, tmp_path):
+    (tmp_path / "closed.yaml").write_text("model:\n  tier: T1\n")
+    done = cli("evaluate", copied, "--ratio", 2, "--ratio", 4, "--config", tmp_path / "closed.yaml")
     assert done.code == 0, done
     assert "x2: alignment" in done.out and "bicubic" in done.out and "no_guide" in done.out
     assert "too few" in done.out
@@ -39,6 +40,7 @@ def test_evaluate_scores_and_shows_them(copied, cli):
         assert 5 < everything[f"{name}_db"] < 60
         assert -1 <= everything[f"{name}_r"] <= 1
     # Detail that the stain proves must help the ions that it informs.
+    print(two["rows"], two["alignment"])
     informed = next(row for row in two["rows"] if row["what"].startswith("stain-informed"))
     assert informed["ours_db"] > informed["no_guide_db"] - 0.05
     page = copied.with_suffix(".html").read_text()
