@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+
 import click
 import pytest
 
@@ -71,6 +73,28 @@ def test_targets_of_a_file(refused, tmp_path):
 
 def test_a_long_setting_in_the_place_of_the_slide(refused):
     assert "gone.imzML" in refused(f"ingest.mz=[{LONG}]")
+
+
+@pytest.fixture
+def things(tmp_path):
+    """Paths at which there is no result, nor anything else of ours."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("hello")
+    (tmp_path / "damaged.zarr").mkdir()
+    (tmp_path / "damaged.zarr" / "zarr.json").write_text("{")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("zarr.json", "{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["gone", "empty", "text.txt", "damaged.zarr", "a.zip"])
+@pytest.mark.parametrize("command", ["info", "report", "evaluate"])
+def test_what_is_nothing_of_ours_is_told_in_one_line(cli, things, command, name):
+    before = sorted(things.rglob("*"))
+    done = cli(command, things / name)
+    assert done.code == 2 and done.out == "", done
+    assert len(done.errors) == 1 and done.errors[0].startswith(f"error: {things / name}: "), done.err
+    assert sorted(things.rglob("*")) == before
 
 
 @pytest.mark.parametrize("command", ["info", "report", "evaluate"])

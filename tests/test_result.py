@@ -126,7 +126,7 @@ def test_the_alignment_is_the_true_one(fused, phantom):
     points = phantom.spec.grid.centres_um()[phantom.mask()]
     truth = phantom.alignment()
     error = np.linalg.norm(fused.alignment.map(points) - truth.map(points), axis=1) / phantom.spec.pitch_um
-    assert np.median(error) < 1.0
+    assert np.median(error) < 0.35
     assert fused.alignment.evidence["flip"] == truth.evidence["flip"]
     assert fused.alignment_start is not None
 
