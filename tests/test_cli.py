@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import zipfile
+from types import SimpleNamespace
 
 import click
 import pytest
 
 from deepfere.cli import main
+from deepfere.errors import InputError
 
 LONG = ",".join(f"{500 + k / 7:.3f}" for k in range(60))
 """More characters than a file name may have."""
@@ -125,3 +127,25 @@ def test_settings_come_from_a_file_wherever_they_can_be_given(cli, name, tmp_pat
         done = cli(name, *words, "--config", tmp_path / "gone.yaml")
         assert done.code == 2 and len(done.errors) == 1, done
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["tracking:\n  uri: none\nfactor: 2\nguide: false\nmodel:\n  tier: T1\n", "seed: 1\n"])
+def test_the_demo_takes_settings_but_keeps_its_truth(cli, tmp_path, monkeypatch, file):
+    seen = []
+
+    def fuse(*_, config, **__):
+        seen.append(config)
+        raise InputError("far enough")
+
+    phantom = SimpleNamespace(imzml="a.imzML", slide="a.tiff")
+    monkeypatch.setattr("deepfere.demo.write_phantom", lambda *_, **__: phantom)
+    monkeypatch.setattr("deepfere.demo.fuse", fuse)
+    (tmp_path / "c.yaml").write_text(file)
+    done = cli("demo", "-o", tmp_path / "demo", "--config", tmp_path / "c.yaml", "train.steps=3")
+    assert done.code == 2 and "far enough" in done.err
+    (config,) = seen
+    assert config.factor == 8 and config.guide and config.train.steps == 3
+    if "tracking" in file:
+        assert config.tracking.uri == "none" and config.model.tier == "T1"
+    else:
+        assert config.tracking.uri == f"sqlite:///{tmp_path / 'demo' / 'mlflow' / 'mlflow.db'}" and config.seed == 1
