@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -42,6 +43,11 @@ class _Commands(click.Group):
         except DeepfereError as error:
             click.echo(f"failed: {' '.join(str(error).split())}; the same command again resumes", err=True)
             sys.exit(1)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            click.echo(f"error: {str(error.filename)[:60]}...: the name is too long; check the path", err=True)
+            sys.exit(2)
         except KeyboardInterrupt:
             _stopped()
         sys.exit(0)
@@ -105,16 +111,29 @@ def progress_bar(total_hint: str) -> Iterator[Callable[[str, float], None]]:
         yield tell
 
 
-def _numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> list[float] | None:
+def _targets(context: click.Context, parameter: click.Parameter, value: str | None) -> list[float] | None:
+    from deepfere.config import target_list
+
     if value is None:
         return None
-    text = Path(value).read_text() if Path(value).is_file() else value
+    text, where = value, "--mz"
+    if os.path.isfile(value):  # noqa: PTH113 - a long list is no possible file name, at which Path.is_file raises
+        where = f"--mz {value}"
+        try:
+            text = Path(value).read_text("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError("cannot be read as text", where=where, remedy="give a file with one m/z a line") from error
+    remedy = "give 798.54,826.57 or a file with one a line"
+    numbers = []
+    for part in filter(None, (part.strip() for part in text.replace("\n", ",").split(","))):
+        try:
+            numbers.append(float(part))
+        except ValueError as error:
+            raise InputError(f"{part[:40]!r} is not an m/z", where=where, remedy=remedy) from error
     try:
-        return [float(part) for part in text.replace("\n", ",").split(",") if part.strip()]
+        return target_list(numbers)
     except ValueError as error:
-        raise InputError(
-            f"{value!r} is not a list of m/z", where="--mz", remedy="give 798.54,826.57 or a file with one a line"
-        ) from error
+        raise InputError(str(error), where=where, remedy=remedy) from error
 
 
 @main.command()
@@ -123,7 +142,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
 @OVERRIDES
 @click.option("-o", "--out", required=True, type=click.Path(), help="Result store to write (a folder, .zarr).")
 @click.option("--factor", type=int, help="High-resolution pixels per measured pixel and axis [default: by the data].")
-@click.option("--mz", callback=_numbers, help="Target m/z: a list 798.54,826.57 or a file with one a line.")
+@click.option("--mz", callback=_targets, help="Target m/z: a list 798.54,826.57 or a file with one a line.")
 @click.option("--tolerance-ppm", type=float, help="Half-width of an ion's m/z window [default: 5].")
 @click.option("--representation", type=click.Choice(["centroid", "profile"]), help="Where the file does not say.")
 @click.option("--duplicates", type=click.Choice(["error", "sum", "mean"]), help="Several spectra for one pixel.")
@@ -146,7 +165,7 @@ def fuse(msi: str, slide: str | None, overrides: tuple[str, ...], out: str, no_g
     """
     from deepfere.pipeline import fuse as run
 
-    if slide is not None and "=" in slide and not Path(slide).exists():
+    if slide is not None and "=" in slide and not os.path.exists(slide):  # noqa: PTH110 - any text, of any length
         overrides, slide = (slide, *overrides), None
     worked = False
     with progress_bar("fuse") as bar:
@@ -161,11 +180,14 @@ def fuse(msi: str, slide: str | None, overrides: tuple[str, ...], out: str, no_g
         )
     if not worked:
         click.echo(f"{out} is finished already: nothing was done")
-    from deepfere.evaluation.report import write_report
+    from deepfere.evaluation.evaluate import load_evaluation
+    from deepfere.evaluation.report import report_identity, write_report
+    from deepfere.reconstruction.result import beside
 
-    report = Path(str(out).rstrip("/")).with_suffix(".html")
-    if not report.exists() or given["overwrite"]:
-        write_report(result, report)
+    report = beside(out, ".html")
+    # One may be there that another result, since removed, has left.
+    if worked or report_identity(report) != result.provenance["identity"]:
+        write_report(result, report, evaluation=load_evaluation(out))
     counts = result.ions["informed"].value_counts().to_dict()
     click.echo(repr(result))
     click.echo(
@@ -189,21 +211,25 @@ def report(result: str, out: str | None) -> None:
     """
     from deepfere.evaluation.evaluate import load_evaluation
     from deepfere.evaluation.report import write_report
+    from deepfere.reconstruction.result import beside
     from deepfere.reconstruction.result import open as open_result
 
-    path = Path(out) if out else Path(result.rstrip("/")).with_suffix(".html")
-    click.echo(f"report: {write_report(open_result(result), path, evaluation=load_evaluation(result))}")
+    opened = open_result(result)
+    path = Path(out) if out else beside(result, ".html")
+    click.echo(f"report: {write_report(opened, path, evaluation=load_evaluation(result))}")
 
 
 @main.command()
 @click.argument("result", type=click.Path())
 @OVERRIDES
 @click.option("--ratio", "ratios", type=int, multiple=True, default=(2, 4), help="Reduced-scale ratios.")
-def evaluate(result: str, overrides: tuple[str, ...], ratios: tuple[int, ...]) -> None:
+@CONFIG
+def evaluate(result: str, overrides: tuple[str, ...], ratios: tuple[int, ...], config: str | None) -> None:
     """Score a result's pipeline at reduced scale (Wald), where the measurement itself is the truth.
 
     The measurement is degraded, the whole pipeline runs on it blind, and its output is compared with what was
     measured; beside it bicubic and the run without the stain. The scores go beside the result and into the report.
+    Settings are the result's own; those that are given here replace theirs.
 
     \b
     Example:
@@ -211,21 +237,23 @@ def evaluate(result: str, overrides: tuple[str, ...], ratios: tuple[int, ...]) -
     """
     from deepfere.evaluation.evaluate import evaluate_result, render
     from deepfere.evaluation.report import write_report
+    from deepfere.reconstruction.result import beside
     from deepfere.reconstruction.result import open as open_result
 
     opened = open_result(result)
     with progress_bar("evaluate") as progress:
-        scores = evaluate_result(opened, ratios=ratios, overrides=overrides, progress=progress)
+        scores = evaluate_result(opened, ratios=ratios, config=config, overrides=overrides, progress=progress)
     click.echo(render(scores))
-    page = write_report(opened, Path(result.rstrip("/")).with_suffix(".html"), evaluation=scores)
+    page = write_report(opened, beside(result, ".html"), evaluation=scores)
     click.echo(f"report: {page}")
 
 
 @main.command()
 @click.option("-o", "--out", default="demo", type=click.Path(), show_default=True, help="Folder of the demo.")
+@CONFIG
 @OVERWRITE
 @OVERRIDES
-def demo(out: str, overwrite: bool, overrides: tuple[str, ...]) -> None:
+def demo(out: str, config: str | None, overwrite: bool, overrides: tuple[str, ...]) -> None:
     """The whole pipeline on a generated section with known truth, with a report; minutes on 2 cores.
 
     \b
@@ -235,7 +263,7 @@ def demo(out: str, overwrite: bool, overrides: tuple[str, ...]) -> None:
     from deepfere.demo import run_demo
 
     with progress_bar("demo") as progress:
-        summary, page = run_demo(Path(out), overrides=overrides, overwrite=overwrite, progress=progress)
+        summary, page = run_demo(Path(out), config=config, overrides=overrides, overwrite=overwrite, progress=progress)
     click.echo(summary)
     click.echo(f"report: {page}")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from deepfere.errors import InputError
 
@@ -18,15 +18,35 @@ class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
+def target_list(values: Iterable[float]) -> list[float]:
+    """Target m/z in ascending order, each once: the order in which they are given says nothing.
+
+    Raises:
+        ValueError: There is none, or one is not a positive number.
+    """
+    targets = sorted(set(values))
+    if not targets:
+        raise ValueError("there is no m/z in it")
+    for mz in targets:
+        if not 0 < mz < float("inf"):  # false for NaN too
+            raise ValueError(f"{mz:g} is not a positive number")
+    return targets
+
+
 class IngestSettings(_Settings):
     """How the measurement is read."""
 
     tolerance_ppm: float = Field(5.0, gt=0, le=1000, description="half-width of an ion's m/z window")
-    mz: list[float] | None = Field(None, description="target list; None = the file's axis, or automatic peaks")
+    mz: list[float] | None = Field(None, description="target list, sorted; None = the file's axis, or automatic peaks")
     normalisation: Literal["none", "tic", "rms", "median"] = "none"
     representation: Literal["centroid", "profile"] | None = Field(None, description="where the file does not say")
     duplicates: Literal["error", "sum", "mean"] = Field("error", description="several spectra for one pixel")
     band_rows: int = Field(64, ge=1)
+
+    @field_validator("mz")
+    @classmethod
+    def _targets(cls, value: list[float] | None) -> list[float] | None:
+        return None if value is None else target_list(value)
 
 
 class AlignSettings(_Settings):
@@ -127,6 +147,15 @@ def _assign(values: dict[str, Any], key: str, value: Any, where: object) -> None
     values[last] = value
 
 
+def _lay_over(values: dict[str, Any], given: dict[str, Any]) -> None:
+    """Put given values, section by section, in place of those that are there."""
+    for key, value in given.items():
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            _lay_over(values[key], value)
+        else:
+            values[key] = value
+
+
 def load_config(
     file: str | Path | None = None, overrides: Iterable[str] = (), base: Config | None = None, **given: Any
 ) -> Config:
@@ -135,7 +164,7 @@ def load_config(
     Args:
         file: YAML that mirrors `Config`; every key is optional.
         overrides: ``section.key=value`` strings; the value is read as YAML.
-        base: Settings to start from in place of the defaults; not together with a file.
+        base: Settings to start from in place of the defaults.
         **given: Top-level values that are not None, or dotted keys with ``__`` for the dot.
 
     Raises:
@@ -149,7 +178,7 @@ def load_config(
             raise InputError(f"cannot be read as settings ({error})", where=file, remedy="give a YAML file") from error
         if loaded is not None and not isinstance(loaded, dict):
             raise InputError("does not hold key: value pairs", where=file, remedy="give a YAML mapping")
-        values = loaded or {}
+        _lay_over(values, loaded or {})
     for text in overrides:
         key, equals, raw = text.partition("=")
         if not equals or not key:
@@ -169,7 +198,8 @@ def load_config(
         if first["type"] == "extra_forbidden":
             known = ", ".join(_known_keys(first["loc"][:-1]))
             raise InputError(f"unknown setting {name!r}", where=file, remedy=f"known here: {known}") from error
-        raise InputError(f"setting {name!r}: {first['msg']}", where=file, remedy="correct its value") from error
+        text = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"setting {name!r}: {text}", where=file, remedy="correct its value") from error
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

@@ -70,12 +70,18 @@ def truth_scores(phantom: Phantom, ours: Result, plain: Result) -> dict[str, Any
 
 
 def run_demo(
-    folder: Path, *, overrides: Iterable[str] = (), overwrite: bool = False, progress: Progress
+    folder: Path,
+    *,
+    config: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    overwrite: bool = False,
+    progress: Progress,
 ) -> tuple[str, Path]:
     """Write a phantom, fuse it with and without the stain, score both, write the report.
 
     Args:
         folder: Where everything goes; a finished demo is left as it is.
+        config: Settings file (YAML).
         overrides: ``section.key=value`` strings.
         overwrite: Do it again.
         progress: Called with (stage, share).
@@ -84,20 +90,22 @@ def run_demo(
         A summary for the terminal, and the report's path.
     """
     folder = folder.resolve()
+    spec = PhantomSpec(seed=SEED)
+    # MLflow's place is a default; the factor is the truth's, and without the stain there would be nothing to show.
+    here = load_config(tracking__uri=f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}")
+    settings = load_config(config, overrides, base=here, factor=spec.factor, guide=True)
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "section"
     if (source / "truth").exists() and not overwrite:
         phantom = Phantom.open(source)
     else:
         tell = lambda stage, done, total: progress(f"phantom {stage}", done / max(total, 1))  # noqa: E731
-        phantom = write_phantom(source, PhantomSpec(seed=SEED), tell, overwrite=overwrite)
-    store = f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}"
+        phantom = write_phantom(source, spec, tell, overwrite=overwrite)
     (folder / "mlflow").mkdir(exist_ok=True)
-    config = load_config(None, overrides, tracking__uri=store, factor=phantom.spec.factor)
     ours = fuse(
-        phantom.imzml, phantom.slide, folder / "result.zarr", config=config, overwrite=overwrite, progress=progress
+        phantom.imzml, phantom.slide, folder / "result.zarr", config=settings, overwrite=overwrite, progress=progress
     )
-    bare = config.model_copy(update={"guide": False})
+    bare = settings.model_copy(update={"guide": False})
     plain = fuse(
         phantom.imzml,
         None,

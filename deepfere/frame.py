@@ -262,6 +262,9 @@ class Alignment:
             # Spreadsheets may put a byte order mark first.
             with Path(path).open(newline="", encoding="utf-8-sig") as handle:
                 rows = list(csv.DictReader(handle))
+            if any(None in row for row in rows):
+                # Decimal commas would shift every value to the next column.
+                raise ValueError("a row has more fields than the header")
             table = np.array([[float(row[name]) for name in LANDMARK_COLUMNS] for row in rows])
         except (OSError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
             raise InputError(

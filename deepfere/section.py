@@ -86,7 +86,27 @@ def _validated(model: Any, values: Any, where: object) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{name}: {first['msg']}", where=where, remedy="correct the manifest or flag") from error
+        text = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{name}: {text}", where=where, remedy="correct the manifest or flag") from error
+
+
+def _rows(table: csv.DictReader[str], path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV manifest, without empty fields.
+
+    Raises:
+        InputError: A field stands under no column: an unquoted 50,40 would else lose its 40 without a word.
+    """
+    out = []
+    for row in table:
+        beyond: Any = row.get(None, [])
+        if any(beyond) or row.get(""):
+            raise InputError(
+                f"line {table.line_num} ({row.get('name')}) has more fields than the header names",
+                where=path,
+                remedy='quote a value that holds a comma, such as "50,40", and name every column',
+            )
+        out.append({name: value for name, value in row.items() if name and value})
+    return out
 
 
 def load_study(path: str | Path) -> Study:
@@ -95,15 +115,14 @@ def load_study(path: str | Path) -> Study:
     Relative paths are relative to the manifest.
 
     Raises:
-        InputError: Unreadable, an unknown or missing column, doubled names.
+        InputError: Unreadable, an unknown or missing column, a row longer than the header, doubled names.
     """
     path = Path(path)
     try:
         if path.suffix.lower() == ".csv":
             # Spreadsheets may put a byte order mark first.
             with path.open(newline="", encoding="utf-8-sig") as handle:
-                rows = [{k: v for k, v in row.items() if k and v not in (None, "")} for row in csv.DictReader(handle)]
-            values: Any = {"sections": rows}
+                values: Any = {"sections": _rows(csv.DictReader(handle), path)}
         else:
             values = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError, csv.Error) as error:

@@ -7,6 +7,7 @@ two writers in one shard lose data silently.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,22 +40,27 @@ def open_group(
         storage_options: Passed to fsspec for URLs.
 
     Raises:
-        InputError: There is no Zarr group there (when reading), or one is there already ("w-").
+        InputError: There is no readable Zarr group there, or one is there already ("w-").
     """
     store: LocalStore | FsspecStore
     if is_url(url):
         options = dict(storage_options or {})
         store = FsspecStore.from_url(str(url), storage_options=options, read_only=mode == "r")
     else:
-        if mode in ("r", "r+") and not Path(url).exists():
+        # Not Path.exists: of an impossible name, too long or with a null byte, it raises.
+        if mode in ("r", "r+") and not os.path.exists(url):  # noqa: PTH110
             raise InputError("does not exist", where=url, remedy="check the path")
         store = LocalStore(Path(url), read_only=mode == "r")
     try:
         return zarr.open_group(store, mode=mode, zarr_format=3)
-    except (FileNotFoundError, zarr.errors.GroupNotFoundError) as error:
+    except (FileNotFoundError, zarr.errors.GroupNotFoundError, zarr.errors.ContainsArrayError) as error:
         raise InputError("is not a Zarr v3 group", where=url, remedy="give a store that deepfere wrote") from error
     except (FileExistsError, zarr.errors.ContainsGroupError) as error:
         raise InputError("exists already", where=url, remedy="choose another path or remove it") from error
+    except (ValueError, TypeError, KeyError) as error:  # what Zarr makes of a zarr.json that is damaged or another's
+        raise InputError(
+            f"has a zarr.json that cannot be read ({error})", where=url, remedy="give a store that deepfere wrote"
+        ) from error
 
 
 def create_array(

@@ -35,6 +35,11 @@ def test_defaults_file_overrides_and_flags_in_this_order(tmp_path):
         (["ingest.tolerance_ppm=.nan"], "tolerance_ppm"),
         (["train.rate=.inf"], r"'train\.rate'"),
         (["ingest.mz=[500.0, .nan]"], r"ingest\.mz"),
+        (["ingest.mz=[500.0, .inf]"], r"ingest\.mz"),
+        (["ingest.mz=[]"], r"ingest\.mz': there is no m/z"),
+        (["ingest.mz=[500.0, 0]"], r"ingest\.mz': 0 is not a positive"),
+        (["ingest.mz=[-500.0]"], r"ingest\.mz': -500 is not a positive"),
+        (["ingest.mz=[many]"], r"ingest\.mz"),
         (["seed=-1"], "'seed'"),
         (["train"], "is not a setting.*key=value"),
         (["=3"], "is not a setting"),
@@ -47,6 +52,19 @@ def test_wrong_settings_are_refused(overrides, message):
     with pytest.raises(InputError, match=message) as caught:
         load_config(None, overrides)
     assert "\n" not in str(caught.value)
+
+
+def test_target_lists_are_sorted_and_each_ion_is_in_them_once():
+    config = load_config(None, ["ingest.mz=[600.2, 500.1, 600.2]"])
+    assert config.ingest.mz == [500.1, 600.2]
+    assert config.digest() == load_config(ingest__mz=[500.1, 600.2]).digest()
+
+
+def test_a_file_lays_its_values_over_given_settings(tmp_path):
+    base = load_config(None, ["train.steps=9", "train.batch=2", "model.tier=T1"])
+    (tmp_path / "c.yaml").write_text("train:\n  steps: 7\nseed: 4\n")
+    config = load_config(tmp_path / "c.yaml", ["seed=5"], base=base)
+    assert (config.train.steps, config.train.batch, config.model.tier, config.seed) == (7, 2, "T1", 5)
 
 
 def test_unreadable_setting_files_are_refused(tmp_path):
@@ -172,6 +190,8 @@ def test_pitches_are_read_as_y_then_x(given, expected):
         ("s.yaml", "a: [\n", "cannot be read"),
         ("s.csv", "name,msi,pitch_um\na,x,0\n", "positive"),
         ("s.csv", "name,file\na,x\n", "a study"),
+        ("s.csv", "name,msi,pitch_um\na,x,50\nb,y,50,40\n", r'line 3 \(b\) has more fields.*quote.*"50,40"'),
+        ("s.csv", "name,msi,pitch_um,\na,x,50,40\n", r"line 2 \(a\) has more fields.*name every column"),
         ("s.csv", "name,msi\n", "sections"),
     ],
 )
@@ -190,3 +210,8 @@ def test_absent_manifest_and_a_study_of_one(tmp_path):
     with pytest.raises(InputError, match="cannot be read as a study"):
         load_study(tmp_path / "absent.yaml")
     assert len(Study(sections=[make_section(**GOOD)]).sections) == 1
+
+
+def test_a_quoted_pair_is_one_value_of_a_manifest(tmp_path):
+    (tmp_path / "s.csv").write_text('name,msi,pitch_um,slide\na,x,"50,40",\nb,y,50,,\n')
+    assert [s.pitch_um for s in load_study(tmp_path / "s.csv").sections] == [(50.0, 40.0), (50.0, 50.0)]

@@ -147,6 +147,7 @@ def test_landmarks_from_a_spreadsheet_with_a_byte_order_mark(tmp_path):
     ("text", "message"),
     [
         ("a,b\n1,2\n", "KeyError"),
+        ("section_y_um,section_x_um,slide_y_um,slide_x_um\n" + "0,5,1,2,3\n" * 3, "more fields"),
         ("section_y_um,section_x_um,slide_y_um,slide_x_um\n0,0,0,0\n0,1,0,1\n", "2 landmarks"),
         ("section_y_um,section_x_um,slide_y_um,slide_x_um\n0,0,0,0\n1,1,1,1\n2,2,2,2\n", "on one line"),
         ("section_y_um,section_x_um,slide_y_um,slide_x_um\n0,0,0,0\n1,1,1,1\n2,2,2,2.0001\n3,3,3,3\n", "on one line"),

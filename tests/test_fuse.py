@@ -15,6 +15,7 @@ import zarr
 
 import deepfere
 from deepfere.errors import IdentityError, InputError
+from deepfere.evaluation.report import report_identity
 from deepfere.pipeline import fuse
 from tests.conftest import FACTOR, SETTINGS, contents, footprint_means
 
@@ -40,6 +41,23 @@ def test_a_finished_run_is_left_alone(fused, place, phantom, cli):
     assert done.code == 0 and "finished already" in done.out
     assert stamps(place.result) == before
     assert time.perf_counter() - started < 60  # the report is written, nothing else
+
+
+def test_a_report_that_another_result_left_is_replaced(fused, place, phantom, cli, tmp_path):
+    import shutil
+
+    copy, page = tmp_path / "liver.x4", tmp_path / "liver.x4.html"
+    shutil.copytree(place.result, copy)
+    other = '<html><meta name="deepfere-identity" content="other">'
+    page.write_text(other)
+    assert report_identity(page) == "other"
+    command = ["fuse", phantom.imzml, phantom.slide, "-o", copy, "--factor", FACTOR, *place.overrides]
+    done = cli(*command)
+    assert done.code == 0 and "finished already" in done.out and f"report: {page}" in done.out
+    assert report_identity(page) == fused.provenance["identity"]
+    written = page.stat().st_mtime_ns
+    assert cli(*command).code == 0 and page.stat().st_mtime_ns == written
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["liver.x4", "liver.x4.html"]
 
 
 def test_other_settings_at_that_path_are_refused(fused, place, phantom, cli):

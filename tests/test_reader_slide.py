@@ -224,6 +224,12 @@ def test_given_mpp_wins_and_is_checked(tmp_path):
         (25400 / 72, "352.78 um, is only the 72-dpi default"),
         (1e4 / 28.34, "72-dpi default"),
         (25400 / 96, "264.58 um, is only the 96-dpi default"),
+        (25400 / 100, "100-dpi default"),
+        (25400 / 150, "150-dpi default"),
+        (25400 / 200, "200-dpi default"),
+        (25400 / 300, "84.67 um, is only the 300-dpi default"),
+        (1e4 / 118, "300-dpi default"),  # written as whole dots per centimetre
+        (25400 / 600, "42.33 um, is only the 600-dpi default"),
         (1000.0, "not plausible"),
         (0.01, "not plausible"),
         (None, "does not say how large"),
@@ -240,6 +246,14 @@ def test_mpp_that_is_not_believed(tmp_path, mpp, why, tiled):
         open_slide(path)
     assert "give --slide-mpp-um" in str(caught.value) and str(path) in str(caught.value)
     assert open_slide(path, 0.5).mpp_um == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("mpp", [0.2498, 0.499, 2.88, 42.0, 85.0])
+def test_mpp_near_no_print_resolution_is_believed(tmp_path, mpp):
+    path = tmp_path / "p.tif"
+    resolution = {"resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(path, noise(64, 64), photometric="rgb", metadata=None, rowsperstrip=16, **resolution)
+    assert open_slide(path).mpp_um == pytest.approx((mpp, mpp), rel=1e-6)
 
 
 def shown(stored, orientation):

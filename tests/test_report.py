@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from deepfere.errors import InputError
 from deepfere.evaluation import figures
-from deepfere.evaluation.report import MAX_BYTES, write_report
+from deepfere.evaluation.report import MAX_BYTES, report_identity, write_report
 from deepfere.evaluation.report_alignment import describe
 from deepfere.evaluation.report_pictures import page_level, pick_ions, thin
 from deepfere.evaluation.report_tables import duration_text, exactness, nonnegative, number, verdict
@@ -391,6 +391,13 @@ def test_orientation_in_words():
     assert "105.0 %" in sentences[1] and len(sentences) == 2
     moved = describe(Alignment(np.eye(2), np.array([30.0, 40.0])), grid, Alignment.identity())
     assert "moved by 50 µm (median; 1.0 measured pixels)" in moved[2]
+
+
+def test_reports_say_whose_they_are(tmp_path):
+    assert report_identity(tmp_path / "none.html") is None
+    (tmp_path / "old.html").write_text("<html><title>of an earlier version</title>")
+    assert report_identity(tmp_path / "old.html") is None
+    assert report_identity(write_report(FakeResult(), tmp_path / "r.html")) == "0123abcd"
 
 
 def test_words_and_numbers():

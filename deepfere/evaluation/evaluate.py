@@ -22,7 +22,7 @@ from deepfere.evaluation.metrics import degrade, ergas, keys_bicubic, pearson, p
 from deepfere.measured.store import write_measured
 from deepfere.pipeline.fuse import fuse, quiet
 from deepfere.pipeline.workspace import Progress, write_json
-from deepfere.reconstruction.result import Result
+from deepfere.reconstruction.result import Result, beside
 
 LEAST_PX = 40
 """Degraded measured pixels below which a ratio is left out."""
@@ -30,7 +30,7 @@ LEAST_PX = 40
 
 def scores_file(path: str | Path) -> Path:
     """Where a result's scores lie: beside it."""
-    return Path(str(path).rstrip("/")).with_suffix(".evaluation.json")
+    return beside(path, ".evaluation.json")
 
 
 def load_evaluation(path: str | Path) -> dict[str, Any] | None:
@@ -61,13 +61,19 @@ def decoded(result: Result) -> NDArray[np.float32]:
 
 
 def evaluate_result(
-    result: Result, *, ratios: Iterable[int] = (2, 4), overrides: Iterable[str] = (), progress: Progress = quiet
+    result: Result,
+    *,
+    ratios: Iterable[int] = (2, 4),
+    config: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Wald scores of the pipeline that made a result; written beside it.
 
     Args:
         result: A finished result; its slide must still be where it was.
         ratios: Degradations.
+        config: Settings file (YAML) whose values replace those of the result.
         overrides: ``section.key=value`` changes to its settings.
         progress: Called with (what, share).
 
@@ -75,12 +81,12 @@ def evaluate_result(
         ``{"identity", "wald": [{"ratio", "alignment", "rows": [...], "ions": [...]}], "consistency"}``.
 
     Raises:
-        InputError: The slide is gone.
+        InputError: The slide is gone, or a setting is wrong.
     """
     stored = dict(result.provenance["config"])
     stored["tracking"] = {"uri": "none"}
     base = Config.model_validate(stored)
-    base = load_config(None, overrides, base=base)
+    base = load_config(config, overrides, base=base)
     section = result.provenance["section"]
     if base.guide and not Path(section["slide"]).exists():
         raise InputError("the slide of this result is gone", where=section["slide"], remedy="put it back")

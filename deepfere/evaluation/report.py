@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -28,6 +29,7 @@ PANEL_SIDES_PX = (640, 440, 300)
 MAX_BYTES = 7_500_000
 MAX_TABLE_ROWS = 10_000
 SHORT_TABLE_ROWS = 40
+HEAD_BYTES = 4096
 
 
 def write_report(
@@ -69,6 +71,17 @@ def write_report(
             f"cannot be written ({error.strerror})", where=path, remedy="give a path you can write to"
         ) from error
     return target
+
+
+def report_identity(path: str | Path) -> str | None:
+    """Which result the report at a path shows: its identity; None where there is no report or it does not say."""
+    try:
+        with Path(path).open("rb") as handle:
+            head = handle.read(HEAD_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return None
+    found = re.search(r'<meta name="deepfere-identity" content="([^"]*)">', head)
+    return found.group(1) if found else None
 
 
 def render_report(

@@ -20,8 +20,10 @@ from deepfere.readers.digest import content_digest
 from deepfere.readers.slide_area import Axis, average
 
 MPP_RANGE_UM = (0.05, 100.0)
-# 25 400 um per inch over the dots per inch that software writes when it knows nothing.
-UNBELIEVED_MPP_UM = {72: 25400 / 72, 96: 25400 / 96}
+# Dots per inch that programs write for screens and printers when they know nothing of the microscope. No scanner
+# has them to within a thousandth (which covers dots per centimetre that were rounded to a whole number).
+PRINT_DPI = (72, 96, 100, 150, 200, 300, 600)
+PRINT_DPI_TOLERANCE = 1e-3
 CACHE_BYTES = 256 << 20
 GIVE_MPP = "give --slide-mpp-um"
 READ_PIXELS = 1 << 24
@@ -83,7 +85,8 @@ def open_slide(path: str | Path, mpp_um: float | tuple[float, float] | None = No
 
     Raises:
         InputError: No reader takes the file; it is not an 8-bit RGB or grey picture; or nothing trustworthy
-            says how large a pixel is: no mpp, one outside 0.05-100 um, or the 72- or 96-dpi default.
+            says how large a pixel is: no mpp, one outside 0.05-100 um, or a default for screens and printers
+            (72, 96, 100, 150, 200, 300 or 600 dpi).
     """
     import openslide
 
@@ -244,8 +247,8 @@ def trusted_mpp(stated: tuple[float | None, float | None], path: Path) -> tuple[
     if y is None or x is None:
         raise InputError("does not say how large its pixels are", where=path, remedy=GIVE_MPP)
     for value in (y, x):
-        for dpi, unbelieved in UNBELIEVED_MPP_UM.items():
-            if abs(value - unbelieved) <= 0.005 * unbelieved:
+        for dpi in PRINT_DPI:
+            if abs(value * dpi / 25400 - 1) <= PRINT_DPI_TOLERANCE:
                 raise InputError(
                     f"its pixel size, {value:.2f} um, is only the {dpi}-dpi default", where=path, remedy=GIVE_MPP
                 )

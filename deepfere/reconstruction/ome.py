@@ -54,7 +54,7 @@ def multiscale(name: str, pixel_um: tuple[float, float], levels: int, channels: 
                 "axes": AXES,
                 "datasets": datasets,
                 "type": "mean",
-                "metadata": {"description": what, "method": "mean over 2 x 2 pixels of the level below"},
+                "metadata": {"description": what, "method": "mean over the pixels of level 0"},
             }
         ],
         "omero": {

@@ -1,4 +1,8 @@
-"""Pyramids: level k + 1 from level k, whole shards, in parallel; level k is the average of level 0."""
+"""Pyramids: level k + 1 from level k, whole shards, in parallel; level k is the average of level 0.
+
+Where a side is no multiple of 2^k, the last pixel of level k lies over fewer pixels of level 0 than the others:
+its value is the mean of those that exist. Two such pixels must therefore not count alike when they are averaged.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,40 @@ from deepfere.reconstruction.shards import delete_shard
 from deepfere.store import open_group
 
 
-def halve(image: NDArray[Any]) -> NDArray[np.float32]:
-    """Means over 2 x 2 pixels of (c, h, w); an odd last row or column is averaged over what there is."""
-    odd = [n % 2 for n in image.shape[1:]]
-    padded = np.pad(image.astype(np.float32), [(0, 0), (0, odd[0]), (0, odd[1])], mode="edge")
-    c, h, w = padded.shape
-    return padded.reshape(c, h // 2, 2, w // 2, 2).mean(axis=(2, 4), dtype=np.float32)
+def pixels_below(start: int, stop: int, level: int, full: int) -> NDArray[np.float32]:
+    """How many pixels of level 0 lie below each of the pixels ``start`` to ``stop`` of a level, along one axis.
+
+    Args:
+        start: First pixel of the level.
+        stop: End of the range.
+        level: The level.
+        full: Length of level 0.
+    """
+    edges = np.minimum(np.arange(start, stop + 1) * 2**level, full)
+    return np.diff(edges).astype(np.float32)
+
+
+def halve(image: NDArray[Any], rows: NDArray[np.float32], cols: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Means over 2 x 2 pixels of (c, h, w), each weighted by the pixels of level 0 that it stands for.
+
+    Args:
+        image: (c, h, w), beginning at an even row and column of its level; an odd side is the level's last.
+        rows: (h,) `pixels_below` along y.
+        cols: (w,) `pixels_below` along x.
+
+    Returns:
+        (c, ceil(h / 2), ceil(w / 2)). Away from the level's end it is the plain mean, so tiles agree with the whole.
+    """
+    weights = rows[:, None] * cols
+    odd = [(0, n % 2) for n in image.shape[1:]]
+    sums = [_sums(np.pad(values, [(0, 0), *odd])) for values in (image.astype(np.float32) * weights, weights[None])]
+    return sums[0] / sums[1]
+
+
+def _sums(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Sums over 2 x 2 pixels of (c, h, w), both sides even."""
+    c, h, w = image.shape
+    return image.reshape(c, h // 2, 2, w // 2, 2).sum(axis=(2, 4), dtype=np.float32)
 
 
 class PyramidWorker(RowWorker):
@@ -31,15 +63,17 @@ class PyramidWorker(RowWorker):
     def work(self, row: dict[str, Any]) -> dict[str, Any]:
         """Read the 2 x 2 region below, average, write the shard, record it."""
         group: Any = open_group(self._out, "r+")[row["image"]]
-        below, target = group[str(row["level"] - 1)], group[str(row["level"])]
+        level, full = row["level"], group["0"].shape[1:]
+        below, target = group[str(level - 1)], group[str(level)]
         side_y, side_x = target.shards[1:]
         r0, c0 = row["row"] * side_y, row["col"] * side_x
         r1, c1 = min(r0 + side_y, target.shape[1]), min(c0 + side_x, target.shape[2])
-        source = np.asarray(below[:, 2 * r0 : min(2 * r1, below.shape[1]), 2 * c0 : min(2 * c1, below.shape[2])])
-        values = halve(source)
+        y0, y1, x0, x1 = 2 * r0, min(2 * r1, below.shape[1]), 2 * c0, min(2 * c1, below.shape[2])
+        rows, cols = pixels_below(y0, y1, level - 1, full[0]), pixels_below(x0, x1, level - 1, full[1])
+        values = halve(np.asarray(below[:, y0:y1, x0:x1]), rows, cols)
         if target.dtype == np.uint8:
             values = np.rint(values)
-        delete_shard(target, Path(self._out), f"{row['image']}/{row['level']}", row["row"], row["col"])
+        delete_shard(target, Path(self._out), f"{row['image']}/{level}", row["row"], row["col"])
         target[:, r0:r1, c0:c1] = values.astype(target.dtype)
         self._journal.record(row["unit"])
         return {}

@@ -30,7 +30,7 @@ from deepfere.measured.store import Measured, open_measured
 from deepfere.model.decode import IonDecoder
 from deepfere.model.fit import local_variance
 from deepfere.model.guide import Cells
-from deepfere.store import open_group
+from deepfere.store import is_url, open_group
 
 if TYPE_CHECKING:
     import dask.array
@@ -44,28 +44,44 @@ _SEALING: set[str] = set()
 @contextmanager
 def sealing(path: str | Path) -> Iterator[None]:
     """Let this process, and nobody else, open an unfinished result: to check it before it is called complete."""
-    _SEALING.add(str(path))
+    _SEALING.add(_place(path))
     try:
         yield
     finally:
-        _SEALING.discard(str(path))
+        _SEALING.discard(_place(path))
         _opened.cache_clear()
         _decoder.cache_clear()
+
+
+def beside(path: str | Path, ending: str) -> Path:
+    """Where what belongs to a result lies: ``liver.zarr`` and ".html" give ``liver.html``, beside it.
+
+    Only a final ``.zarr`` is left out, so that ``liver.x4`` and ``liver.x8`` have a file each.
+    """
+    store = Path(path)
+    if not store.name.strip("."):
+        store = store.resolve()
+    return store.with_name(store.name.removesuffix(".zarr") + ending)
+
+
+def _place(path: str | Path) -> str:
+    """An absolute path, so that lazy arrays find their store after a change of folder; a URL as it is."""
+    return str(path) if is_url(path) else str(Path(path).absolute())
 
 
 class Result:
     """A finished reconstruction.
 
     Attributes:
-        path: Where it is.
+        path: Where it is, absolute; or its URL.
         factor: High-resolution pixels per measured pixel and axis.
         grid: The measured grid.
         levels: Resolution levels; level 0 is the finest.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = str(path)
-        group = open_group(path, "r")
+        self.path = _place(path)
+        group = open_group(self.path, "r")
         attrs: dict[str, Any] = dict(group.attrs)
         if attrs.get("format") != FORMAT:
             raise InputError("is not a result", where=path, remedy="give a store that `deepfere fuse` wrote")
@@ -142,7 +158,7 @@ class Result:
         return json.loads((Path(self.path) / "provenance.json").read_text())
 
     def index(self, mz: float, ppm: float | None = None) -> int:
-        """Row of the ion nearest to ``mz``.
+        """Row of the ion nearest to ``mz``; of ions with one m/z, or equally near, the first.
 
         Args:
             mz: Wanted m/z.
@@ -173,7 +189,8 @@ class Result:
         Args:
             mz: Wanted m/z.
             ppm: How far the nearest ion may be; None takes the study's tolerance.
-            level: 0 is the finest; level k averages 2^k x 2^k pixels of it.
+            level: 0 is the finest; a pixel of level k is the mean of those of its 2^k x 2^k pixels of level 0
+                that exist and were measured.
 
         Returns:
             A lazy array; NaN where not measured. Averaged over measured pixels it is the measurement.
@@ -187,6 +204,17 @@ class Result:
         """One standard deviation (H, W) float32 of what an instrument with this pixel size would have measured.
 
         Noise included; the model's coefficients come from the reduced-scale reconstruction.
+
+        Args:
+            mz: Wanted m/z.
+            ppm: How far the nearest ion may be; None takes the study's tolerance.
+            level: 0 is the finest. From level 1 on it is the mean of the standard deviations below: how far the
+                errors of neighbouring pixels go together is not modelled, and whatever it is, the standard
+                deviation of an average is at most the average of the standard deviations. It is reached where
+                neighbours err alike; where they err independently, the truth is down to 2^-level of it.
+
+        Raises:
+            InputError: No such ion or level.
         """
         return self._lazy(self.index(mz, ppm), level, _sd_block)
 
