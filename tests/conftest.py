@@ -9,11 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from threadpoolctl import threadpool_limits
 
 from deepfere.config import RaySettings, load_config
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.pop("RAY_ADDRESS", None)
+
+# One numerical thread, as in every run of the pipeline: the same sums, and no threads that wait for each other.
+torch.set_num_threads(1)
+threadpool_limits(1)
 
 FACTOR = 4
 SETTINGS = (

@@ -118,8 +118,29 @@ def test_a_slide_too_small_for_the_section_is_refused():
     stain = stain_of(3)
     measured = measure(stain, truth_of(False, 20.0))
     patch = StainOverview(stain.planes[:, 60:120, 60:120], stain.spacing_um, stain.reference)
-    with pytest.raises(InputError, match="70 % of the measured pixels"):
+    with pytest.raises(InputError, match="70 % of the measured tissue"):
         search(measured, patch, angle_step_deg=45.0, refined=4)
+
+
+def test_a_slide_of_a_few_pixels_is_refused_in_words():
+    stain = stain_of(3)
+    patch = StainOverview(stain.planes[:, 90:94, 90:94], stain.spacing_um, stain.reference)
+    with pytest.raises(InputError, match="only 16 pixels"):
+        search(measure(stain, truth_of(False, 20.0)), patch, angle_step_deg=45.0, refined=4)
+
+
+def test_margins_without_tissue_need_no_slide():
+    """A raster with wide margins around its tissue, and a slide cut close to that tissue."""
+    shape = (40, 40)
+    images = np.zeros((1, *shape))
+    images[0, 12:28, 12:28] = 5.0
+    images += 0.1 * np.random.default_rng(0).standard_normal(images.shape)
+    grid = SectionGrid(shape, (50.0, 50.0))
+    measured = MeasuredOverview.build(images, np.ones(shape, bool), np.ones(1), grid)
+    assert measured.tissue.sum() == 16 * 16
+    slide = StainOverview(stain_of(0).planes[:, :90, :90], (SPACING_UM, SPACING_UM), stain_of(0).reference)
+    close = Alignment(np.eye(2), np.array([-550.0, -550.0]))
+    assert slide_cover(measured, slide, close) == 1.0
 
 
 def test_refinement_mends_a_shift_of_a_pixel():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
@@ -80,7 +82,7 @@ def test_a_feature_that_matters_is_used():
 
 def test_sets_grow():
     sets = list(FEATURE_SETS.values())
-    for few, many in zip(sets, sets[1:], strict=False):
+    for few, many in itertools.pairwise(sets):
         assert set(few) < set(many)
     assert sets[-1] == tuple(range(len(FEATURES)))
 

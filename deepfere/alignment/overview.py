@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.ndimage import binary_erosion
 from torch import Tensor
 from torch.nn import functional
 
 from deepfere.frame import SectionGrid
 from deepfere.measured.operator import fill_missing
-from deepfere.model.features import StainReference, smooth_axis, smoothing_radius
+from deepfere.model.features import StainReference, otsu, smooth_axis, smoothing_radius
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,25 @@ class MeasuredOverview:
     mask: NDArray[np.bool_]
     weight: NDArray[np.float64]
     grid: SectionGrid
+
+    @cached_property
+    def tissue(self) -> NDArray[np.bool_]:
+        """Measured pixels (ny, nx) that are tissue, as far as the measurement itself tells.
+
+        Two clusters of the leading factors; the one with the smaller share of the raster's rim is the tissue.
+        Where the rim does not tell them apart, the tissue fills the raster: all pixels.
+        """
+        mask = self.mask
+        values = (self.images * np.sqrt(self.weight)[:, None, None])[:, mask].T
+        direction = np.linalg.svd(values - values.mean(0), full_matrices=False)[2][0]
+        axis = (values - values.mean(0)) @ direction
+        label = axis > otsu(axis)
+        rim = (mask & ~binary_erosion(mask, np.ones((3, 3), bool)))[mask]
+        share = [float(rim[label == side].mean()) if (label == side).any() else 1.0 for side in (False, True)]
+        out = mask.copy()
+        if min(share) < 0.3 * max(share):
+            out[mask] = label == bool(np.argmin(share))
+        return out
 
     @classmethod
     def build(

@@ -91,7 +91,7 @@ def placement_r2(
 
 
 def slide_cover(measured: MeasuredOverview, stain: StainOverview, alignment: Alignment) -> float:
-    """Share of the measured pixels whose centre the slide covers."""
-    centres = alignment.map(measured.grid.centres_um()[measured.mask])
+    """Share of the measured tissue pixels whose centre the slide covers."""
+    centres = alignment.map(measured.grid.centres_um()[measured.tissue])
     extent = np.asarray(stain.extent_um)
     return float(((centres >= 0) & (centres <= extent)).all(-1).mean())

@@ -71,6 +71,11 @@ def principal_features(stain: StainOverview, sigma_um: float, count: int = 4) ->
     chosen = flat[tissue.reshape(-1) > 0.5]
     if len(chosen) < 50:
         chosen = flat
+    if len(chosen) < 50:
+        raise InputError(
+            f"the slide is only {len(chosen)} pixels at the scale of the measurement: nothing can be found on it",
+            remedy="give the slide of this section, and check --pitch-um and --slide-mpp-um",
+        )
     mean, sd = chosen.mean(0), chosen.std(0) + 1e-6
     vectors = torch.linalg.eigh(torch.cov(((chosen - mean) / sd).double().T)).eigenvectors[:, -count:]
     scores = ((flat - mean) / sd) @ vectors.float()
@@ -138,10 +143,12 @@ def _orientation_candidates(
     extent = np.asarray(stain.extent_um)
     corners = np.array([[0, 0], [0, extent[1]], [extent[0], 0], extent]) - extent / 2
     reach = np.abs(corners @ np.linalg.inv(matrix).T).max(0)
-    # The canvas holds the whole slide in the section's orientation, plus what MIN_COVER lets stick out.
-    size = np.ceil(2 * reach / pitch).astype(int) + np.ceil((1 - MIN_COVER) * 2 * np.array(measured.mask.shape)).astype(
-        int
-    )
+    # The canvas holds the whole slide in the section's orientation, plus what MIN_COVER lets stick out: the margins
+    # of the raster around its tissue, and a part of the tissue.
+    held = np.argwhere(measured.tissue)
+    first, last = held.min(0), held.max(0) + 1
+    margin = np.maximum(first, np.array(measured.mask.shape) - last)
+    size = np.ceil(2 * reach / pitch + 2 * (margin + (1 - MIN_COVER) * (last - first))).astype(int)
     size = np.maximum(size, np.array(measured.mask.shape) + 2)
     canvas = SectionGrid((int(size[0]), int(size[1])), measured.grid.pitch_um)
     placed = centred_alignment(canvas, stain.extent_um, matrix)
@@ -156,7 +163,7 @@ def _orientation_candidates(
     scaled = measured.images * np.sqrt(measured.weight)[:, None, None]
     score = correlation_maps(scaled, measured.mask, scene)
     covered = inside.reshape(canvas.shape_px).double().numpy()[None]
-    window = measured.mask.astype(float)
+    window = measured.tissue.astype(float)
     spectrum = np.fft.rfft2(covered[0]) * np.conj(np.fft.rfft2(window, canvas.shape_px))
     cover = np.fft.irfft2(spectrum, canvas.shape_px)[: score.shape[0], : score.shape[1]] / window.sum()
     score = np.where(cover >= MIN_COVER, score, -np.inf)
@@ -213,7 +220,7 @@ def search(
             progress(0.4 * (n + 1) / len(angles))
     if not found:
         raise InputError(
-            "the slide is too small to hold 70 % of the measured pixels at this pitch and mpp",
+            "the slide is too small to hold 70 % of the measured tissue at this pitch and mpp",
             remedy="check --pitch-um and --slide-mpp-um, or give the slide of this section",
         )
     found.sort(key=lambda item: -item[0])
@@ -292,7 +299,7 @@ def _accept(
 ) -> Alignment:
     remedy = "give landmarks (--landmarks FILE.csv), an alignment (--alignment FILE.json), or the right slide"
     if not candidates:
-        raise InputError("no placement of the section on the slide covers 70 % of the measured pixels", remedy=remedy)
+        raise InputError("no placement of the section on the slide covers 70 % of the measured tissue", remedy=remedy)
     best = candidates[0]
     others = [c for c in candidates[1:] if not _same_basin(c.alignment, best.alignment, measured.grid)]
     runner_up = max((c.fine_r2 for c in others), default=-1.0)

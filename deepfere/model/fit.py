@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.alignment.score import spatial_blocks
-from deepfere.measured.factors import Factors, factor_weight
+from deepfere.measured.factors import Factors, factor_weight, noise_sd
 from deepfere.measured.operator import cell_means, fill_missing
 from deepfere.model import gate as gates
 from deepfere.model.decode import IonDecoder, positive
@@ -24,7 +24,8 @@ from deepfere.model.transfer import FeatureChoice, choose_features
 
 Array = NDArray[np.float64]
 RATIO = 2
-POSITIVITY = (0, 1, 3, 5)
+POSITIVITY = (1, 3, 5)
+"""Steps tried. At least one: below zero an intensity means nothing, and one step never cost accuracy."""
 
 
 @dataclass(frozen=True)
@@ -247,11 +248,11 @@ def select_positivity(
     """
     ny, nx = (n // RATIO * RATIO for n in mask.shape)
     count = len(loadings)
-    steps_out, variance = np.zeros(count, np.int64), np.zeros((count, 3))
-    if min(ny, nx) < 2 * RATIO:
-        return steps_out, variance
-    inside = usable(mask, RATIO, (0, 0))
+    steps_out, variance = np.full(count, POSITIVITY[0]), np.zeros((count, 3))
+    inside = usable(mask, RATIO, (0, 0)) if min(ny, nx) >= 2 * RATIO else np.zeros((0, 0), bool)
     if inside.sum() < 8:
+        # Nothing to judge by: the measurement's own noise, and all that varies between neighbours.
+        variance[:, 0], variance[:, 2] = noise_sd(np.asarray(cube), mask) ** 2, 1.0
         return steps_out, variance
     detail = detail_at(RATIO) if detail_at is not None and loadings.any() else None
     for m in range(count):

@@ -137,29 +137,6 @@ def measured_overview(prep: Prepared, config: Config) -> MeasuredOverview:
     return MeasuredOverview.build(factors.images, prep.measured.mask, factor_weight(factors), prep.measured.grid)
 
 
-def tissue_pixels(measured: MeasuredOverview) -> NDArray[np.bool_]:
-    """Measured pixels (ny, nx) that are tissue, as far as the measurement itself tells.
-
-    Two clusters of the leading factors; the one with the smaller share of the raster's rim is the tissue.
-    Where the rim does not tell them apart, the tissue fills the raster: all pixels.
-    """
-    mask = measured.mask
-    values = (measured.images * np.sqrt(measured.weight)[:, None, None])[:, mask].T
-    direction = np.linalg.svd(values - values.mean(0), full_matrices=False)[2][0]
-    axis = (values - values.mean(0)) @ direction
-    from deepfere.model.features import otsu
-
-    label = axis > otsu(axis)
-    from scipy.ndimage import binary_erosion
-
-    rim = (mask & ~binary_erosion(mask, np.ones((3, 3), bool)))[mask]
-    share = [float(rim[label == side].mean()) if (label == side).any() else 1.0 for side in (False, True)]
-    out = mask.copy()
-    if min(share) < 0.3 * max(share):
-        out[mask] = label == bool(np.argmin(share))
-    return out
-
-
 def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config: Config, progress: Progress) -> None:
     """Slide and measurement -> ``alignment.json``; user-given alignments and landmarks win."""
     section, folder = prep.section, prep.folder
@@ -189,8 +166,7 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
             progress("align", 0.8)
             found = bend(measured, stain, found, lambda share: progress("align", 0.8 + 0.2 * share))
         flip, rotation, scale = describe(found)
-        tissue = MeasuredOverview(measured.images, tissue_pixels(measured), measured.weight, measured.grid)
-        cover = slide_cover(tissue, stain, found)
+        cover = slide_cover(measured, stain, found)
         if cover < MIN_COVER:
             raise InputError(
                 f"covers {100 * cover:.0f} % of the measured tissue; at least 70 % is needed",
