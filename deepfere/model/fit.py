@@ -166,7 +166,7 @@ def gate_ions(
     def ion_gain(p: Array) -> gates.Gain:
         return gates.gains(gates.moments(ion_rows, p[rows], block), loadings)
 
-    ion = gates.decide(ion_gain(predicted), [ion_gain(p) for p in nulls])
+    ion = gates.decide(ion_gain(predicted), [ion_gain(p) for p in nulls], gates.LEAST_R2)
     return factor, ion
 
 

@@ -16,6 +16,10 @@ Array = NDArray[np.float64]
 
 INFORMED_R2 = 0.10
 """Held-out R2 of the detail from which an ion is called "stain-informed"."""
+LEAST_R2 = 0.05
+"""Held-out R2 of an ion's detail below which its gate stays shut."""
+FAR_SD = 4.0
+"""How far ahead of the null guides, in their standard deviations, is far."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +105,21 @@ class Gate:
         ]
 
 
-def decide(found: Gain, nulls: list[Gain]) -> Gate:
+def decide(found: Gain, nulls: list[Gain], least_r2: float = 0.0) -> Gate:
     """Open the gate of every target whose gain is proven.
+
+    It has to beat 95 % of the null guides, and the improvement has to be there all over the section: two standard
+    errors above zero over spatial blocks. Where few blocks carry a target (a small section, a structure in one
+    corner), one standard error is enough if the null guides are left far behind.
 
     Args:
         found: Gains of the guide.
         nulls: Gains of null guides, obtained in the same way.
+        least_r2: Not opened for less: it would hardly show, and noise is as large.
     """
-    bar = np.quantile(np.stack([n.r2 for n in nulls]), 0.95, axis=0) if nulls else np.zeros_like(found.r2)
-    proven = (found.r2 > np.maximum(bar, 0.0)) & (found.evidence > 2.0)
+    r2 = np.stack([n.r2 for n in nulls]) if nulls else np.zeros((1, len(found.r2)))
+    bar, far = np.quantile(r2, 0.95, axis=0), r2.mean(0) + FAR_SD * r2.std(0)
+    everywhere = found.evidence > 2.0
+    far_ahead = (found.evidence > 1.0) & (found.r2 > far) & (found.r2 > INFORMED_R2)
+    proven = (found.r2 > np.maximum(bar, least_r2)) & (everywhere | far_ahead)
     return Gate(np.where(proven, found.gain, 0.0), found.r2, bar)
