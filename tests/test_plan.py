@@ -230,6 +230,7 @@ def source(tmp_path):
     planes = rng.integers(0, 255, (7, 60, 50)).astype(np.uint8)
     group = open_group(str(tmp_path / "planes.zarr"), "w")
     create_array(group, "planes", planes.shape, "uint8", (7, 16, 16), (7, 32, 32))[:] = planes
+    group.attrs["spacing_um"] = list(spec.spacing_um)
     arrays: dict[str, Any] = {
         "factors": rng.standard_normal((3, 9, 7)),
         "pooled": rng.standard_normal((4, 9, 7)),
