@@ -140,11 +140,21 @@ def _quiet_ray_data() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def pin_threads() -> None:
+@contextmanager
+def one_thread() -> Iterator[None]:
     """One numerical thread in this process, as in every worker: sums then do not depend on the core count."""
+    # Only libraries that are loaded can be limited, and SciPy brings a BLAS of its own.
+    import scipy.linalg  # noqa: F401
     import torch
+    from threadpoolctl import threadpool_limits
 
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def shutdown() -> None:
