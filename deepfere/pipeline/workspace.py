@@ -161,6 +161,9 @@ class Workspace:
         while True:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise _unwritable(self.root, error) from error
+            try:
                 handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
             except FileNotFoundError:
                 continue  # whoever worked here has just finished and removed the folder
