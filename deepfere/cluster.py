@@ -140,11 +140,21 @@ def _quiet_ray_data() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def pin_threads() -> None:
+@contextmanager
+def one_thread() -> Iterator[None]:
     """One numerical thread in this process, as in every worker: sums then do not depend on the core count."""
+    # Only libraries that are loaded can be limited, and SciPy brings a BLAS of its own.
+    import scipy.linalg  # noqa: F401
     import torch
+    from threadpoolctl import threadpool_limits
 
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def shutdown() -> None:
@@ -210,6 +220,9 @@ class RowWorker(ABC):
             row = json.loads(str(text))
             try:
                 out.append(json.dumps({**self.work(row), "unit": row["unit"], "error": None}))
+            except InputError as error:
+                told = {"what": error.what, "where": error.where and str(error.where), "remedy": error.remedy}
+                out.append(json.dumps({"unit": row["unit"], "error": str(error), "input": told}))
             except Exception as error:
                 out.append(json.dumps({"unit": row["unit"], "error": f"{type(error).__name__}: {error}"}))
         import numpy as np
@@ -248,7 +261,8 @@ def run_rows(
         The records, in no particular order.
 
     Raises:
-        DeepfereError: Some rows failed; the others are done.
+        InputError: Some rows failed, all of them because of the input; the others are done.
+        DeepfereError: Some rows failed for another reason.
     """
     items = [{"row": json.dumps(row)} for row in rows]
     if not items:
@@ -269,6 +283,13 @@ def run_rows(
         _on_actors(items, worker, arguments, collect, what, num_cpus, num_gpus)
     if failed:
         first = failed[0]
+        if all("input" in record for record in failed):
+            told = first["input"]
+            raise InputError(
+                f"{told['what']} ({what}: {len(failed)} of {len(items)} pieces failed)",
+                where=told["where"],
+                remedy=told["remedy"],
+            )
         raise DeepfereError(
             f"{what}: {len(failed)} of {len(items)} pieces failed; first {first['unit']}: {first['error']}"
         )

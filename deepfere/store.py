@@ -120,3 +120,36 @@ def remove(url: str | Path, storage_options: StorageOptions | None = None) -> No
     filesystem, path = fsspec.core.url_to_fs(str(url), **dict(storage_options or {}))
     if filesystem.exists(path):
         filesystem.rm(path, recursive=True)
+
+
+def sync(path: Path) -> None:
+    """Have the bytes of a local file (or the names in a local folder) on disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def shard_object(root: str | Path, array: str, row: int, col: int) -> Path:
+    """The file of one shard of a local (c, y, x) array; shards of fill values alone have none."""
+    return Path(root) / array / "c" / "0" / str(row) / str(col)
+
+
+def sync_shard(root: str | Path, array: str, row: int, col: int) -> None:
+    """Have one shard of a local (c, y, x) array on disk: it may be recorded as done only then."""
+    path = shard_object(root, array, row, col)
+    if path.exists():
+        # Its folders may be as new as itself.
+        for part in (path, *path.parents[:4]):
+            sync(part)
+
+
+def settle(root: Path) -> None:
+    """Have a whole local store on disk, without what interrupted writers left in it."""
+    for path in list(root.rglob("*")):
+        if path.suffix == ".partial":
+            path.unlink(missing_ok=True)
+        else:
+            sync(path)
+    sync(root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -230,6 +231,7 @@ def source(tmp_path):
     planes = rng.integers(0, 255, (7, 60, 50)).astype(np.uint8)
     group = open_group(str(tmp_path / "planes.zarr"), "w")
     create_array(group, "planes", planes.shape, "uint8", (7, 16, 16), (7, 32, 32))[:] = planes
+    group.attrs["spacing_um"] = list(spec.spacing_um)
     arrays: dict[str, Any] = {
         "factors": rng.standard_normal((3, 9, 7)),
         "pooled": rng.standard_normal((4, 9, 7)),
@@ -285,3 +287,26 @@ def test_planning_needs_no_ray():
 
     code = f"import sys, {plans.__name__}; sys.exit(any(m in sys.modules for m in ('ray', 'zarr', 'openslide')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_shard_of_planes_is_whole_and_on_disk_before_it_is_recorded(tmp_path, monkeypatch):
+    from deepfere.cluster import Journal
+    from deepfere.model.features import StainReference
+    from deepfere.reconstruction.shards import CacheWorker
+    from deepfere.store import open_group, shard_object
+    from deepfere.tiling import cache
+
+    planes = PlaneGrid((5.0, 5.0), 1, (60, 50))
+    reference = StainReference((240.0, 240.0, 240.0), 0.1, 0.2)
+    spec = cache.CacheSpec(str(tmp_path / "planes.zarr"), "slide", "abc", (5.0, 5.0), planes, reference)
+    cache.create_cache(spec)
+    assert cache.is_cache(spec) and not cache.is_cache(replace(spec, fingerprint="another"))
+    file, journal, seen = shard_object(spec.url, "planes", 0, 0), Journal(tmp_path / "journal", "abc"), []
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"torn")
+    values = np.full((7, 60, 50), 9, np.uint8)
+    monkeypatch.setattr(cache, "compute_shard", lambda *_: values)
+    monkeypatch.setattr(cache, "sync_shard", lambda *_: seen.append((file.stat().st_size > 4, journal.done())))
+    CacheWorker(spec, str(journal.folder), "abc").work({"unit": "0/0", "row": 0, "col": 0})
+    assert seen == [(True, {})] and set(journal.done()) == {"0/0"}
+    assert (np.asarray(open_group(spec.url, "r")["planes"][:]) == 9).all()

@@ -84,11 +84,32 @@ def test_reconstruct_writes_every_section(stage, manifest, tracking):
         assert result.ions["consistency"].max() <= 1e-5
         assert result.provenance["model"]["version"] == "1"
         assert result.provenance["section"]["name"] == name
-    finished = markers(manifest)
-    assert stage("reconstruct").code == 0
-    assert {k: v for k, v in markers(manifest).items() if k != "track"} == {
-        k: v for k, v in finished.items() if k != "track"
-    }
+    finished, runs = markers(manifest), endings(tracking)
+    again = stage("reconstruct")
+    assert again.code == 0 and again.out.count("finished already") == 2
+    # Nothing was opened again, the MLflow run neither.
+    assert markers(manifest) == finished and endings(tracking) == runs
+
+
+def endings(tracking: str) -> list[tuple[str, int]]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    return [(run.info.run_id, run.info.end_time) for run in runs]
+
+
+def test_a_checkpoint_of_another_fit_is_not_gone_on_from(stage, manifest):
+    import torch
+
+    work = manifest.parent / "work"
+    weights = (work / "sections" / "one" / "network.safetensors").read_bytes()
+    (kept,) = (work / "training").glob("run-*/checkpoint_*/training.pt")
+    torch.save({**torch.load(kept, weights_only=True), "digest": "another"}, kept)
+    (work / "done" / "learn.json").unlink()
+    done = stage("train")
+    assert done.code == 0, done
+    assert (work / "sections" / "one" / "network.safetensors").read_bytes() == weights
 
 
 def test_tiles_equal_the_whole(manifest):
@@ -108,7 +129,7 @@ def test_tiles_equal_the_whole(manifest):
     for tier in ("T1", "T2"):
         built = section_model(prep, {**model, "tier": tier}).build()
         assert (built.network is not None) == (tier == "T2") and built.gate.any()
-        planes = PlaneReader(str(prep.folder.planes))
+        planes = PlaneReader(str(prep.folder.planes), built.spec)
         whole, _ = built.window(planes, Cells(0, 24, 0, 21))
         assert whole.std() > 0.01
         for side in (5, 8, 13):
@@ -140,6 +161,20 @@ def test_a_promoted_model_takes_the_place_of_training(stage, manifest, tracking)
     result = deepfere.open(manifest.parent / "work" / "results" / "two.zarr")
     assert result.provenance["model"]["name"] == "deepfere" and result.provenance["model"]["version"] == "1"
     assert result.ions["consistency"].max() <= 1e-5
+
+
+def test_a_promoted_model_brings_its_own_reach_and_may_be_left_aside(stage, manifest, monkeypatch):
+    from deepfere.pipeline import prepare
+
+    reaches, reach_um = [], prepare.reach_um
+    monkeypatch.setattr(prepare, "reach_um", lambda *a: reaches.append(a[2]) or reach_um(*a))
+    given = ["--model", "models:/deepfere@champion", "model.depth=1", "model.tier=T1", "--overwrite"]
+    done = stage("reconstruct", *given)
+    assert done.code == 0, done
+    assert reaches == [3, 3]  # of a network of depth 2, as it was trained
+    for name in ("one", "two"):
+        fitted = json.loads((manifest.parent / "work" / "sections" / name / "model.json").read_text())
+        assert fitted["tier"] == "T1" and fitted["network"] is None
 
 
 def test_sections_that_cannot_be_used_are_named(cli, phantom, tmp_path):

@@ -42,6 +42,7 @@ MINIMUMS = {
     "rich": "13",
     "safetensors": "0.5",
     "scipy": "1.13",
+    "threadpoolctl": "3.5",
     "tifffile": "2025.5",
     "torch": "2.9",
     "zarr": "3.1.6",

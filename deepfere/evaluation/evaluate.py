@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deepfere.config import Config, load_config
+from deepfere.config import Config, IngestSettings, load_config
 from deepfere.errors import InputError
 from deepfere.evaluation.metrics import degrade, ergas, keys_bicubic, pearson, psnr, rmse, sam_deg, ssim
 from deepfere.measured.store import write_measured
@@ -120,9 +120,8 @@ def _wald(
 ) -> dict[str, Any]:
     pitch = (result.grid.pitch_um[0] * ratio, result.grid.pitch_um[1] * ratio)
     label = f"wald x{ratio}"
-    # The degraded cube is measured data already: its normalisation is done.
-    ingest = base.ingest.model_copy(update={"normalisation": "none", "mz": None})
-    settings = base.model_copy(update={"factor": ratio, "ingest": ingest})
+    # The degraded cube is measured data already: its ingestion and its normalisation are done.
+    settings = base.model_copy(update={"factor": ratio, "ingest": IngestSettings()})
     with tempfile.TemporaryDirectory() as folder:
         msi = Path(folder) / "measured.zarr"
         attrs = {"tolerance_ppm": result._measured.tolerance_ppm}

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from deepfere.cluster import pin_threads
+from deepfere.cluster import connect, one_thread
 from deepfere.config import Config, digest, load_config
-from deepfere.errors import DeepfereError, InputError
+from deepfere.errors import InputError
+from deepfere.frame import Alignment
 from deepfere.pipeline.deep import check_patches
 from deepfere.pipeline.learn import learn_stage
 from deepfere.pipeline.prepare import align_stage, ingest_stage, is_ingested, prepared, tile_stage
+from deepfere.pipeline.track import check_tracking, tracked
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.pipeline.write import Outcome, claim_result, reconstruct_stage
 from deepfere.readers.digest import content_digest, tree_digest
@@ -20,6 +23,7 @@ from deepfere.readers.imzml import msi_digest
 from deepfere.readers.slide import open_slide
 from deepfere.reconstruction.result import Result, open
 from deepfere.section import Section, make_section
+from deepfere.training.trainer import preflight
 
 RESULT_FORMAT = 1
 
@@ -63,6 +67,39 @@ def check_output(path: Path) -> None:
         raise InputError("cannot be written", where=path, remedy="choose an output in a folder that you may write to")
 
 
+def check_files(section: Section) -> None:
+    """Refuse a slide, an alignment or landmarks that cannot be read, before work starts.
+
+    Raises:
+        InputError: One of them cannot be.
+    """
+    if section.slide is None:
+        return
+    open_slide(section.slide, section.slide_mpp_um).close()
+    if section.alignment is not None:
+        Alignment.load(section.alignment)
+    if section.landmarks is not None:
+        Alignment.from_landmarks(section.landmarks)
+
+
+def check_resources(config: Config, on_ray: bool) -> None:
+    """Refuse a tracking store, a cluster or a number of workers that cannot be had, before work starts.
+
+    Args:
+        config: Settings.
+        on_ray: Whether the work to come runs on Ray.
+
+    Raises:
+        InputError: One of them cannot be had.
+        DeepfereError: Ray does not start.
+    """
+    check_tracking(config)
+    if on_ray:
+        connect(config.ray)
+        if config.guide and config.model.tier in ("auto", "T2"):
+            preflight(config.train)
+
+
 def fuse(
     msi: str | Path,
     slide: str | Path | None,
@@ -101,9 +138,9 @@ def fuse(
         alignment: Alignment JSON to use as it is.
         landmarks: Landmark CSV that fixes the affine.
         guide: False reconstructs without the stain: the baseline of everything.
-        config: Settings file (YAML) or object.
+        config: Settings file (YAML) or object; what else is given here wins over it.
         overrides: ``section.key=value`` strings.
-        overwrite: Replace a result or work of other inputs or settings.
+        overwrite: Replace a result or work of other inputs or settings, and begin anew with these.
         progress: Called with (stage, share done).
 
     Returns:
@@ -113,19 +150,17 @@ def fuse(
         InputError: The input is wrong; nothing was left behind.
         DeepfereError: A stage failed; the same call resumes.
     """
-    if isinstance(config, Config):
-        settings = config
-    else:
-        settings = load_config(
-            config,
-            overrides,
-            factor=factor,
-            guide=guide,
-            ingest__mz=None if mz is None else [float(v) for v in mz],
-            ingest__tolerance_ppm=tolerance_ppm,
-            ingest__representation=representation,
-            ingest__duplicates=duplicates,
-        )
+    settings = load_config(
+        None if isinstance(config, Config) else config,
+        overrides,
+        base=config if isinstance(config, Config) else None,
+        factor=factor,
+        guide=guide,
+        ingest__mz=None if mz is None else [float(v) for v in mz],
+        ingest__tolerance_ppm=tolerance_ppm,
+        ingest__representation=representation,
+        ingest__duplicates=duplicates,
+    )
     check_patches(settings)
     if settings.guide and slide is None:
         raise InputError("no slide is given", remedy="give the slide, or --no-guide")
@@ -143,29 +178,28 @@ def fuse(
     target = Path(str(out).rstrip("/")).resolve()
     check_output(target)
     inputs = input_digests(section, settings)
-    if section.slide is not None:
-        open_slide(section.slide, section.slide_mpp_um).close()
+    check_files(section)
     identity = identity_of([section], [inputs], settings)
-    work, stood = Workspace(target.with_name(target.name + ".work")), target.exists()
+    work = Workspace(target.with_name(target.name + ".work"))
     if claim_result(target, identity, overwrite):
         if work.belongs_to(identity):
-            # Stopped between the result's last byte and the removal of its work.
-            work.remove()
+            # Stopped between the result's last byte and the removal of its work; or somebody is making it anew.
+            with suppress(InputError), work.locked():
+                work.remove()
         return open(target)
-    if stood and not target.exists():
-        # This very result is to be made again, from the beginning.
+    work.check(identity, overwrite)
+    check_resources(settings, settings.guide)
+    with work.locked():
+        resumed = work.claim(identity, overwrite, anew=overwrite)
+        try:
+            with work.failures():
+                result = _run(section, inputs, identity, target, work, settings, progress)
+        except InputError:
+            # What can be wrong now is what the files hold: leave nothing behind that this call made.
+            if not resumed:
+                work.remove()
+            raise
         work.remove()
-    resumed = work.claim(identity, overwrite)
-    try:
-        result = _run(section, inputs, identity, target, work, settings, progress)
-    except InputError:
-        # The user's input is wrong: leave nothing behind that this call made.
-        if not resumed:
-            work.remove()
-        raise
-    except DeepfereError as error:
-        raise DeepfereError(f"{error} (details in {work.note_failure(error)})") from error
-    work.remove()
     return result
 
 
@@ -178,18 +212,16 @@ def _run(
     config: Config,
     progress: Progress,
 ) -> Result:
-    from deepfere.pipeline.track import tracked
-
-    pin_threads()
-    ingest_stage(section, inputs, work, config, progress)
-    prep = prepared(section, work, config)
-    if config.guide:
-        align_stage(prep, inputs, work, config, progress)
-        tile_stage(prep, inputs, work, config, progress)
-    with tracked(work, [section], [inputs], config, target.name) as run:
-        history = learn_stage([prep], [inputs], work, config, progress, f"run-{identity[:12]}")
-        model = run.log_learning([prep], [inputs], history)
-        outcome = Outcome(identity, inputs, run.describe(), model, [])
-        result = reconstruct_stage(prep, target, [inputs, config.digest()], outcome, work, config, progress)
-        run.log_result(result)
-    return result
+    with one_thread():
+        ingest_stage(section, inputs, work, config, progress)
+        prep = prepared(section, work, config)
+        if config.guide:
+            align_stage(prep, inputs, work, config, progress)
+            tile_stage(prep, inputs, work, config, progress)
+        with tracked(work, [section], [inputs], config, target.name) as run:
+            history = learn_stage([prep], [inputs], work, config, progress, f"run-{identity[:12]}")
+            model = run.log_learning([prep], [inputs], history)
+            outcome = Outcome(identity, inputs, run.describe(), model, [])
+            result = reconstruct_stage(prep, target, [inputs, config.digest()], outcome, work, config, progress)
+            run.log_result(result)
+        return result

@@ -77,7 +77,7 @@ def learn_stage(
         closed = [fit_t1(p, config.model.null_guides, config.seed) for p in problems]
         progress("learn", 0.1)
         trained, joint, held = None, None, [np.zeros(1, bool)] * len(preps)
-        if given is not None:
+        if given is not None and config.model.tier in ("auto", "T2"):
             joint = (given.network, [Alignment.load(p.folder.alignment) for p in preps])
             # A section that the model was trained on may only be judged on the blocks it did not see.
             held = [
@@ -86,8 +86,9 @@ def learn_stage(
                 else np.ones(int(p.blocks.max()) + 1, bool)
                 for p, digests in zip(problems, inputs, strict=True)
             ]
-        elif config.model.tier == "T2" or (
-            config.model.tier == "auto" and max(int(p.mask.sum()) for p in problems) >= LEAST_PX
+        elif given is None and (
+            config.model.tier == "T2"
+            or (config.model.tier == "auto" and max(int(p.mask.sum()) for p in problems) >= LEAST_PX)
         ):
             held = [held_out_blocks(p, config.train.held_out, config.seed) for p in problems]
             trained, joint = train_network(preps, problems, closed, factors, held, work, config, progress, run_name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from deepfere.alignment.refine import AFFINE_STAGES, refine
 from deepfere.alignment.score import slide_cover
 from deepfere.alignment.search import MIN_COVER, centred_alignment, describe, search
 from deepfere.cluster import Journal, connect, run_rows
-from deepfere.config import Config, digest
+from deepfere.config import Config, IngestSettings, digest
 from deepfere.errors import InputError
 from deepfere.frame import Alignment
 from deepfere.measured.factors import factor_weight, factorise
@@ -32,8 +33,8 @@ from deepfere.readers.slide import Slide, open_slide, read_area
 from deepfere.reconstruction.shards import CacheWorker, PoolWorker
 from deepfere.section import Section
 from deepfere.store import create_array, open_group, remove
-from deepfere.tiling.cache import CacheSpec, create_cache
-from deepfere.tiling.plan import PlaneGrid, check_factor, needed_shards, plan_planes, plan_windows
+from deepfere.tiling.cache import CacheSpec, create_cache, is_cache
+from deepfere.tiling.plan import check_factor, needed_shards, plan_planes, plan_windows
 
 OVERVIEW_PX = 16_000_000
 POOL_PX = 1024
@@ -70,7 +71,7 @@ def ingest_stage(section: Section, inputs: dict[str, str], work: Workspace, conf
         remove(folder.measured)
         folder.root.mkdir(parents=True, exist_ok=True)
         if is_ingested(section.msi):
-            _take_over(section, folder)
+            _take_over(section, folder, config.ingest)
             facts["warnings"] = []
             return
         with warnings.catch_warnings(record=True) as caught:
@@ -94,14 +95,28 @@ def is_ingested(msi: str) -> bool:
     return Path(msi).is_dir()
 
 
-def _take_over(section: Section, folder: SectionFolder) -> None:
-    """Copy an ingested cube; the settings of its ingestion stand."""
-    open_measured(section.msi)
-    if section.pitch_um is not None:
+def _take_over(section: Section, folder: SectionFolder, settings: IngestSettings) -> None:
+    """Copy an ingested cube; the settings of its ingestion stand, and others that were given are refused."""
+    cube, plain = open_measured(section.msi), IngestSettings()
+    given: dict[str, bool] = {
+        "pitch-um": section.pitch_um is not None,
+        "mz": settings.mz is not None and not _same_ions(cube, settings.mz),
+        "tolerance-ppm": settings.tolerance_ppm not in (plain.tolerance_ppm, cube.tolerance_ppm),
+        "representation": settings.representation not in (plain.representation, cube.attrs.get("representation")),
+        "duplicates": settings.duplicates not in (plain.duplicates, cube.attrs.get("duplicates")),
+    }
+    for name in (name for name, refused in given.items() if refused):
         raise InputError(
-            "an ingested cube states its own pitch", where="--pitch-um", remedy="leave it out, or give the imzML"
+            f"{section.msi} is ingested: its {name.replace('-um', '').replace('-ppm', '')} was settled then",
+            where=f"--{name}",
+            remedy="leave it out, or give the imzML",
         )
     shutil.copytree(section.msi, folder.measured)
+
+
+def _same_ions(cube: Measured, mz: list[float]) -> bool:
+    wanted = np.unique(mz)
+    return len(wanted) == len(cube.mz) and bool((np.abs(wanted - cube.mz) <= cube.mz * cube.tolerance_ppm * 1e-6).all())
 
 
 def prepared(section: Section, work: Workspace, config: Config) -> Prepared:
@@ -110,9 +125,8 @@ def prepared(section: Section, work: Workspace, config: Config) -> Prepared:
     measured = open_measured(folder.measured)
     mpp = None
     if section.slide and config.guide:
-        slide = open_slide(section.slide, section.slide_mpp_um)
-        mpp = slide.mpp_um
-        slide.close()
+        with closing(open_slide(section.slide, section.slide_mpp_um)) as slide:
+            mpp = slide.mpp_um
     return Prepared(section, folder, measured, check_factor(config.factor, measured.grid, mpp))
 
 
@@ -145,9 +159,9 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
     with work.stage("align", depends, section.name) as facts:
         if facts is None:
             return
-        slide = open_slide(str(section.slide), section.slide_mpp_um)
         pitch = float(np.mean(prep.measured.grid.pitch_um))
-        stain, rgb = stain_overview(slide, pitch)
+        with closing(open_slide(str(section.slide), section.slide_mpp_um)) as slide:
+            stain, rgb = stain_overview(slide, pitch)
         measured = measured_overview(prep, config)
         start = centred_alignment(prep.measured.grid, stain.extent_um, np.eye(2))
         if section.alignment:
@@ -181,15 +195,18 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
         progress("align", 1.0)
 
 
-def guide_spec(prep: Prepared, work: Workspace, config: Config) -> tuple[GuideSpec, PlaneGrid, StainReference, Slide]:
-    """Geometry of the section's guide, from the slide and the alignment stage.
+def guide_spec(prep: Prepared, inputs: dict[str, str], work: Workspace, config: Config) -> tuple[GuideSpec, CacheSpec]:
+    """Geometry of the section's guide and the cache of its planes, from the slide and the alignment stage.
 
     Its smoothing is the widest that learning may choose: what is cached reaches far enough for all.
     """
-    slide = open_slide(str(prep.section.slide), prep.section.slide_mpp_um)
     hr = prep.measured.grid.refine(prep.factor).pitch_um
-    planes = plan_planes(slide.shape_px, slide.mpp_um, hr)
+    with closing(open_slide(str(prep.section.slide), prep.section.slide_mpp_um)) as slide:
+        shape_px, mpp_um = slide.shape_px, slide.mpp_um
+    planes = plan_planes(shape_px, mpp_um, hr)
     reference = StainReference.from_dict(work.facts("align", prep.section.name)["reference"])
+    fingerprint = digest([inputs["slide"], mpp_um, planes.to_dict(), reference.to_dict()])
+    cache = CacheSpec(str(prep.folder.planes), str(prep.section.slide), fingerprint, mpp_um, planes, reference)
     spec = GuideSpec(
         prep.measured.grid,
         prep.factor,
@@ -198,33 +215,53 @@ def guide_spec(prep: Prepared, work: Workspace, config: Config) -> tuple[GuideSp
         reference.white,
         max(smoothings_pitch(config)),
     )
-    return spec, planes, reference, slide
+    return spec, cache
 
 
-def tile_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config: Config, progress: Progress) -> None:
-    """Plan, then decode the slide once into the plane cache (Ray Data), then average over footprints."""
+def tile_stage(
+    prep: Prepared,
+    inputs: dict[str, str],
+    work: Workspace,
+    config: Config,
+    progress: Progress,
+    depth: int | None = None,
+) -> None:
+    """Plan, then decode the slide once into the plane cache (Ray Data), then average over footprints.
+
+    Args:
+        prep: The section, aligned.
+        inputs: Digests of what the user gave.
+        work: Unfinished work.
+        config: Settings.
+        progress: Called with ("tile", share).
+        depth: Of a model that takes the place of training; None takes that of the settings.
+    """
     folder, name = prep.folder, prep.section.name
     alignment = Alignment.load(folder.alignment)
-    spec, planes, reference, slide = guide_spec(prep, work, config)
-    depends = [inputs, spec.to_dict(), planes.to_dict(), alignment.to_dict(), reference.to_dict()]
+    spec, cache = guide_spec(prep, inputs, work, config)
+    margin = reach_um(spec, alignment, 2 ** (depth or config.model.depth) - 1)
+    shards = needed_shards(cache.planes, alignment, prep.measured.grid, prep.measured.mask, margin)
+    depends = [inputs, spec.to_dict(), cache.fingerprint, alignment.to_dict(), shards.tolist()]
     with work.stage("tile", depends, name) as facts:
         if facts is None:
             return
-        margin = reach_um(spec, alignment, 2**config.model.depth - 1)
-        shards = needed_shards(planes, alignment, prep.measured.grid, prep.measured.mask, margin)
-        cache = CacheSpec(str(folder.planes), str(prep.section.slide), slide.mpp_um, planes, reference)
-        fingerprint = digest(depends)
-        write_json(folder.plan, {"guide": spec.to_dict(), "planes": planes.to_dict(), "fingerprint": fingerprint})
-        journal = Journal(folder.journal / "tile", fingerprint)
-        finished = journal.done()
-        if not finished:
+        write_json(folder.plan, {"guide": spec.to_dict(), "planes": cache.planes.to_dict()})
+        # Planes do not depend on the alignment: another one, or a wider reach, adds the shards that it needs.
+        journal = Journal(folder.journal / "tile", cache.fingerprint)
+        if not is_cache(cache):
+            journal.clear()
             create_cache(cache)
+        finished = journal.done()
         rows = [{"unit": f"{r}/{c}", "row": int(r), "col": int(c)} for r, c in shards]
         todo = [row for row in rows if row["unit"] not in finished]
         connect(config.ray)
         counter = _Counter(progress, "tile", len(rows), len(rows) - len(todo), 0.0, 0.7)
         run_rows(
-            todo, CacheWorker, (cache, str(journal.folder), fingerprint), what=f"tiling {name}", on_done=counter.step
+            todo,
+            CacheWorker,
+            (cache, str(journal.folder), cache.fingerprint),
+            what=f"tiling {name}",
+            on_done=counter.step,
         )
         pool(prep, spec, alignment, progress, folder.pooled, smoothings_pitch(config))
         facts["shards"] = len(rows)

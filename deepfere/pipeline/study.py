@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from deepfere.cluster import pin_threads
+from deepfere.cluster import one_thread
 from deepfere.config import Config, digest, load_config
 from deepfere.errors import DeepfereError, InputError
 from deepfere.frame import Alignment
 from deepfere.model.network import network_from_config
 from deepfere.pipeline.deep import check_patches
-from deepfere.pipeline.fuse import check_output, identity_of, input_digests
+from deepfere.pipeline.fuse import check_files, check_output, check_resources, identity_of, input_digests
 from deepfere.pipeline.given import GivenModel
 from deepfere.pipeline.learn import learn_stage
 from deepfere.pipeline.prepare import Prepared, align_stage, ingest_stage, prepared, tile_stage
@@ -21,7 +23,7 @@ from deepfere.pipeline.track import tracked
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.pipeline.write import Outcome, claim_result, reconstruct_stage
 from deepfere.reconstruction.result import open
-from deepfere.section import load_study
+from deepfere.section import Section, load_study
 
 STAGES = ("ingest", "align", "tile", "train", "reconstruct")
 
@@ -94,6 +96,8 @@ def run_stage(
     """
     settings = load_config(config, overrides, factor=factor, guide=guide)
     check_patches(settings)
+    if stage in ("align", "tile") and not settings.guide:
+        raise InputError(f"{stage} needs the stain", where="--no-guide", remedy="leave it out")
     sections = load_study(study).sections
     if settings.guide:
         bare = [s.name for s in sections if s.slide is None]
@@ -104,68 +108,122 @@ def run_stage(
     target = Path(out).resolve()
     check_output(target)
     inputs = [input_digests(s, settings) for s in sections]
+    given, named = given_model(model, settings) if model else (None, {})
+    job = Job(stage, settings, sections, inputs, target, given, named, overwrite)
+    finished = stage == "reconstruct" and [job.finished(n) for n in range(len(sections))]
+    if finished and all(finished):
+        return [f"{s.name}: {open(job.result(n))!r}, finished already" for n, s in enumerate(sections)]
     work = Workspace(target)
     # The folder belongs to these inputs; settings may change from stage to stage (each stage knows its own).
-    work.claim(digest([[s.model_dump(mode="json") for s in sections], inputs]), overwrite)
-    pin_threads()
-    if stage in ("align", "tile") and not settings.guide:
-        raise InputError(f"{stage} needs the stain", where="--no-guide", remedy="leave it out")
-    depth = STAGES.index(stage)
-    lines, failed, preps = [], [], []
-    for section, digests in zip(sections, inputs, strict=True):
-        tell = _labelled(progress, section.name if len(sections) > 1 else "")
+    whose = digest([[s.model_dump(mode="json") for s in sections], inputs])
+    work.check(whose, overwrite)
+    if job.depth >= 2:
+        check_resources(settings, settings.guide)
+    with work.locked():
+        resumed = work.claim(whose, overwrite)
+        preps: list[Prepared] = []
         try:
-            ingest_stage(section, digests, work, settings, tell)
-            prep = prepared(section, work, settings)
-            if settings.guide and depth >= 1:
-                align_stage(prep, digests, work, settings, tell)
-            if settings.guide and depth >= 2:
-                tile_stage(prep, digests, work, settings, tell)
+            with work.failures(), one_thread():
+                lines = _prepare(job, work, preps, progress)
+                return lines if job.depth < 3 else _learn_and_write(job, work, preps, progress)
+        except InputError:
+            # Refused, and nothing was done: leave nothing behind that this call made.
+            if not resumed and not preps:
+                work.remove()
+            raise
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage of a study, with everything that it depends on.
+
+    Attributes:
+        stage: One of `STAGES`.
+        config: Settings.
+        sections: The manifest's sections.
+        inputs: Digests of what the user gave, per section.
+        target: Working folder.
+        given: A registered model in the place of training.
+        named: Its name and version.
+        overwrite: Replace results of other inputs or settings.
+    """
+
+    stage: str
+    config: Config
+    sections: list[Section]
+    inputs: list[dict[str, str]]
+    target: Path
+    given: GivenModel | None
+    named: dict[str, str]
+    overwrite: bool
+
+    @property
+    def depth(self) -> int:
+        """How many stages come before."""
+        return STAGES.index(self.stage)
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of all inputs and settings."""
+        return identity_of(self.sections, self.inputs, self.config)
+
+    def own(self, n: int) -> str:
+        """Identity of one section's result: it depends on the whole study."""
+        told = [self.inputs[n], {"study": self.identity, "model": str(self.named)}]
+        return identity_of([self.sections[n]], told, self.config)
+
+    def result(self, n: int) -> Path:
+        """Where one section's result goes."""
+        return self.target / "results" / f"{self.sections[n].name}.zarr"
+
+    def finished(self, n: int) -> bool:
+        """Whether one section's result stands there and is to stay; refuses another one."""
+        return claim_result(self.result(n), self.own(n), self.overwrite)
+
+
+def _prepare(job: Job, work: Workspace, preps: list[Prepared], progress: Progress) -> list[str]:
+    """Ingest, align and tile what the stage needs; sections that could be used are added to ``preps``."""
+    config, lines, failed = job.config, [], []
+    for section, digests in zip(job.sections, job.inputs, strict=True):
+        tell = _labelled(progress, section.name if len(job.sections) > 1 else "")
+        try:
+            check_files(section)
+            ingest_stage(section, digests, work, config, tell)
+            prep = prepared(section, work, config)
+            if config.guide and job.depth >= 1:
+                align_stage(prep, digests, work, config, tell)
+            if config.guide and job.depth >= 2:
+                reach = job.given.network.settings["depth"] if job.given else None
+                tile_stage(prep, digests, work, config, tell, reach)
             preps.append(prep)
-            lines.append(_line(stage, prep))
+            lines.append(_line(job.stage, prep))
         except InputError as error:
-            if len(sections) == 1:
+            if len(job.sections) == 1:
                 raise
             failed.append(f"{section.name}: {error}")
     if failed:
         raise InputError(
-            f"{len(failed)} of {len(sections)} sections cannot be used: " + "; ".join(failed),
+            f"{len(failed)} of {len(job.sections)} sections cannot be used: " + "; ".join(failed),
             remedy="mend or remove them; the others are done",
         )
-    if depth < 3:
-        return lines
-    return _learn_and_write(preps, inputs, work, settings, progress, model, overwrite, stage, target)
+    return lines
 
 
-def _learn_and_write(
-    preps: list[Prepared],
-    inputs: list[dict[str, str]],
-    work: Workspace,
-    config: Config,
-    progress: Progress,
-    model: str | None,
-    overwrite: bool,
-    stage: str,
-    target: Path,
-) -> list[str]:
-    sections = [p.section for p in preps]
-    identity = identity_of(sections, inputs, config)
-    given, named = given_model(model, config) if model else (None, {})
+def _learn_and_write(job: Job, work: Workspace, preps: list[Prepared], progress: Progress) -> list[str]:
+    inputs, config, given = job.inputs, job.config, job.given
     lines, failed = [], []
-    with tracked(work, sections, inputs, config, target.name) as run:
-        name = f"run-{identity[:12]}"
-        history = learn_stage(preps, inputs, work, config, progress, name, given)
-        registered = named or run.log_learning(preps, inputs, history)
-        if stage == "train":
+    with tracked(work, job.sections, inputs, config, job.target.name) as run:
+        history = learn_stage(preps, inputs, work, config, progress, f"run-{job.identity[:12]}", given)
+        registered = job.named or run.log_learning(preps, inputs, history)
+        if job.stage == "train":
             where = f" (registered as {registered['name']} {registered['version']})" if registered else ""
             return [f"{p.section.name}: fitted{where}" for p in preps]
-        for prep, digests in zip(preps, inputs, strict=True):
-            out = target / "results" / f"{prep.section.name}.zarr"
-            own = identity_of([prep.section], [digests, {"study": identity, "model": str(named)}], config)
-            if not claim_result(out, own, overwrite):
-                outcome = Outcome(own, digests, run.describe(), registered, [])
+        for n, prep in enumerate(preps):
+            out = job.result(n)
+            if not job.finished(n):
+                outcome = Outcome(job.own(n), inputs[n], run.describe(), registered, [])
                 tell = _labelled(progress, prep.section.name if len(preps) > 1 else "")
-                depends = [digests, config.digest(), given.digest if given else None]
+                depends = [inputs[n], config.digest(), given.digest if given else None]
                 try:
                     run.log_result(reconstruct_stage(prep, out, depends, outcome, work, config, tell))
                 except InputError:

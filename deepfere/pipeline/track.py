@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,11 +11,14 @@ import numpy as np
 
 from deepfere import __version__
 from deepfere.config import Config, digest
+from deepfere.errors import DeepfereError, InputError
 from deepfere.model.fit import SectionFit
 from deepfere.pipeline.prepare import Prepared
 from deepfere.pipeline.workspace import Workspace, write_json
 from deepfere.reconstruction.result import Result
 from deepfere.section import Section
+from deepfere.training.mlflow_store import OFF, connect, resolve_uri, sqlite_path
+from deepfere.training.registry import check_name
 from deepfere.training.tracking import Tracker, log_history
 
 
@@ -96,6 +100,24 @@ class Run:
         )
 
 
+def check_tracking(config: Config) -> None:
+    """Refuse a tracking store that does not answer, before work starts; none is made yet.
+
+    Raises:
+        InputError: It does not.
+    """
+    uri = resolve_uri(config.tracking.uri)
+    path = sqlite_path(uri)
+    if path is not None and not path.exists():
+        parent = next(p for p in path.parents if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise InputError("cannot be written", where=path, remedy="give another tracking.uri, or none")
+    elif uri != OFF:
+        connect(uri)
+    if config.tracking.register_as is not None:
+        check_name(config.tracking.register_as)
+
+
 @contextmanager
 def tracked(
     work: Workspace, sections: list[Section], inputs: list[dict[str, str]], config: Config, name: str
@@ -108,14 +130,18 @@ def tracked(
         known = {}
     params = {key: value for key, value in config.resolved().items() if key not in ("ray", "tracking")}
     params["train"].pop("use_gpu")
-    tracker = Tracker.start(
-        config.tracking.uri,
-        config.tracking.experiment,
-        name,
-        params,
-        {"deepfere.config": config.digest()},
-        run_id=known.get("run_id"),
-    )
+    try:
+        tracker = Tracker.start(
+            config.tracking.uri,
+            config.tracking.experiment,
+            name,
+            params,
+            {"deepfere.config": config.digest()},
+            run_id=known.get("run_id"),
+        )
+    except InputError as error:
+        # It answered when the work began: what has been done since then is no worse for it.
+        raise DeepfereError(str(error)) from error
     if tracker.run_id and not known:
         write_json(work.root / "done" / "track.json", {"run_id": tracker.run_id, "belongs": belongs, "seconds": 0})
         tracker.log_dict(config.resolved(), "config.json")

@@ -2,31 +2,51 @@
 
 ``RESULT.work/`` (or a study's folder) holds one folder per section. A stage is done when its marker says
 so, with the fingerprint of what it depends on; anything else is done again. Markers are written last and
-atomically.
+atomically. One process at a time works in the folder: it holds the folder's lock.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
+import socket
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from deepfere.config import digest
-from deepfere.errors import IdentityError, InputError
+from deepfere.errors import DeepfereError, IdentityError, InputError
+from deepfere.store import sync
 
 Progress = Callable[[str, float], None]
 
+IDENTITY, LOCK = "identity.json", "lock"
+OURS = ("done", "sections", "training", "failure.log", IDENTITY)
+"""What a workspace owns in its folder. A study's results lie beside these and are no work."""
+
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON through a temporary file and a rename."""
+    """Write JSON through a temporary file and a rename; on disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(values, indent=1) + "\n")
+    sync(temporary)
     temporary.replace(path)
+    sync(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What `write_json` wrote; None if it is absent or a machine that went down left no whole file."""
+    try:
+        values = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
 
 
 class SectionFolder:
@@ -35,6 +55,7 @@ class SectionFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.measured = root / "measured.zarr"
+        self.result = root / "result.zarr"
         self.overview = root / "overview.npz"
         self.alignment = root / "alignment.json"
         self.alignment_start = root / "alignment_start.json"
@@ -64,19 +85,43 @@ class Workspace:
         return SectionFolder(self.root / "sections" / name)
 
     def _identity(self) -> str | None:
-        marker = self.root / "identity.json"
-        return json.loads(marker.read_text()).get("identity") if marker.exists() else None
+        return (read_json(self.root / IDENTITY) or {}).get("identity")
 
     def belongs_to(self, identity: str) -> bool:
         """Whether work of these inputs and settings lies here."""
         return self._identity() == identity
 
-    def claim(self, identity: str, overwrite: bool) -> bool:
+    def check(self, identity: str, overwrite: bool) -> None:
+        """Refuse, before anything is changed, a folder that holds something else.
+
+        Args:
+            identity: Hash of inputs and resolved settings.
+            overwrite: Work of another identity may be removed.
+
+        Raises:
+            IdentityError: The folder is not ours, or other work lies here and ``overwrite`` is off.
+        """
+        # A run that was killed while it began leaves the lock and what the marker was written through.
+        names = {p.name for p in self.root.iterdir()} if self.root.exists() else set()
+        if IDENTITY not in names and any(n != LOCK and not n.startswith(f".{IDENTITY}.") for n in names):
+            raise IdentityError(
+                "holds something that deepfere did not write", where=self.root, remedy="choose another output"
+            )
+        found = self._identity()
+        if found is not None and found != identity and not overwrite:
+            raise IdentityError(
+                "holds unfinished work of other inputs or settings",
+                where=self.root,
+                remedy="run that command again to finish it, choose another output, or give --overwrite",
+            )
+
+    def claim(self, identity: str, overwrite: bool, anew: bool = False) -> bool:
         """Make sure that what lies here belongs to the same inputs and settings.
 
         Args:
             identity: Hash of inputs and resolved settings.
             overwrite: Remove work of another identity.
+            anew: Remove work of this identity, too.
 
         Returns:
             Whether there was work to resume.
@@ -85,55 +130,120 @@ class Workspace:
             IdentityError: Other work lies here and ``overwrite`` is off.
             InputError: The folder cannot be written.
         """
-        marker = self.root / "identity.json"
+        self.check(identity, overwrite)
         found = self._identity()
-        if not marker.exists() and self.root.exists() and any(self.root.iterdir()):
-            raise IdentityError(
-                "holds something that deepfere did not write", where=self.root, remedy="choose another output"
-            )
-        if found is not None and found != identity:
-            if not overwrite:
-                raise IdentityError(
-                    "holds unfinished work of other inputs or settings",
-                    where=self.root,
-                    remedy="run that command again to finish it, choose another output, or give --overwrite",
-                )
-            self.remove()
+        if found is not None and (anew or found != identity):
+            self._clear()
             found = None
         if found is None:
+            # Work beside a marker that cannot be read stays: every stage knows what it was made from.
             try:
-                self.root.mkdir(parents=True, exist_ok=True)
-                write_json(marker, {"identity": identity})
+                write_json(self.root / IDENTITY, {"identity": identity})
             except OSError as error:
-                raise InputError(
-                    f"cannot be written ({error.strerror or error})", where=self.root, remedy="choose another output"
-                ) from error
+                raise _unwritable(self.root, error) from error
         return found is not None
 
-    def note_failure(self, error: BaseException) -> Path:
-        """Write everything that is known about a failure to a file in here, for whoever looks into it."""
-        import traceback
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only process that works here; the kernel lets go of the lock when a process dies.
 
+        Raises:
+            InputError: Another process works here, or the folder cannot be written.
+        """
+        handle = self._lock()
+        try:
+            yield
+        finally:
+            os.close(handle)
+
+    def _lock(self) -> int:
+        file = self.root / LOCK
+        while True:
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise _unwritable(self.root, error) from error
+            try:
+                handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            except FileNotFoundError:
+                continue  # whoever worked here has just finished and removed the folder
+            except OSError as error:
+                raise _unwritable(self.root, error) from error
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                holder = os.pread(handle, 1000, 0).decode(errors="replace").strip() or "another process"
+                os.close(handle)
+                raise InputError(
+                    f"is being worked on by {holder}",
+                    where=self.root,
+                    remedy="wait until it is done, or choose another output",
+                ) from error
+            except OSError:
+                pass  # a file system without locks: nothing can be known there
+            try:
+                same = os.path.samestat(os.fstat(handle), file.stat())
+            except FileNotFoundError:
+                same = False
+            if same:
+                os.truncate(handle, 0)
+                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                return handle
+            os.close(handle)
+
+    @contextmanager
+    def failures(self) -> Iterator[None]:
+        """Tell a failure in one line; the details go to a file in here, for whoever looks into it.
+
+        Raises:
+            DeepfereError: What was raised inside, a full disk or memory among it. Wrong input passes as it is.
+        """
+        try:
+            yield
+        except InputError:
+            raise
+        except DeepfereError as error:
+            raise DeepfereError(f"{error}{self._note(error)}") from error
+        except OSError as error:
+            where = error.filename or self.root
+            raise DeepfereError(f"{where}: {error.strerror or error}{self._note(error)}") from error
+        except MemoryError as error:
+            raise DeepfereError(f"the memory does not suffice{self._note(error)}") from error
+
+    def _note(self, error: BaseException) -> str:
         file = self.root / "failure.log"
-        file.write_text("".join(traceback.format_exception(error)))
-        return file
+        try:
+            file.write_text("".join(traceback.format_exception(error)))
+        except OSError:
+            return ""  # the same full disk
+        return f" (details in {file})"
 
     def remove(self) -> None:
-        """Delete everything."""
-        import shutil
+        """Delete all work, and the folder if nothing else is in it."""
+        self._clear()
+        (self.root / LOCK).unlink(missing_ok=True)
+        try:
+            self.root.rmdir()
+        except OSError:
+            pass  # a study's results stay
 
-        shutil.rmtree(self.root, ignore_errors=True)
+    def _clear(self) -> None:
+        for name in OURS:
+            path = self.root / name
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        for path in self.root.glob(f".{IDENTITY}.*"):
+            path.unlink(missing_ok=True)
 
     def _marker(self, stage: str, section: str | None) -> Path:
         return self.root / "done" / (f"{stage}.json" if section is None else f"{stage}-{section}.json")
 
     def done(self, stage: str, fingerprint: str, section: str | None = None) -> dict[str, Any] | None:
         """The marker of a finished stage, or None if it is unfinished or was made from something else."""
-        path = self._marker(stage, section)
-        if not path.exists():
-            return None
-        values = json.loads(path.read_text())
-        return values if values.get("fingerprint") == fingerprint else None
+        values = read_json(self._marker(stage, section))
+        return values if values is not None and values.get("fingerprint") == fingerprint else None
 
     def forget(self, stage: str, section: str | None = None) -> None:
         """Have a stage done again: what it made is gone."""
@@ -158,13 +268,16 @@ class Workspace:
 
     def facts(self, stage: str, section: str | None = None) -> dict[str, Any]:
         """What a finished stage recorded."""
-        path = self._marker(stage, section)
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_json(self._marker(stage, section)) or {}
 
     def timings_s(self) -> dict[str, float]:
         """Seconds per finished stage, in the order in which they finished."""
         folder = self.root / "done"
         files = sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime) if folder.exists() else []
-        facts = {path.stem: json.loads(path.read_text()) for path in files}
+        facts = {path.stem: read_json(path) or {} for path in files}
         # Markers without a fingerprint are notes (the MLflow run), not stages.
         return {name.removesuffix("-section"): f["seconds"] for name, f in facts.items() if "fingerprint" in f}
+
+
+def _unwritable(root: Path, error: OSError) -> InputError:
+    return InputError(f"cannot be written ({error.strerror or error})", where=root, remedy="choose another output")

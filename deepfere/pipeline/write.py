@@ -24,7 +24,7 @@ from deepfere.reconstruction.ome import AXIS_NAMES, level_shapes, multiscale
 from deepfere.reconstruction.pyramid import build_pyramid
 from deepfere.reconstruction.result import FORMAT, FORMAT_VERSION, Result, sealing
 from deepfere.reconstruction.shards import DetailWorker, SectionModel
-from deepfere.store import create_array, open_group
+from deepfere.store import create_array, open_group, remove, settle, sync
 from deepfere.tiling.plan import ShardGrid
 
 CHECKED_PX = 2_000_000_000
@@ -53,8 +53,8 @@ class Outcome:
 def claim_result(path: Path, identity: str, overwrite: bool) -> bool:
     """Whether a finished result of this identity stands at ``path`` and is to stay.
 
-    With ``overwrite`` a finished result of this identity is removed; one of another identity stays until the
-    new one is written, so that a run that is refused costs nothing.
+    Nothing is changed: with ``overwrite`` what stands there stays until the new result is written, so that a
+    run that is refused or stopped costs nothing.
 
     Raises:
         IdentityError: Something else stands there.
@@ -64,12 +64,8 @@ def claim_result(path: Path, identity: str, overwrite: bool) -> bool:
     attrs = _attributes(path)
     if attrs.get("format") != FORMAT:
         raise IdentityError("is not a deepfere result", where=path, remedy="choose another output")
-    complete = attrs.get("complete") is True
     if attrs.get("identity") == identity:
-        if complete and overwrite:
-            discard(path)
-            return False
-        return complete
+        return attrs.get("complete") is True and not overwrite
     if not overwrite:
         raise IdentityError(
             "holds a result of other inputs or settings", where=path, remedy="choose another output or give --overwrite"
@@ -77,13 +73,16 @@ def claim_result(path: Path, identity: str, overwrite: bool) -> bool:
     return False
 
 
-def discard(path: Path) -> None:
-    """Remove a store; it is gone from its place at once, so that no half of it is ever found there."""
+def publish(made: Path, path: Path) -> None:
+    """Put a finished store in its place, where the one that it replaces stood until now."""
     aside = path.with_name(f".{path.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         path.rename(aside)
-        shutil.rmtree(aside)
+    made.rename(path)
+    sync(path.parent)
+    remove(aside)
 
 
 def _attributes(path: Path) -> dict[str, Any]:
@@ -110,7 +109,7 @@ def section_model(prep: Prepared, model: dict[str, Any]) -> SectionModel:
 def reconstruct_stage(
     prep: Prepared, out: Path, depends: Any, outcome: Outcome, work: Workspace, config: Config, progress: Progress
 ) -> Result:
-    """Write the result of one section.
+    """Write the result of one section: made in its work folder, and put in its place when it is complete.
 
     Args:
         prep: The section, learned.
@@ -121,7 +120,7 @@ def reconstruct_stage(
         config: Settings.
         progress: Called with ("reconstruct", share).
     """
-    out = out.resolve()
+    made = prep.folder.result
     model = json.loads(prep.folder.model.read_text())
     fit = SectionFit.load(prep.folder.fit)
     f, grid = prep.factor, prep.measured.grid
@@ -132,46 +131,39 @@ def reconstruct_stage(
     parts = [model["alignment"], model["smoothing_pitch"], fit.weights.tolist(), fit.factor_gate.tolist()]
     fingerprint = digest([depends, parts, shards.shard_px])
     journal = Journal(prep.folder.journal / "reconstruct", fingerprint)
-    begun = _attributes(out).get("identity") == outcome.identity
+    begun = _attributes(made).get("identity") == outcome.identity
     if not begun:
         work.forget("reconstruct", prep.section.name)
-    with work.stage("reconstruct", [fingerprint, str(out)], prep.section.name) as facts:
+    with work.stage("reconstruct", [fingerprint], prep.section.name) as facts:
         if facts is not None:
             finished = journal.done()
             pyramid = Journal(prep.folder.journal / "pyramid", fingerprint)
             if not finished or not begun:
                 journal.clear()
                 pyramid.clear()
-                _create(out, shards, shapes, len(fit.factor_gate), config, outcome.identity)
+                _create(made, shards, shapes, len(fit.factor_gate), config, outcome.identity)
                 finished = {}
             if config.guide:
-                _shards(prep, out, shards, model, journal, finished, fit, config, progress, guided)
+                _shards(prep, made, shards, model, journal, finished, fit, config, progress, guided)
             else:
                 progress("reconstruct", 0.7)
             images = ["detail", "stain"] if config.guide else ["detail"]
             facts["uncovered_px"] = sum(record["uncovered"] for record in journal.done().values())
             if config.guide:
                 tell = lambda done, total: progress("reconstruct", 0.7 + 0.15 * done / max(total, 1))  # noqa: E731
-                build_pyramid(str(out), images, len(shapes), pyramid, tell)
-    return _seal(prep, out, shards, shapes, model, fit, outcome, work, config, progress)
+                build_pyramid(str(made), images, len(shapes), pyramid, tell)
+    _seal(prep, made, shards, shapes, model, fit, outcome, work, config, progress)
+    publish(made, out.resolve())
+    progress("reconstruct", 1.0)
+    return Result(out.resolve())
 
 
 def _create(out: Path, shards: ShardGrid, shapes: Any, count: int, config: Config, identity: str) -> None:
-    """Groups and arrays, by one writer before any worker starts; no metadata that says finished.
-
-    Made aside and moved: a store at ``out`` always says whose it is, so that a killed run can go on.
-    """
-    aside = out.with_name(f".{out.name}.new")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        group = open_group(aside, "w")
-    except OSError as error:
-        raise InputError(
-            f"cannot be written ({error.strerror or error})", where=out, remedy="choose another output"
-        ) from error
-    group.attrs.update({"format": FORMAT, "complete": False, "identity": identity})
-    images = [("detail", count, "float16")] + ([("stain", 3, "uint8")] if config.guide else [])
-    for name, channels, dtype in images:
+    """Groups and arrays, by one writer before any worker starts; the identity last, so that it stands for all."""
+    group = open_group(out, "w")
+    # Shards without a measured pixel are never written: no detail there, and glass as where the slide ends.
+    images = [("detail", count, "float16", 0)] + ([("stain", 3, "uint8", 255)] if config.guide else [])
+    for name, channels, dtype, empty in images:
         image = group.create_group(name)
         for level, shape in enumerate(shapes):
             create_array(
@@ -181,11 +173,10 @@ def _create(out: Path, shards: ShardGrid, shapes: Any, count: int, config: Confi
                 dtype,
                 (channels, shards.chunk_px, shards.chunk_px),
                 (channels, shards.shard_px, shards.shard_px),
-                fill_value=0,
+                fill_value=empty,
                 dimension_names=AXIS_NAMES,
             )
-    discard(out)
-    aside.rename(out)
+    group.attrs.update({"format": FORMAT, "complete": False, "identity": identity})
 
 
 def _shards(
@@ -242,10 +233,11 @@ def _seal(
     work: Workspace,
     config: Config,
     progress: Progress,
-) -> Result:
+) -> None:
     """Write what is small, check every ion, and mark the result complete: the last thing written."""
     group: Any = open_group(out, "r+")
-    _replace_tree(prep.folder.measured, out / "measured")
+    remove(out / "measured")
+    shutil.copytree(prep.folder.measured, out / "measured")
     hr = prep.measured.grid.refine(prep.factor).pitch_um
     count = len(fit.factor_gate)
     labels = [f"detail {k}" for k in range(count)]
@@ -293,14 +285,15 @@ def _seal(
         "tier": model["tier"],
     }
     group.attrs.update(attrs)
-    _provenance(prep, out, model, fit, outcome, work, config)
+    whole = prep.measured.ions.size * prep.factor**2 <= CHECKED_PX
+    _provenance(prep, out, model, fit, outcome, work, config, whole)
     # Checked through the public reader, which otherwise refuses unfinished results.
     with sealing(out):
-        worst = _check(Result(out), prep, config, progress)
+        worst = _check(Result(out), whole, config.seed, progress)
     _small(basis, "consistency", worst)
+    settle(out)
     group.attrs["complete"] = True
-    progress("reconstruct", 1.0)
-    return Result(out)
+    sync(out / "zarr.json")
 
 
 def _small(group: Any, name: str, values: Any) -> None:
@@ -312,38 +305,46 @@ def _small(group: Any, name: str, values: Any) -> None:
     array[...] = values
 
 
-def _replace_tree(source: Path, target: Path) -> None:
-    if target.exists():
-        shutil.rmtree(target)
-    shutil.copytree(source, target)
+def _check(result: Result, whole: bool, seed: int, progress: Progress) -> np.ndarray:
+    """Consistency (M,) of every ion: max |A s - y| / max |y|, decoded through the public reader.
 
-
-def _check(result: Result, prep: Prepared, config: Config, progress: Progress) -> np.ndarray:
-    """Consistency (M,) of every ion: max |A s - y| / max |y|, decoded through the public reader."""
-    mz = prep.measured.mz
-    pixels = int(np.prod(prep.measured.grid.shape_px)) * result.factor**2
-    side = 0 if pixels * len(mz) <= CHECKED_PX else max(1, 256 // result.factor)
-    rng = np.random.default_rng(config.seed)
+    Args:
+        result: The result.
+        whole: Decode every pixel; else one window per ion, around a pixel where there is signal.
+        seed: Of the choice of windows.
+        progress: Called with ("reconstruct", share).
+    """
+    mz, f = result.ions["mz"].to_numpy(), result.factor
+    side = max(1, 256 // f)
+    rng = np.random.default_rng(seed)
     out = np.zeros(len(mz))
-    cells = np.argwhere(result.mask)
     for m, value in enumerate(mz):
-        y = result.measured(float(value))
-        image = result.ion(float(value))
-        if side:
+        y, image = result.measured(float(value)), result.ion(float(value))
+        highest = float(np.nanmax(np.abs(y)))
+        if not whole:
+            cells = np.argwhere(y > 0) if highest > 0 else np.argwhere(result.mask)
             i, j = cells[rng.integers(len(cells))]
             i, j = max(0, int(i) - side // 2), max(0, int(j) - side // 2)
             y = y[i : i + side, j : j + side]
-            f = result.factor
             image = image[i * f : (i + y.shape[0]) * f, j * f : (j + y.shape[1]) * f]
         seen = np.isfinite(y)
-        out[m] = consistency(image.compute(scheduler="threads"), y, result.factor, seen) if np.any(y[seen]) else 0.0
+        found = consistency(image.compute(scheduler="threads"), y, f, seen)
+        # A window is judged against the ion's own maximum, not against what little the window holds.
+        out[m] = found if whole or highest == 0 else found * float(np.abs(y[seen]).max()) / highest
         if m % 16 == 0:
             progress("reconstruct", 0.85 + 0.14 * m / len(mz))
     return out
 
 
 def _provenance(
-    prep: Prepared, out: Path, model: dict[str, Any], fit: SectionFit, outcome: Outcome, work: Workspace, config: Config
+    prep: Prepared,
+    out: Path,
+    model: dict[str, Any],
+    fit: SectionFit,
+    outcome: Outcome,
+    work: Workspace,
+    config: Config,
+    whole: bool,
 ) -> None:
     from importlib.metadata import version
 
@@ -356,6 +357,8 @@ def _provenance(
             f"the slide does not show {uncovered} of {int(prep.measured.mask.sum())} measured pixels: "
             "they are plain interpolation"
         )
+    if not whole:
+        notes.append("agreement with the measurement was checked in one window per ion, not on all pixels")
     forced = prep.section.alignment or prep.section.landmarks
     if config.guide and not fit.ion_gate.any():
         notes.append(
@@ -376,6 +379,7 @@ def _provenance(
             "run": outcome.run,
             "threads_per_worker": 1,
             "uncovered_px": uncovered,
+            "consistency_checked": "all" if whole else "windows",
             "timings_s": work.timings_s(),
             "warnings": notes,
         },

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from deepfere.cluster import Journal, RowWorker, run_rows
 from deepfere.reconstruction.shards import delete_shard
-from deepfere.store import open_group
+from deepfere.store import open_group, sync_shard
 
 
 def pixels_below(start: int, stop: int, level: int, full: int) -> NDArray[np.float32]:
@@ -75,6 +75,7 @@ class PyramidWorker(RowWorker):
             values = np.rint(values)
         delete_shard(target, Path(self._out), f"{row['image']}/{level}", row["row"], row["col"])
         target[:, r0:r1, c0:c1] = values.astype(target.dtype)
+        sync_shard(self._out, f"{row['image']}/{row['level']}", row["row"], row["col"])
         self._journal.record(row["unit"])
         return {}
 

@@ -20,7 +20,7 @@ from deepfere.model.detail import DetailModel, pooled_window
 from deepfere.model.features import PLANES
 from deepfere.model.guide import Cells, GuideSpec
 from deepfere.model.network import network_from_config
-from deepfere.store import open_group
+from deepfere.store import open_group, shard_object, sync_shard
 from deepfere.tiling.cache import CacheSpec, PlaneReader, write_shard
 from deepfere.tiling.plan import ShardGrid
 
@@ -96,7 +96,7 @@ class PoolWorker(RowWorker):
     ) -> None:
         self._spec, self._alignment = GuideSpec.from_dict(spec), Alignment.from_dict(alignment)
         self._smoothings = smoothings_pitch
-        self._planes, self._out = PlaneReader(cache), out
+        self._planes, self._out = PlaneReader(cache, self._spec), out
 
     def work(self, row: dict[str, Any]) -> dict[str, Any]:
         """Write one window of the pooled features (S F + 1, h, w): features at every smoothing, and cover."""
@@ -114,8 +114,7 @@ class PoolWorker(RowWorker):
 
 def delete_shard(array: Any, root: Path, name: str, row: int, col: int) -> None:
     """Remove one shard's object, so that nothing of a torn or older one is read back."""
-    separator = "c/0/" + f"{row}/{col}"
-    (root / name / separator).unlink(missing_ok=True)
+    shard_object(root, name, row, col).unlink(missing_ok=True)
 
 
 class DetailWorker(RowWorker):
@@ -125,7 +124,8 @@ class DetailWorker(RowWorker):
         self, model: SectionModel, out: str, shards: ShardGrid, journal: str, fingerprint: str, scale: list[float]
     ) -> None:
         torch.set_num_threads(1)
-        self._model, self._planes = model.build(), PlaneReader(model.cache)
+        self._model = model.build()
+        self._planes = PlaneReader(model.cache, self._model.spec)
         self._out, self._shards = out, shards
         self._journal = Journal(journal, fingerprint)
         self._scale = np.asarray(scale, np.float32)[:, None, None]
@@ -151,6 +151,7 @@ class DetailWorker(RowWorker):
         for name, values in (("detail", (detail / self._scale).astype(np.float16)), ("stain", stain)):
             delete_shard(group[name]["0"], Path(self._out), f"{name}/0", row["row"], row["col"])
             group[name]["0"][:, at[0], at[1]] = values
+            sync_shard(self._out, f"{name}/0", row["row"], row["col"])
         self._journal.record(row["unit"], uncovered=uncovered)
         return {"uncovered": uncovered}
 

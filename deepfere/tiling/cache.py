@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deepfere.errors import DeepfereError, InputError
 from deepfere.model.features import PLANES, StainReference, base_planes
+from deepfere.model.guide import GuideSpec
 from deepfere.readers.slide import open_slide, read_area
-from deepfere.store import create_array, open_group
+from deepfere.store import create_array, open_group, shard_object, sync_shard
 from deepfere.tiling.plan import CHUNK_PX, SHARD_PX, PlaneGrid
 
 
@@ -25,6 +27,7 @@ class CacheSpec:
     Attributes:
         url: The cache's Zarr group.
         slide: Slide path.
+        fingerprint: What the planes depend on: the slide's digest, the grid, the stain constants.
         mpp_um: Level 0 pixel size (y, x) as resolved.
         planes: The plane grid.
         reference: The slide's stain constants.
@@ -32,6 +35,7 @@ class CacheSpec:
 
     url: str
     slide: str
+    fingerprint: str
     mpp_um: tuple[float, float]
     planes: PlaneGrid
     reference: StainReference
@@ -50,7 +54,20 @@ def create_cache(spec: CacheSpec) -> None:
         fill_value=0,
         dimension_names=("plane", "y", "x"),
     )
-    group.attrs.update({"planes": list(PLANES), "spacing_um": list(spec.planes.spacing_um)})
+    values: dict[str, Any] = {
+        "planes": list(PLANES),
+        "spacing_um": list(spec.planes.spacing_um),
+        "fingerprint": spec.fingerprint,
+    }
+    group.attrs.update(values)
+
+
+def is_cache(spec: CacheSpec) -> bool:
+    """Whether the cache that stands there was made for this very slide and plan."""
+    try:
+        return open_group(spec.url, "r").attrs.get("fingerprint") == spec.fingerprint
+    except (InputError, ValueError):
+        return False
 
 
 @lru_cache(maxsize=4)
@@ -72,17 +89,34 @@ def compute_shard(spec: CacheSpec, row: int, col: int) -> NDArray[np.uint8]:
 
 
 def write_shard(spec: CacheSpec, row: int, col: int) -> None:
-    """Compute and write one whole shard."""
+    """Compute and write one whole shard; nothing of a torn or older one is left, and it is on disk afterwards."""
     r0, r1, c0, c1 = spec.planes.shard_window(row, col)
     array: Any = open_group(spec.url, "r+")["planes"]
-    array[:, r0:r1, c0:c1] = compute_shard(spec, row, col)
+    values = compute_shard(spec, row, col)
+    shard_object(spec.url, "planes", row, col).unlink(missing_ok=True)
+    array[:, r0:r1, c0:c1] = values
+    sync_shard(spec.url, "planes", row, col)
 
 
 class PlaneReader:
-    """Reads windows of a cache; unwritten shards read as not covered."""
+    """Reads windows of a cache; unwritten shards read as not covered.
 
-    def __init__(self, url: str) -> None:
-        self._array: Any = open_group(url, "r")["planes"]
+    Args:
+        url: The cache.
+        spec: The geometry that it has to have.
+
+    Raises:
+        DeepfereError: It was made for another geometry.
+    """
+
+    def __init__(self, url: str, spec: GuideSpec) -> None:
+        group: Any = open_group(url, "r")
+        self._array = group["planes"]
+        shape, spacing = tuple(self._array.shape[1:]), tuple(group.attrs["spacing_um"])
+        if shape != tuple(spec.planes_shape) or spacing != tuple(spec.spacing_um):
+            raise DeepfereError(
+                f"{url} holds {shape} planes of {spacing} um; {spec.planes_shape} of {spec.spacing_um} um are wanted"
+            )
 
     def __call__(self, r0: int, r1: int, c0: int, c1: int) -> NDArray[np.uint8]:
         """Planes (7, r1 - r0, c1 - c0) uint8."""

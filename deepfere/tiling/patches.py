@@ -80,7 +80,7 @@ class PatchReader:
         self.source, self.side = source, patch_px
         self.spec = GuideSpec.from_dict(source.spec)
         self.alignment = Alignment.from_dict(source.alignment)
-        self._planes = PlaneReader(source.cache)
+        self._planes = PlaneReader(source.cache, self.spec)
         with np.load(source.arrays) as arrays:
             self._factors, self._pooled, self._weight = arrays["factors"], arrays["pooled"], arrays["weight"]
 

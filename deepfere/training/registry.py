@@ -104,7 +104,7 @@ def register_model(
             belong together.
         DeepfereError: The store failed.
     """
-    _check_name(name)
+    check_name(name)
     if alias is not None:
         _check_alias(alias)
     if tracker.uri == OFF:
@@ -206,7 +206,12 @@ def _foreign(model_uri: str, where: str) -> InputError:
     return InputError(f"{model_uri} was not registered by deepfere", where=redact(where), remedy="give another model")
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Refuse a name that MLflow would not take.
+
+    Raises:
+        InputError: It is one.
+    """
     if not re.fullmatch(r"[A-Za-z0-9_. -]+", name):
         raise InputError(f"'{name}' cannot be a model's name", remedy="use letters, digits, spaces and _ . - only")
 

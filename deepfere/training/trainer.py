@@ -78,11 +78,11 @@ def _worker_loop(config: dict[str, Any]) -> None:
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             saved = torch.load(Path(folder) / CHECKPOINT, weights_only=True)
-        if saved["digest"] != config["digest"]:
-            raise DeepfereError("the checkpoint was made with other settings")
-        model.load_state_dict(saved["model"])
-        optimiser.load_state_dict(saved["optimiser"])
-        first, history = saved["step"], saved["history"]
+        # A checkpoint of other settings (or of fits that another version made) is no place to go on from.
+        if saved["digest"] == config["digest"]:
+            model.load_state_dict(saved["model"])
+            optimiser.load_state_dict(saved["optimiser"])
+            first, history = saved["step"], saved["history"]
     wrapped = prepare_model(model, parallel_strategy_kwargs={"find_unused_parameters": True})
     world, rank = train.get_context().get_world_size(), train.get_context().get_world_rank()
     shard = train.get_dataset_shard("train")
