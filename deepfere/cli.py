@@ -58,7 +58,8 @@ def _program(context: click.Context | None) -> str:
 
 
 def _stopped() -> None:
-    click.echo("\nstopped; the same command again resumes", err=True)
+    again = "the same command without --overwrite" if "--overwrite" in sys.argv else "the same command again"
+    click.echo(f"\nstopped; {again} resumes", err=True)
     sys.exit(1)
 
 

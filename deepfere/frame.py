@@ -284,6 +284,13 @@ class Alignment:
         solution = np.linalg.lstsq(design, slide, rcond=None)[0]
         matrix = solution[:2].T
         offset = solution[2] - matrix @ section.mean(0)
+        scale = float(np.sqrt(abs(np.linalg.det(matrix))))
+        if not 0.5 < scale < 2.0:
+            raise InputError(
+                f"the landmarks say that a micrometre of the section is {scale:.3g} on the slide",
+                where=path,
+                remedy="give both sides in micrometres, and check --pitch-um and --slide-mpp-um",
+            )
         residual = np.hypot(*(slide - (section @ matrix.T + offset)).T)
         return cls(
             matrix,

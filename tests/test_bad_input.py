@@ -180,3 +180,43 @@ def test_two_landmarks(refused, phantom, tmp_path):
 def test_slide_cut_off_in_the_middle_of_its_bytes(refused, phantom, tmp_path):
     (tmp_path / "cut.tiff").write_bytes(phantom.slide.read_bytes()[:9000])
     refused(phantom.imzml, tmp_path / "cut.tiff", words=("cut.tiff",))
+
+
+def test_slide_and_measurement_swapped(refused, phantom):
+    refused(phantom.slide, phantom.imzml, words=(str(phantom.slide), "no imzML", "then the slide"))
+
+
+def test_slide_that_is_a_folder(refused, phantom, tmp_path):
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    refused(phantom.imzml, folder, words=(str(folder), "is a folder", "file of the slide"))
+
+
+def test_slide_of_a_few_pixels(refused, phantom, rgb, tmp_path):
+    tiny = tmp_path / "tiny.tif"
+    middle = [n // 2 for n in rgb.shape[:2]]
+    tifffile.imwrite(tiny, rgb[middle[0] : middle[0] + 5, middle[1] : middle[1] + 5], photometric="rgb")
+    refused(phantom.imzml, tiny, "--slide-mpp-um", "3", words=("slide",))
+
+
+def test_measurement_without_any_difference(refused, phantom, tmp_path):
+    same = raster(tmp_path / "same.imzML")
+    refused(same, phantom.slide, words=(str(same), "differs from pixel to pixel", "--no-guide"))
+
+
+def test_an_mz_twice_on_the_axis(refused, phantom, tmp_path):
+    spectra = [(j + 1, i + 1, [700.0, 700.0, 800.0], [1.0, i, j]) for i in range(12) for j in range(12)]
+    path = tmp_path / "twice.imzML"
+    write_pair(path, spectra, mode="continuous")
+    refused(path, "--no-guide", words=(str(path), "700.0 twice", "--mz"), factor=2)
+
+
+def test_pitch_that_is_no_number(refused, phantom):
+    refused(phantom.imzml, phantom.slide, "--pitch-um", "abc", words=("pitch_um", "'abc'", "50,40"))
+
+
+def test_landmarks_in_other_units(refused, phantom, tmp_path):
+    marks = tmp_path / "marks.csv"
+    rows = ["section_y_um,section_x_um,slide_y_um,slide_x_um", "0,0,0,0", "1000,0,10,0", "0,1000,0,10", "900,900,9,9"]
+    marks.write_text("\n".join(rows))
+    refused(phantom.imzml, phantom.slide, "--landmarks", marks, words=(str(marks), "0.01", "micrometres"))

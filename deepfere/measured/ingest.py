@@ -208,7 +208,15 @@ def _choose_ions(
 ) -> tuple[NDArray[np.float64], dict[str, Any]]:
     """The ions (M,) ascending, and how they were chosen."""
     if mz is None and axis is not None:
-        return np.sort(axis, kind="stable"), {"ions": "axis"}
+        ions = np.sort(axis, kind="stable")
+        twice = np.flatnonzero(np.diff(ions) == 0)
+        if len(twice):
+            raise InputError(
+                f"holds m/z {ions[twice[0]]} twice on its axis",
+                where=index.path,
+                remedy="say which ions to take (--mz)",
+            )
+        return ions, {"ions": "axis"}
     if kind is None:
         raise InputError("says neither centroid nor profile", where=index.path, remedy="give --representation")
     if mz is not None:

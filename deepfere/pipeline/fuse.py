@@ -44,6 +44,8 @@ def input_digests(section: Section, config: Config) -> dict[str, str]:
         named["slide"] = section.slide
     for name, path in named.items():
         if path is not None:
+            if Path(path).is_dir():
+                raise InputError("is a folder", where=path, remedy=f"give the file of the {name}")
             if not Path(path).is_file():
                 raise InputError("does not exist", where=path, remedy="check the path")
             out[name] = content_digest(path)
@@ -150,13 +152,17 @@ def fuse(
         InputError: The input is wrong; nothing was left behind.
         DeepfereError: A stage failed; the same call resumes.
     """
+    try:
+        targets = None if mz is None else [float(v) for v in mz]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{mz!r} is not a list of m/z", where="mz", remedy="give numbers: [798.54, 826.57]") from error
     settings = load_config(
         None if isinstance(config, Config) else config,
         overrides,
         base=config if isinstance(config, Config) else None,
         factor=factor,
         guide=guide,
-        ingest__mz=None if mz is None else [float(v) for v in mz],
+        ingest__mz=targets,
         ingest__tolerance_ppm=tolerance_ppm,
         ingest__representation=representation,
         ingest__duplicates=duplicates,

@@ -164,6 +164,12 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
             stain, rgb = stain_overview(slide, pitch)
         measured = measured_overview(prep, config)
         start = centred_alignment(prep.measured.grid, stain.extent_um, np.eye(2))
+        if not np.ptp(measured.images[:, measured.mask], axis=1).any():
+            raise InputError(
+                "no ion differs from pixel to pixel",
+                where=section.msi,
+                remedy="check the file and the ions, or --no-guide",
+            )
         if section.alignment:
             found = Alignment.load(section.alignment).with_evidence(source="given")
         elif section.landmarks:

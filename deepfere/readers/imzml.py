@@ -222,6 +222,8 @@ def read_arrays(index: ImzmlIndex, ibd: IO[bytes], rows: NDArray[np.int64], kind
 def msi_digest(path: str | Path) -> str:
     """sha256 (hexadecimal) over the content digests of an .imzML and its .ibd (see ``content_digest``)."""
     path = Path(path)
+    if path.is_file() and path.suffix.lower() not in (".imzml", ".xml", ".ibd"):
+        raise InputError("is no imzML", where=path, remedy="give the .imzML first, then the slide")
     parts = content_digest(path) + content_digest(_find_ibd(path))
     return hashlib.sha256(parts.encode()).hexdigest()
 
