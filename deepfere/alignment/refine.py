@@ -49,6 +49,9 @@ BEND_STAGES = (
     Stage(0.15, True, 40, 0.02),
 )
 
+STRETCHING = 2000.0
+"""Weight of the squared excess stretch (in logarithms): 5 % too much outweighs what noise can promise."""
+
 BENDING = 10.0
 """Weight of squared second differences of the knots, in measured pixels, against the log likelihood.
 
@@ -156,7 +159,7 @@ def refine(
             gain = registration.shear_um / registration.half_um
             stretch = torch.linalg.svdvals(torch.linalg.solve(registration.matrix, registration.matrix + gain))
             excess = (torch.log(stretch).abs() - max_stretch).clamp(min=0)
-            loss = loss + 100.0 * (excess**2).sum()
+            loss = loss + STRETCHING * (excess**2).sum()
             if registration.knots_um is not None:
                 # The likelihood is count / 2 times the log variances.
                 loss = loss + 2.0 * BENDING / count * bending(registration.knots_um / pitch)

@@ -35,7 +35,12 @@ FINALISTS = 6
 """Distinct placements that are refined to the end and compared."""
 
 MIN_COVER = 0.7
-"""Share of the measured pixels that the slide must cover."""
+"""Share of the measured tissue that the slide must cover."""
+
+REMEDY = "give landmarks (--landmarks FILE.csv), an alignment (--alignment FILE.json), or the right slide"
+
+MAX_STRETCH = 0.15
+"""The stated sizes fix the scale: a placement that stretches any direction by more (in logarithms) is none."""
 
 
 @dataclass(frozen=True)
@@ -253,16 +258,27 @@ def search(
             finalists.append(candidate)
     finalists = finalists[:FINALISTS]
     fine = stain.features(0.25 * float(np.mean(small.grid.pitch_um)))
-    candidates = []
+    candidates, covered = [], False
     for n, candidate in enumerate(finalists):
+        if progress:
+            progress(0.7 + 0.3 * n / len(finalists))
         better = refine(small, stain, candidate.alignment, FINAL_STAGES, supersample=3)
         r2 = placement_r2(small, stain, better, features=fine, fine=False)
         fine_r2 = placement_r2(small, stain, better, features=fine, fine=True)
-        if slide_cover(small, stain, better) >= MIN_COVER:
+        stretch = np.log(np.linalg.svd(better.matrix, compute_uv=False))
+        if slide_cover(small, stain, better) < MIN_COVER:
+            continue
+        covered = True
+        if (abs(stretch) <= MAX_STRETCH).all():
             candidates.append(Candidate(better, candidate.flip, candidate.angle_deg, r2, fine_r2))
-        if progress:
-            progress(0.7 + 0.3 * (n + 1) / len(finalists))
+    if progress:
+        progress(1.0)
     candidates.sort(key=lambda c: -c.fine_r2)
+    if covered and not candidates:
+        raise InputError(
+            "the stain does not show where the section lies: no placement of the stated sizes predicts the ions",
+            remedy=REMEDY,
+        )
     return _accept(small, stain, candidates, fine), candidates
 
 
@@ -297,9 +313,8 @@ def null_placements(grid: SectionGrid, best: Alignment, count: int, seed: int = 
 def _accept(
     measured: MeasuredOverview, stain: StainOverview, candidates: list[Candidate], features: torch.Tensor
 ) -> Alignment:
-    remedy = "give landmarks (--landmarks FILE.csv), an alignment (--alignment FILE.json), or the right slide"
     if not candidates:
-        raise InputError("no placement of the section on the slide covers 70 % of the measured tissue", remedy=remedy)
+        raise InputError("no placement of the section on the slide covers 70 % of the measured tissue", remedy=REMEDY)
     best = candidates[0]
     others = [c for c in candidates[1:] if not _same_basin(c.alignment, best.alignment, measured.grid)]
     runner_up = max((c.fine_r2 for c in others), default=-1.0)
@@ -325,7 +340,7 @@ def _accept(
         raise InputError(
             f"the stain does not show where the section lies: the best placement predicts the ions' structure with a "
             f"held-out R2 of {best.fine_r2:.2f}, the next {runner_up:.2f}, wrong ones up to {bar:.2f}",
-            remedy=remedy,
+            remedy=REMEDY,
         )
     return best.alignment.with_evidence(**evidence)
 
