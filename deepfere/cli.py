@@ -223,7 +223,7 @@ def report(result: str, out: str | None) -> None:
 @main.command()
 @click.argument("result", type=click.Path())
 @OVERRIDES
-@click.option("--ratio", "ratios", type=int, multiple=True, default=(2, 4), help="Reduced-scale ratios.")
+@click.option("--ratio", "ratios", type=int, multiple=True, default=(2, 4, 8), help="Reduced-scale ratios.")
 @CONFIG
 def evaluate(result: str, overrides: tuple[str, ...], ratios: tuple[int, ...], config: str | None) -> None:
     """Score a result's pipeline at reduced scale (Wald), where the measurement itself is the truth.

@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from deepfere.pipeline.fuse import fuse, quiet
 from deepfere.pipeline.workspace import Progress, write_json
 from deepfere.reconstruction.result import Result, beside
 
-LEAST_PX = 40
+LEAST_PX = 80
 """Degraded measured pixels below which a ratio is left out."""
 
 
@@ -55,6 +56,20 @@ def ion_scores(truth: NDArray[Any], estimate: NDArray[Any], mask: NDArray[np.boo
     }
 
 
+def coverage(
+    truth: NDArray[Any], estimate: NDArray[Any], sd: NDArray[Any], mask: NDArray[np.bool_], share: float = 0.8
+) -> float:
+    """Share of the pixels whose truth lies in the central interval of this share, median over ions.
+
+    Intervals are of a normal distribution, cut at zero; a truth on the edge of its interval counts half.
+    """
+    half = NormalDist().inv_cdf(0.5 + share / 2) * sd[:, mask]
+    t, e = truth[:, mask], estimate[:, mask]
+    low, high = np.maximum(e - half, 0.0), e + half
+    held = ((t > low) & (t < high)).mean(1) + 0.5 * ((t == low) | (t == high)).mean(1)
+    return float(np.median(held))
+
+
 def decoded(result: Result) -> NDArray[np.float32]:
     """All ions (M, H, W) of a small result."""
     return np.stack([result.ion(float(mz)).compute() for mz in result.ions["mz"]])
@@ -63,7 +78,7 @@ def decoded(result: Result) -> NDArray[np.float32]:
 def evaluate_result(
     result: Result,
     *,
-    ratios: Iterable[int] = (2, 4),
+    ratios: Iterable[int] = (2, 4, 8),
     config: str | Path | None = None,
     overrides: Iterable[str] = (),
     progress: Progress = quiet,
@@ -144,11 +159,15 @@ def _wald(
                 given = {"slide_mpp_um": section.get("slide_mpp_um"), "alignment": Path(result.path) / "alignment.json"}
                 ours = fuse(msi, section["slide"], Path(folder) / "ours.zarr", config=settings, progress=tell, **given)
             images["ours"] = decoded(ours)
+            sd = np.stack([ours.uncertainty(float(mz)).compute() for mz in ours.ions["mz"]])
         shape = images["no_guide"].shape[1:]
     truth = cube[:, : shape[0], : shape[1]]
     inside = result.mask[: shape[0], : shape[1]] & np.repeat(np.repeat(mask, ratio, 0), ratio, 1)
     images["bicubic"] = np.stack([keys_bicubic(c, ratio, mask) for c in coarse])
-    return {"ratio": ratio, "alignment": state, "note": note, **_table(truth, images, inside, result, ratio)}
+    out = {"ratio": ratio, "alignment": state, "note": note, **_table(truth, images, inside, result, ratio)}
+    if base.guide:
+        out["coverage_80"] = coverage(truth, images["ours"], sd, inside)
+    return out
 
 
 def _table(
@@ -184,6 +203,8 @@ def render(scores: dict[str, Any]) -> str:
     for part in scores["wald"]:
         note = f" ({part['note']})" if part["note"] else ""
         lines.append(f"x{part['ratio']}: alignment {part['alignment']}{note}")
+        if "coverage_80" in part:
+            lines.append(f"  80 % intervals hold {100 * part['coverage_80']:.0f} % of the pixels")
         for row in part["rows"]:
             cells = [f"{name} {row[f'{name}_db']:.2f} dB (r {row[f'{name}_r']:.3f})" for name in _methods(row)]
             lines.append(f"  {row['what']:<22} " + "   ".join(cells))
