@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from deepfere.evaluation.evaluate import load_evaluation, scores_file
+from deepfere.evaluation.evaluate import coverage, load_evaluation, scores_file
 from deepfere.evaluation.metrics import keys_bicubic
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -23,7 +23,8 @@ def copied(fused, place, tmp_path_factory):
     return target
 
 
-def test_evaluate_scores_and_shows_them(copied, cli, tmp_path):
+def test_evaluate_scores_and_shows_them(copied, cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("deepfere.evaluation.evaluate.LEAST_PX", 60)  # the shared section has 70 at half its scale
     (tmp_path / "closed.yaml").write_text("model:\n  tier: T1\n")
     done = cli("evaluate", copied, "--ratio", 2, "--ratio", 4, "--config", tmp_path / "closed.yaml")
     assert done.code == 0, done
@@ -37,6 +38,7 @@ def test_evaluate_scores_and_shows_them(copied, cli, tmp_path):
     assert two["ratio"] == 2 and four["ratio"] == 4
     assert four["rows"] == [] and "too few" in four["note"]
     assert two["alignment"] in ("found", "refused")
+    assert 0.2 < two["coverage_80"] <= 1.0 and "80 % intervals hold" in done.out
     everything = two["rows"][0]
     assert everything["what"] == "all ions (24)" and len(two["ions"]) == 24
     for name in ("bicubic", "no_guide", "ours"):
@@ -83,3 +85,10 @@ def test_a_slide_that_is_gone_is_told(copied, cli):
     file.write_text(json.dumps(told))
     done = cli("evaluate", copied, "--ratio", 2)
     assert done.code == 2 and len(done.errors) == 1 and "slide" in done.errors[0]
+
+
+def test_coverage_by_hand():
+    truth, estimate = np.array([[[0.0, 5.0, 9.0, 1.0]]]), np.array([[[0.0, 5.1, 5.0, 0.5]]])
+    sd = np.array([[[1.0, 1.0, 1.0, 0.01]]])
+    # On the edge (cut at zero): half; inside; outside; outside.
+    assert coverage(truth, estimate, sd, np.ones((1, 4), bool)) == pytest.approx(1.5 / 4)

@@ -49,8 +49,8 @@ BEND_STAGES = (
     Stage(0.15, True, 40, 0.02),
 )
 
-STRETCHING = 2000.0
-"""Weight of the squared excess stretch (in logarithms): 5 % too much outweighs what noise can promise."""
+STRETCHING = 500.0
+"""Weight of the squared excess stretch (in logarithms): 10 % too much outweighs what noise can promise."""
 
 BENDING = 10.0
 """Weight of squared second differences of the knots, in measured pixels, against the log likelihood.
