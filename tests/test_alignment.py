@@ -7,8 +7,9 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter, map_coordinates
 
+from deepfere.alignment.looks import high_pass
 from deepfere.alignment.overview import MeasuredOverview, StainOverview
-from deepfere.alignment.refine import AFFINE_STAGES, high_pass, refine, residual_variance
+from deepfere.alignment.refine import AFFINE_STAGES, refine, residual_variance
 from deepfere.alignment.score import held_out_r2, placement_r2, slide_cover, spatial_blocks
 from deepfere.alignment.search import (
     centred_alignment,

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from deepfere.alignment.looks import high_pass
 from deepfere.alignment.overview import MeasuredOverview, StainOverview
-from deepfere.alignment.refine import BEND_STAGES, footprint_points, high_pass, refine
+from deepfere.alignment.refine import BEND_STAGES, footprint_points, refine
 from deepfere.alignment.score import spatial_blocks
 from deepfere.frame import Alignment, SectionGrid
 from deepfere.model.registration import sample_window

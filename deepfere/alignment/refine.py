@@ -17,13 +17,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
+from deepfere.alignment.looks import MOST_PX, Looks
 from deepfere.alignment.overview import MeasuredOverview, StainOverview
 from deepfere.frame import Alignment
 from deepfere.model.registration import Registration, sample_window
 
 RIDGE = 1e-3
+PX_PER_KNOT = 15
+"""Measured pixels that are looked at for every knot of a displacement, at least."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,6 @@ AFFINE_STAGES = (
 def footprint_points(measured: MeasuredOverview, supersample: int) -> Tensor:
     """Section positions (ny s, nx s, 2) float64 of s x s points per measured pixel."""
     return torch.from_numpy(measured.grid.refine(supersample).centres_um())
-
-
-def high_pass(images: Tensor) -> Tensor:
-    """Images (C, ny, nx) minus their 3 x 3 mean (edges repeated)."""
-    padded = functional.pad(images[None], (1, 1, 1, 1), mode="replicate")
-    return images - functional.avg_pool2d(padded, 3, stride=1)[0]
 
 
 def bending(knots: Tensor) -> Tensor:
@@ -132,17 +128,16 @@ def refine(
     """
     extent, pitch = measured.grid.extent_um, float(np.mean(measured.grid.pitch_um))
     registration = Registration(start, extent, knots)
-    points = footprint_points(measured, supersample)
+    most = MOST_PX if knots is None else max(MOST_PX, PX_PER_KNOT * knots[0] * knots[1])
+    looks = Looks(measured.grid, measured.mask if rows is None else measured.mask & rows, supersample, most)
+    points = looks.points_um
     flat = points.reshape(-1, 2)
-    inside = torch.from_numpy(measured.mask if rows is None else measured.mask & rows)
-    count = int(inside.sum())
     images = torch.from_numpy(measured.images)
     for stage in stages:
         # Pixels of half the blur lose nothing and cost less.
         scene = stain.coarsen(0.5 * stage.blur_pitch * pitch)
         features = scene.features(stage.blur_pitch * pitch)
-        targets = high_pass(images) if stage.high_pass else images
-        z = targets[:, inside].T
+        z = looks.of_grid(images, stage.high_pass)
         optimiser = torch.optim.Adam(registration.parameters(), lr=stage.rate_pitch * pitch, betas=(0.8, 0.95))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             optimiser, stage.steps, eta_min=0.1 * stage.rate_pitch * pitch
@@ -152,9 +147,7 @@ def refine(
             optimiser.zero_grad()
             slide = registration(flat).reshape(*points.shape)
             pooled = sample_window(features, (0, 0), scene.spacing_um, slide, supersample).double()
-            if stage.high_pass:
-                pooled = high_pass(pooled)
-            residual, total = residual_variance(pooled[:, inside].T, z)
+            residual, total = residual_variance(looks.of_samples(pooled, stage.high_pass), z)
             loss = torch.log(residual / total.clamp(min=1e-12)).sum()
             gain = registration.shear_um / registration.half_um
             stretch = torch.linalg.svdvals(torch.linalg.solve(registration.matrix, registration.matrix + gain))
@@ -162,7 +155,7 @@ def refine(
             loss = loss + STRETCHING * (excess**2).sum()
             if registration.knots_um is not None:
                 # The likelihood is count / 2 times the log variances.
-                loss = loss + 2.0 * BENDING / count * bending(registration.knots_um / pitch)
+                loss = loss + 2.0 * BENDING / looks.count * bending(registration.knots_um / pitch)
             value = float(loss.detach())
             if value < best:
                 best = value

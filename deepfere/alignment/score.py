@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from deepfere.alignment.looks import high_pass
 from deepfere.alignment.overview import MeasuredOverview, StainOverview
-from deepfere.alignment.refine import footprint_points, high_pass
+from deepfere.alignment.refine import footprint_points
 from deepfere.frame import Alignment
 from deepfere.model.registration import sample_window
 
