@@ -24,15 +24,14 @@ from deepfere.model.fit import (
 from deepfere.model.network import FusionNetwork
 from deepfere.model.reduced import network_rows, reduced_detail, ridge_detail
 from deepfere.model.ridge import detail, detail_rows, fit_ridge, null_guides, phases, stain_detail, target_rows
-from deepfere.model.transfer import FeatureChoice
+from deepfere.model.transfer import SmoothingChoice
 
 SHAPE = (37, 34)
 
 
 def problem_of(features, *rest):
-    """`evidence` with every feature, as it is."""
-    every = FeatureChoice("every", tuple(range(len(features))), 0.25, np.nan, np.nan)
-    return evidence(features[None], (0.25,), *rest, choice=every)
+    """`evidence` with the features as they are."""
+    return evidence(features[None], (0.25,), *rest, choice=SmoothingChoice(0.25, np.nan, np.nan))
 
 
 def guide_of(seed, shape=SHAPE, count=4, blur=0.7):
@@ -401,7 +400,7 @@ def test_a_tier_needs_evidence_over_blocks():
     images = guide_of(3, count=2)
     mask, blocks = np.ones(SHAPE, bool), blocks_of(SHAPE)
     rows, targets = detail_rows(images, mask, blocks, RATIO), target_rows(images, mask, RATIO)
-    choice = FeatureChoice("every", (0,), 0.25, np.nan, np.nan)
+    choice = SmoothingChoice(0.25, np.nan, np.nan)
     problem = Evidence(choice, images, mask, blocks, rows, targets, targets)
     weight, every = np.ones(2), np.ones(len(targets), bool)
     unit = targets.std(0)

@@ -11,13 +11,13 @@ from scipy.ndimage import gaussian_filter
 from deepfere.alignment.score import spatial_blocks
 from deepfere.measured.operator import cell_means
 from deepfere.model.features import FEATURES
+from deepfere.model.ridge import FEATURE_SETS, detail_rows, fit_average, fit_ridge, target_rows
 from deepfere.model.transfer import (
-    DENSITIES,
-    FEATURE_SETS,
     LEAST_PX,
     SMOOTHINGS_PITCH,
-    choose_features,
+    choose_smoothing,
     crossing,
+    gain_and_r2,
     octave_rows,
     transferred,
 )
@@ -43,7 +43,7 @@ def section(blur_pitch, shape=SHAPE, seed=0, noise=0.05, shift_pitch=0.0):
 
 def choose(pooled, images, mask=None):
     mask = np.ones(images.shape[1:], bool) if mask is None else mask
-    return choose_features(pooled, SMOOTHINGS_PITCH, mask, spatial_blocks(mask), images, np.ones(len(images)))
+    return choose_smoothing(pooled, SMOOTHINGS_PITCH, mask, spatial_blocks(mask), images, np.ones(len(images)))
 
 
 @pytest.mark.parametrize("blur", [0.25, 0.4, 0.6])
@@ -61,23 +61,28 @@ def test_a_misplaced_stain_is_smoothed_more():
     assert wrong.transferred_r2 < right.transferred_r2
 
 
-def test_few_pixels_get_few_features():
+def test_few_pixels_get_the_default():
     pooled, images = section(0.4)
     mask = np.zeros(SHAPE, bool)
     mask[:14, :14] = True
     assert mask.sum() < LEAST_PX
     choice = choose(pooled, images, mask)
-    assert choice.used == DENSITIES
     assert choice.smoothing_pitch == 0.25
     assert np.isnan(choice.gain)
 
 
-def test_a_feature_that_matters_is_used():
+def test_the_average_is_the_mean_of_its_fits():
     pooled, images = section(0.25)
-    nuclear = images.copy()
-    nuclear[0] = nuclear[1]
-    choice = choose(pooled, nuclear)
-    assert FEATURES.index("nuclear") in choice.used
+    mask = np.ones(SHAPE, bool)
+    rows, targets = detail_rows(pooled[1], mask, spatial_blocks(mask), 2), target_rows(images, mask, 2)
+    average = fit_average(rows, targets)
+    fits = [fit_ridge(rows, targets, used) for used in FEATURE_SETS.values()]
+    np.testing.assert_allclose(average.weights, np.mean([f.weights for f in fits], axis=0))
+    np.testing.assert_allclose(average.predicted, np.mean([f.predicted for f in fits], axis=0))
+    # A feature that only the larger sets hold counts, but less.
+    nuclear = FEATURES.index("nuclear")
+    assert not fits[0].weights[nuclear].any()
+    assert abs(average.weights[nuclear, 1]) > 0.2 * abs(fits[-1].weights[nuclear, 1])
 
 
 def test_sets_grow():
@@ -104,10 +109,13 @@ def test_a_linear_relation_transfers_whole():
     rng = np.random.default_rng(2)
     x, fine = rng.standard_normal((400, 3)), rng.standard_normal((300, 3))
     weights = np.array([[1.0, 0.0], [0.5, -1.0], [0.0, 2.0]])
-    r2, gain = transferred((x, x @ weights, np.arange(400) % 8), (fine, 0.5 * fine @ weights, np.arange(300) % 8))
+    coarse, finer = (x, x @ weights, np.arange(400) % 8), (fine, 0.5 * fine @ weights, np.arange(300) % 8)
+    gain, r2 = gain_and_r2(finer[1], transferred(coarse, finer, (0, 1, 2)))
     np.testing.assert_allclose(gain, 0.5, rtol=1e-2)
     # Predicting twice the truth leaves as much as there was.
     np.testing.assert_allclose(r2, 0.0, atol=0.02)
+    # A feature that may not be used predicts nothing.
+    assert gain_and_r2(finer[1], transferred(coarse, finer, (0,)))[1][1] < 0.05
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from deepfere.measured.operator import cell_means, fill_missing
 from deepfere.model import gate as gates
 from deepfere.model.decode import IonDecoder, positive
 from deepfere.model.guide import Cells
-from deepfere.model.ridge import DetailRows, RidgeFit, detail_rows, fit_ridge, null_guides, target_rows, usable
-from deepfere.model.transfer import FeatureChoice, choose_features
+from deepfere.model.ridge import DetailRows, RidgeFit, detail_rows, fit_average, null_guides, target_rows, usable
+from deepfere.model.transfer import SmoothingChoice, choose_smoothing
 
 Array = NDArray[np.float64]
 RATIO = 2
@@ -83,7 +83,7 @@ class Evidence:
     """The reduced-scale regression problem of one section.
 
     Attributes:
-        choice: Which features, how smooth.
+        choice: How smooth the features are.
         features: (F, ny, nx) footprint-averaged features at that smoothing, holes filled.
         mask: (ny, nx) measured pixels that the slide covers.
         blocks: (ny, nx) spatial block numbers.
@@ -92,7 +92,7 @@ class Evidence:
         ion_rows: (R, M) measured detail of the ions.
     """
 
-    choice: FeatureChoice
+    choice: SmoothingChoice
     features: Array
     mask: NDArray[np.bool_]
     blocks: NDArray[np.int64]
@@ -108,7 +108,7 @@ def evidence(
     covered: NDArray[np.bool_],
     cube: Any,
     factors: Factors,
-    choice: FeatureChoice | None = None,
+    choice: SmoothingChoice | None = None,
 ) -> Evidence:
     """Set up the reduced-scale problem.
 
@@ -119,13 +119,13 @@ def evidence(
         covered: (ny, nx) pixels that the slide shows completely.
         cube: (M, ny, nx) ions.
         factors: Their factors.
-        choice: Features and smoothing; None lets the data choose.
+        choice: Smoothing; None lets the data choose.
     """
     inside = mask & covered
     blocks = spatial_blocks(inside)
     images = fill_missing(factors.images, mask)
     if choice is None:
-        choice = choose_features(pooled, smoothings, inside, blocks, images, factor_weight(factors) ** 2)
+        choice = choose_smoothing(pooled, smoothings, inside, blocks, images, factor_weight(factors) ** 2)
     features = pooled[smoothings.index(choice.smoothing_pitch)]
     filled = fill_missing(features, inside) if inside.any() else features
     rows = detail_rows(filled, inside, blocks, RATIO)
@@ -160,7 +160,7 @@ def gate_ions(
     def factor_gain(p: Array) -> gates.Gain:
         return gates.gains(gates.moments(factor_rows, p[rows], block), eye)
 
-    factor = gates.decide(factor_gain(predicted), [factor_gain(p) for p in nulls])
+    factor = gates.decide(factor_gain(predicted), [factor_gain(p) for p in nulls], gates.LEAST_FACTOR_R2)
     loadings = basis * factor.gate
 
     def ion_gain(p: Array) -> gates.Gain:
@@ -172,12 +172,11 @@ def gate_ions(
 
 def fit_t1(problem: Evidence, null_count: int, seed: int) -> tuple[RidgeFit, list[Array]]:
     """The closed-form tier and its null guides' held-out predictions."""
-    used = problem.choice.used
-    fit = fit_ridge(problem.rows, problem.factor_rows, used)
+    fit = fit_average(problem.rows, problem.factor_rows)
     nulls = []
     for features in null_guides(problem.features, null_count, seed):
         rows = detail_rows(features, problem.mask, problem.blocks, RATIO)
-        nulls.append(fit_ridge(rows, problem.factor_rows, used).predicted)
+        nulls.append(fit_average(rows, problem.factor_rows).predicted)
     return fit, nulls
 
 

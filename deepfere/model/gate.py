@@ -18,6 +18,8 @@ INFORMED_R2 = 0.10
 """Held-out R2 of the detail from which an ion is called "stain-informed"."""
 LEAST_R2 = 0.05
 """Held-out R2 of an ion's detail below which its gate stays shut."""
+LEAST_FACTOR_R2 = 0.02
+"""The same for a factor: ions are judged once more."""
 FAR_SD = 4.0
 """How far ahead of the null guides, in their standard deviations, is far."""
 

@@ -1,15 +1,12 @@
-"""Which stain features, how smooth: what was learned at one scale has to hold at the next.
+"""How smooth the stain features have to be: what was learned at one scale has to hold at the next.
 
 The fine scale has no training signal, so a relation must be extrapolated to it. Here that step is rehearsed one
 octave up: weights are fitted between four and two measured pixels and have to predict what lies between two and
-one, on blocks that they have not seen. Two numbers come out for every set of features and every smoothing:
-
-* **Transferred R2**: how well they predict. Sets of features are compared by it. A plain held-out R2 at one scale
-  prefers features (squares, say) whose footprint means stand for texture there and mean something else below.
-* **Gain**: the least-squares factor on the prediction. Below 1 the finer octave holds less stain structure than
-  the coarser one promised: the alignment is not as good as the features are sharp, or the ions are smoother than
-  the stain. Gaussian smoothing of the features takes away just that, more of the finer octave than of the
-  coarser; the smoothing at which the gain is 1 makes both octaves obey the same weights, and is extrapolated.
+one, on blocks that they have not seen. The **gain** is the least-squares factor on that prediction. Below 1 the finer
+octave holds less stain structure than the coarser one promised: the alignment is not as good as the features are
+sharp, or the ions are smoother than the stain. Gaussian smoothing of the features takes away just that, more of the
+finer octave than of the coarser; the smoothing at which the gain is 1 makes both octaves obey the same weights, and
+is extrapolated. (A plain held-out R2 at one scale is blind to it.)
 """
 
 from __future__ import annotations
@@ -20,46 +17,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.measured.operator import cell_means, fill_missing
-from deepfere.model.features import FEATURES
-from deepfere.model.ridge import RIDGES, detail_rows, target_rows
+from deepfere.model.ridge import FEATURE_SETS, RIDGES, detail_rows, target_rows
 
 Array = NDArray[np.float64]
 SMOOTHINGS_PITCH = (0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8)
 """Smoothings tried, in measured pixels. No less than 0.2: nothing here sees the alignment's error below that."""
 DEFAULT_SMOOTHING_PITCH = 0.25
 LEAST_PX = 200
-"""Measured pixels below which two octaves cannot be told apart: then densities alone, at the default smoothing."""
+"""Measured pixels below which two octaves cannot be told apart: then the default smoothing."""
 OCTAVE = 2
 
 
-def _names(*names: str) -> tuple[int, ...]:
-    return tuple(FEATURES.index(name) for name in names)
-
-
-DENSITIES = _names("od_red", "od_green", "od_blue")
-FEATURE_SETS: dict[str, tuple[int, ...]] = {
-    "densities": DENSITIES,
-    "with tissue": DENSITIES + _names("tissue"),
-    "with nuclei and texture": DENSITIES + _names("nuclear", "texture", "tissue"),
-    "all": tuple(range(len(FEATURES))),
-}
-"""From few to many: each holds the one before it."""
-
-
 @dataclass(frozen=True)
-class FeatureChoice:
-    """The features that a section's closed form uses.
+class SmoothingChoice:
+    """How smooth a section's stain features are.
 
     Attributes:
-        name: Name of the set.
-        used: Indices into `FEATURES`.
-        smoothing_pitch: S.d. of their smoothing in measured pixels.
-        transferred_r2: R2 on the finer octave, NaN where it was not tried.
-        gain: The gain there, at that smoothing.
+        smoothing_pitch: S.d. of the Gaussian in measured pixels.
+        transferred_r2: R2 on the finer octave at that smoothing, NaN where it was not tried.
+        gain: The gain there.
     """
 
-    name: str
-    used: tuple[int, ...]
     smoothing_pitch: float
     transferred_r2: float
     gain: float
@@ -99,16 +77,22 @@ def octave_rows(
 
 
 def transferred(
-    coarse: tuple[Array, Array, NDArray[np.int64]], fine: tuple[Array, Array, NDArray[np.int64]]
-) -> tuple[Array, Array]:
-    """R2 and gain (K,) on the finer octave of ridge weights fitted on the coarser one, block by block left out.
+    coarse: tuple[Array, Array, NDArray[np.int64]], fine: tuple[Array, Array, NDArray[np.int64]], used: tuple[int, ...]
+) -> Array:
+    """Predictions (R, K) of the finer octave by ridge weights fitted on the coarser one, block by block left out.
 
     The penalty of every target is the one that is best on the coarser octave's own left-out blocks.
+
+    Args:
+        coarse: Stain detail, targets and blocks of the coarser octave.
+        fine: Those of the finer one.
+        used: Features that may have a weight.
     """
+    columns = list(used)
     (x, y, block), (x_fine, y_fine, block_fine) = coarse, fine
-    scale = np.sqrt((x**2).mean(0))
+    scale = np.sqrt((x[:, columns] ** 2).mean(0))
     scale = np.where(scale > 1e-9, scale, np.inf)
-    x, x_fine = x / scale, x_fine / scale
+    x, x_fine = x[:, columns] / scale, x_fine[:, columns] / scale
     names = np.unique(block_fine)
     gram, cross = x.T @ x, x.T @ y
     eye, best, predicted = np.eye(x.shape[1]), np.full(y.shape[1], np.inf), np.zeros_like(y_fine)
@@ -123,10 +107,15 @@ def transferred(
         better = error < best
         best = np.where(better, error, best)
         predicted[:, better] = other[:, better]
-    power, total = (predicted**2).sum(0), (y_fine**2).sum(0)
-    gain = (y_fine * predicted).sum(0) / np.where(power > 0, power, np.inf)
-    left = ((y_fine - predicted) ** 2).sum(0)
-    return 1.0 - left / np.where(total > 0, total, np.inf), gain
+    return predicted
+
+
+def gain_and_r2(truth: Array, predicted: Array) -> tuple[Array, Array]:
+    """Least-squares gain (K,) of predictions, and their R2 (K,) as they are."""
+    power, total = (predicted**2).sum(0), (truth**2).sum(0)
+    gain = (truth * predicted).sum(0) / np.where(power > 0, power, np.inf)
+    left = ((truth - predicted) ** 2).sum(0)
+    return gain, 1.0 - left / np.where(total > 0, total, np.inf)
 
 
 def crossing(smoothings: Array, gains: Array) -> float:
@@ -141,15 +130,15 @@ def crossing(smoothings: Array, gains: Array) -> float:
     return float(smoothings[k - 1] + share * (smoothings[k] - smoothings[k - 1]))
 
 
-def choose_features(
+def choose_smoothing(
     pooled: Array,
     smoothings: tuple[float, ...],
     mask: NDArray[np.bool_],
     blocks: NDArray[np.int64],
     images: Array,
     weight: Array,
-) -> FeatureChoice:
-    """Features and smoothing for one section.
+) -> SmoothingChoice:
+    """Smoothing of the features for one section.
 
     Args:
         pooled: (S, F, ny, nx) footprint-averaged features at every smoothing.
@@ -160,28 +149,22 @@ def choose_features(
         weight: (K,) importance of the factors.
     """
     default = min(smoothings, key=lambda s: abs(s - DEFAULT_SMOOTHING_PITCH))
-    fallback = FeatureChoice("densities", DENSITIES, default, float("nan"), float("nan"))
+    fallback = SmoothingChoice(default, float("nan"), float("nan"))
     if mask.sum() < LEAST_PX:
         return fallback
-    filled = [fill_missing(features, mask) for features in pooled]
-    rows = [(octave_rows(f, images, mask, blocks, 2), octave_rows(f, images, mask, blocks, 1)) for f in filled]
-    if not len(rows[0][0][0]) or not len(rows[0][1][0]):
-        return fallback
-    power = weight * (rows[0][1][1] ** 2).sum(0)
-    best: FeatureChoice | None = None
-    for name, used in FEATURE_SETS.items():
-        columns = list(used)
-        found = [transferred((c[0][:, columns], c[1], c[2]), (f[0][:, columns], f[1], f[2])) for c, f in rows]
-        r2 = np.array([float((r * power).sum() / power.sum()) for r, _ in found])
+    gains, r2 = [], []
+    for features in pooled:
+        filled = fill_missing(features, mask)
+        coarse, fine = (octave_rows(filled, images, mask, blocks, block) for block in (2, 1))
+        if not len(coarse[0]) or not len(fine[0]):
+            return fallback
+        predicted = np.mean([transferred(coarse, fine, used) for used in FEATURE_SETS.values()], axis=0)
+        gain, explained = gain_and_r2(fine[1], predicted)
+        power = weight * (fine[1] ** 2).sum(0)
         # Factors that the stain says nothing about have a gain of noise.
-        told = [power * np.clip(r, 0.0, None) for r, _ in found]
-        gains = np.array(
-            [float((g * t).sum() / t.sum()) if t.sum() > 0 else 0.0 for (_, g), t in zip(found, told, strict=True)]
-        )
-        wanted = crossing(np.asarray(smoothings), gains)
-        at = int(np.abs(np.asarray(smoothings) - wanted).argmin())
-        choice = FeatureChoice(name, used, smoothings[at], float(r2.max()), float(gains[at]))
-        if best is None or choice.transferred_r2 > best.transferred_r2:
-            best = choice
-    assert best is not None
-    return best
+        told = power * np.clip(explained, 0.0, None)
+        gains.append(float((gain * told).sum() / told.sum()) if told.sum() > 0 else 0.0)
+        r2.append(float((explained * power).sum() / power.sum()))
+    wanted = crossing(np.asarray(smoothings), np.asarray(gains))
+    at = int(np.abs(np.asarray(smoothings) - wanted).argmin())
+    return SmoothingChoice(smoothings[at], r2[at], gains[at])

@@ -29,7 +29,7 @@ from deepfere.model.fit import Evidence as Problem
 from deepfere.model.network import FusionNetwork
 from deepfere.model.reduced import network_rows, reduced_detail, ridge_detail
 from deepfere.model.ridge import RidgeFit, null_guides
-from deepfere.model.transfer import DEFAULT_SMOOTHING_PITCH, FeatureChoice
+from deepfere.model.transfer import DEFAULT_SMOOTHING_PITCH, SmoothingChoice
 from deepfere.pipeline.prepare import Prepared, load_plan, pool, read_pooled
 from deepfere.pipeline.workspace import Progress
 
@@ -73,7 +73,7 @@ def section_problem(
     factors: Factors,
     pooled: Path,
     smoothings: tuple[float, ...],
-    choice: FeatureChoice | None = None,
+    choice: SmoothingChoice | None = None,
 ) -> Problem:
     """The section's reduced-scale problem, from footprint averages of the stain at some smoothings.
 
@@ -204,7 +204,6 @@ def choose(
     )
     notes["tier"] = tier
     notes["ratio"] = RATIO
-    notes["features"] = problem.choice.name
     notes["smoothing_pitch"] = problem.choice.smoothing_pitch
     notes["transferred_r2"] = problem.choice.transferred_r2
     notes["transfer_gain"] = problem.choice.gain
