@@ -37,7 +37,7 @@ def stain_features(case: Case, result: Result, alignment: Alignment) -> tuple[ND
     planes = plan_planes(slide.shape_px, slide.mpp_um, grid.refine(f).pitch_um)
     smoothing = float(result.provenance["model"]["notes"]["smoothing_pitch"])
     spec = GuideSpec(grid, f, planes.spacing_um, planes.shape_px, overview.reference.white, smoothing)
-    cache = CacheSpec("", str(case.slide), "", slide.mpp_um, planes, overview.reference)
+    cache = CacheSpec("", str(case.slide), "", slide.mpp_um, planes, overview.reference, overview.artefacts)
     whole = np.zeros((7, *planes.shape_px), np.uint8)
     for row, col in needed_shards(planes, alignment, grid, result.mask, reach_um(spec, alignment, 0)):
         r0, r1, c0, c1 = planes.shard_window(int(row), int(col))

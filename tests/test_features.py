@@ -133,7 +133,9 @@ def random_planes(seed=0, shape=(60, 70)):
 
 def test_features_by_hand():
     planes = random_planes(3, (5, 6))
-    features = stain_features(torch.from_numpy(planes[None].astype(np.float32)), WHITE, 0.0)[0].numpy()
+    features = stain_features(torch.from_numpy(planes[None].astype(np.float32)), WHITE, 0.0, torch.ones(1, 1, 1, 1))[
+        0
+    ].numpy()
     assert len(features) == len(FEATURES)
     od = optical_density(planes[:3].transpose(1, 2, 0), WHITE)
     by_name = dict(zip(FEATURES, features, strict=True))
@@ -218,3 +220,19 @@ def test_footprint_means_are_plain_means_of_the_features():
         features, cover = features_of(replace(SPEC, smoothing_pitch=smoothing), read, TURNED, cells)
         np.testing.assert_allclose(means, cell_means(features.double().numpy(), 3), atol=1e-6)
         np.testing.assert_allclose(pooled_cover, cell_means(cover.double().numpy(), 3), atol=1e-6)
+
+
+def test_what_is_not_covered_does_not_count():
+    """Whatever lies where the slide shows nothing (ink, say), features elsewhere are the same."""
+    planes = random_planes(9)
+    planes[6] = 255
+    planes[6, 20:26, 30:44] = 0
+    inked = planes.copy()
+    inked[:6, 20:26, 30:44] = np.array([20, 30, 90, 250, 255, 255], np.uint8)[:, None, None]
+    cells = Cells(1, 6, 0, 5)
+    features = [features_of(SPEC, lambda a, b, c, d, p=p: p[:, a:b, c:d], TURNED, cells)[0] for p in (planes, inked)]
+    cover = features_of(SPEC, lambda a, b, c, d: planes[:, a:b, c:d], TURNED, cells)[1]
+    # Sampling mixes the pixels on a border; beyond it nothing of the ink is left.
+    seen = cover > 0.99
+    assert 0.2 < seen.float().mean() < 1.0
+    torch.testing.assert_close(features[0][:, seen], features[1][:, seen], atol=5e-2, rtol=0)

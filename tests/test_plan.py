@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepfere.alignment.overview import NO_ARTEFACTS
 from deepfere.errors import InputError
 from deepfere.frame import Alignment, Displacement, SectionGrid
 from deepfere.model.guide import Cells, GuideSpec
@@ -298,7 +299,7 @@ def test_a_shard_of_planes_is_whole_and_on_disk_before_it_is_recorded(tmp_path, 
 
     planes = PlaneGrid((5.0, 5.0), 1, (60, 50))
     reference = StainReference((240.0, 240.0, 240.0), 0.1, 0.2)
-    spec = cache.CacheSpec(str(tmp_path / "planes.zarr"), "slide", "abc", (5.0, 5.0), planes, reference)
+    spec = cache.CacheSpec(str(tmp_path / "planes.zarr"), "slide", "abc", (5.0, 5.0), planes, reference, NO_ARTEFACTS)
     cache.create_cache(spec)
     assert cache.is_cache(spec) and not cache.is_cache(replace(spec, fingerprint="another"))
     file, journal, seen = shard_object(spec.url, "planes", 0, 0), Journal(tmp_path / "journal", "abc"), []

@@ -14,7 +14,10 @@ from torch.nn import functional
 
 from deepfere.frame import SectionGrid
 from deepfere.measured.operator import fill_missing
+from deepfere.model.artefacts import Artefacts
 from deepfere.model.features import StainReference, otsu, smooth_axis, smoothing_radius
+
+NO_ARTEFACTS = Artefacts(np.zeros((0, 0), bool), (1.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,13 @@ class StainOverview:
         planes: (7, h, w) uint8, `deepfere.model.features.PLANES`.
         spacing_um: Plane pixel size (y, x), slide micrometres.
         reference: The slide's stain constants.
+        artefacts: What on the slide is no stain; painted over with glass in the planes.
     """
 
     planes: NDArray[np.uint8]
     spacing_um: tuple[float, float]
     reference: StainReference
+    artefacts: Artefacts = NO_ARTEFACTS
 
     @property
     def extent_um(self) -> tuple[float, float]:

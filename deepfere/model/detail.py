@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deepfere.frame import Alignment
 from deepfere.measured.operator import cell_means, expand, pad_edge, take
-from deepfere.model.features import smooth
+from deepfere.model.features import smooth_covered
 from deepfere.model.guide import Cells, GuideSpec, features_of
 from deepfere.model.network import FusionNetwork
 
@@ -114,7 +114,8 @@ def pooled_window(
         out = []
         for smoothing, radius in zip(smoothings_pitch, reach, strict=True):
             spare = most - radius
-            inner = raw[None, :, spare : raw.shape[1] - spare, spare : raw.shape[2] - spare]
-            out.append(cell_means(smooth(inner, smoothing * f)[0].double().numpy(), f))
+            rows, cols = slice(spare, raw.shape[1] - spare), slice(spare, raw.shape[2] - spare)
+            smoothed = smooth_covered(raw[None, :, rows, cols], cover[None, None, rows, cols], smoothing * f)
+            out.append(cell_means(smoothed[0].double().numpy(), f))
     cover = cover[most : cover.shape[0] - most, most : cover.shape[1] - most]
     return np.stack(out), cell_means(cover.double().numpy(), f)

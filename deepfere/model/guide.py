@@ -96,14 +96,14 @@ class GuideSpec:
             Features (F, H, W) and cover (H, W) in [0, 1]: the share of each pixel that the slide shows.
         """
         sampled = sample_window(planes, origin_px, self.spacing_um, slide_um, SUPERSAMPLE)
-        features = stain_features(sampled[None], self.white, self.sigma_px)[0]
         r, (h, w) = self.radius_px, sampled.shape[-2:]
         # Sampling repeats the edge pixel beyond the slide: positions there are not covered.
         high = slide_um.new_tensor([n * s for n, s in zip(self.planes_shape, self.spacing_um, strict=True)])
         on_slide = ((slide_um >= 0) & (slide_um <= high)).all(-1).float()
         on_slide = torch.nn.functional.avg_pool2d(on_slide[None, None], SUPERSAMPLE)[0, 0]
-        cover = (sampled[-1].detach() / 255 * on_slide)[r : h - r, r : w - r]
-        return features, cover
+        cover = sampled[-1].detach() / 255 * on_slide
+        features = stain_features(sampled[None], self.white, self.sigma_px, cover[None, None])[0]
+        return features, cover[r : h - r, r : w - r]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the plan."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import warnings
@@ -25,6 +26,7 @@ from deepfere.frame import Alignment
 from deepfere.measured.factors import factor_weight, factorise
 from deepfere.measured.ingest import ingest
 from deepfere.measured.store import Measured, open_measured
+from deepfere.model.artefacts import Artefacts, find_artefacts
 from deepfere.model.features import FEATURES, StainReference, base_planes, stain_reference
 from deepfere.model.guide import GuideSpec
 from deepfere.model.transfer import SMOOTHINGS_PITCH
@@ -139,10 +141,17 @@ def stain_overview(slide: Slide, pitch_um: float) -> tuple[StainOverview, NDArra
     shape = (max(1, slide.shape_px[0] // step), max(1, slide.shape_px[1] // step))
     rgb, coverage = read_area(slide, (0.0, 0.0), shape, spacing)
     reference = stain_reference(rgb, coverage)
-    planes = base_planes(rgb, coverage, 1, reference)
+    artefacts = find_artefacts(rgb, coverage, reference, spacing, pitch_um)
+    bare = rgb
+    if artefacts.mask.any():
+        # Marks must neither set thresholds nor draw the search: they become glass.
+        coverage = np.where(artefacts.mask, 0.0, coverage)
+        reference = stain_reference(rgb, coverage)
+        bare = np.where(artefacts.mask[..., None], np.asarray(reference.white).round(), rgb).astype(np.uint8)
+    planes = base_planes(bare, coverage, 1, reference)
     if (planes[5] > 127).mean() < 0.002:
         raise InputError("shows no tissue", where=slide.path, remedy="give the slide of this section")
-    return StainOverview(planes, spacing, reference), rgb
+    return StainOverview(planes, spacing, reference, artefacts), rgb
 
 
 def measured_overview(prep: Prepared, config: Config) -> MeasuredOverview:
@@ -196,8 +205,10 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
         found = found.with_evidence(flip=flip, rotation_deg=rotation, scale=scale, slide_cover=cover)
         found.save(folder.alignment)
         start.save(folder.alignment_start)
-        np.savez_compressed(folder.overview, rgb=rgb, spacing_um=np.asarray(stain.spacing_um))
+        marks = stain.artefacts.mask
+        np.savez_compressed(folder.overview, rgb=rgb, spacing_um=np.asarray(stain.spacing_um), artefacts=marks)
         facts["reference"] = stain.reference.to_dict()
+        facts["artefact_share"] = float(marks.sum() / max(1, marks.sum() + (stain.planes[5] > 127).sum()))
         progress("align", 1.0)
 
 
@@ -211,8 +222,13 @@ def guide_spec(prep: Prepared, inputs: dict[str, str], work: Workspace, config: 
         shape_px, mpp_um = slide.shape_px, slide.mpp_um
     planes = plan_planes(shape_px, mpp_um, hr)
     reference = StainReference.from_dict(work.facts("align", prep.section.name)["reference"])
-    fingerprint = digest([inputs["slide"], mpp_um, planes.to_dict(), reference.to_dict()])
-    cache = CacheSpec(str(prep.folder.planes), str(prep.section.slide), fingerprint, mpp_um, planes, reference)
+    with np.load(prep.folder.overview) as data:
+        spacing = data["spacing_um"]
+        artefacts = Artefacts(data["artefacts"], (float(spacing[0]), float(spacing[1])))
+    marks = hashlib.sha256(np.packbits(artefacts.mask).tobytes()).hexdigest()
+    fingerprint = digest([inputs["slide"], mpp_um, planes.to_dict(), reference.to_dict(), marks])
+    url, path = str(prep.folder.planes), str(prep.section.slide)
+    cache = CacheSpec(url, path, fingerprint, mpp_um, planes, reference, artefacts)
     spec = GuideSpec(
         prep.measured.grid,
         prep.factor,

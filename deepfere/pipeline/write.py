@@ -351,6 +351,9 @@ def _provenance(
     packages = ("ray", "torch", "zarr", "numpy", "openslide-python", "pyimzml", "mlflow")
     notes = list(outcome.warnings)
     notes += work.facts("ingest", prep.section.name).get("warnings", [])
+    marked = work.facts("align", prep.section.name).get("artefact_share", 0.0)
+    if marked > 0:
+        notes.append(f"{100 * marked:.1f} % of what is stained on the slide is ink or the like, and is not used")
     uncovered = work.facts("reconstruct", prep.section.name).get("uncovered_px", 0)
     if uncovered:
         notes.append(

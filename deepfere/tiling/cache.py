@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import DeepfereError, InputError
+from deepfere.model.artefacts import Artefacts
 from deepfere.model.features import PLANES, StainReference, base_planes
 from deepfere.model.guide import GuideSpec
 from deepfere.readers.slide import open_slide, read_area
@@ -31,6 +32,7 @@ class CacheSpec:
         mpp_um: Level 0 pixel size (y, x) as resolved.
         planes: The plane grid.
         reference: The slide's stain constants.
+        artefacts: What on it is no stain.
     """
 
     url: str
@@ -39,6 +41,7 @@ class CacheSpec:
     mpp_um: tuple[float, float]
     planes: PlaneGrid
     reference: StainReference
+    artefacts: Artefacts
 
 
 def create_cache(spec: CacheSpec) -> None:
@@ -85,7 +88,9 @@ def compute_shard(spec: CacheSpec, row: int, col: int) -> NDArray[np.uint8]:
         ((r1 - r0) * block, (c1 - c0) * block),
         spec.planes.fine_mpp_um,
     )
-    return base_planes(rgb, coverage, block, spec.reference)
+    corner = (r0 * spacing[0], c0 * spacing[1])
+    marks = spec.artefacts.at(corner, spec.planes.fine_mpp_um, coverage.shape)
+    return base_planes(rgb, np.where(marks, 0.0, coverage), block, spec.reference)
 
 
 def write_shard(spec: CacheSpec, row: int, col: int) -> None:
