@@ -285,7 +285,7 @@ class Alignment:
         matrix = solution[:2].T
         offset = solution[2] - matrix @ section.mean(0)
         scale = float(np.sqrt(abs(np.linalg.det(matrix))))
-        if not 0.5 < scale < 2.0:
+        if not 0.4 < scale < 2.5:
             raise InputError(
                 f"the landmarks say that a micrometre of the section is {scale:.3g} on the slide",
                 where=path,
