@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,15 @@ StorageOptions = Mapping[str, Any]
 def is_url(url: object) -> bool:
     """Whether this names a remote store (``scheme://...``) instead of a local path."""
     return "://" in str(url)
+
+
+def missing(path: str | Path) -> InputError:
+    """That nothing is at a path; where unfinished work of it stands beside it, that too."""
+    begun = Path(str(path).rstrip("/") + ".work")
+    with suppress(OSError, ValueError):
+        if begun.is_dir():
+            return InputError("is unfinished", where=path, remedy=f"run the same command again: its work is in {begun}")
+    return InputError("does not exist", where=path, remedy="check the path")
 
 
 def open_group(
@@ -49,7 +59,7 @@ def open_group(
     else:
         # Not Path.exists: of an impossible name, too long or with a null byte, it raises.
         if mode in ("r", "r+") and not os.path.exists(url):  # noqa: PTH110
-            raise InputError("does not exist", where=url, remedy="check the path")
+            raise missing(url)
         store = LocalStore(Path(url), read_only=mode == "r")
     try:
         return zarr.open_group(store, mode=mode, zarr_format=3)

@@ -331,3 +331,29 @@ def test_refused_stages_leave_no_folder(study, phantom, tmp_path, cli):
     assert cli("ingest", study(), "-o", work).code == 0
     assert cli("align", study(), "-o", work, "--factor", 1000).code == 2
     assert (work / "sections" / "one" / "measured.zarr").exists()
+
+
+def test_unfinished_work_is_pointed_at(tmp_path, cli):
+    (tmp_path / "r.zarr.work").mkdir()
+    for command in ("info", "report"):
+        told = cli(command, tmp_path / "r.zarr")
+        assert told.code == 2 and "is unfinished" in told.errors[0] and "r.zarr.work" in told.errors[0], told
+    assert "does not exist" in cli("info", tmp_path / "other.zarr").errors[0]
+
+
+def test_a_default_store_that_cannot_be_made_is_refused_early(phantom, tmp_path, cli, monkeypatch):
+    monkeypatch.setenv("HOME", "/proc/nohome")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    told = cli("fuse", phantom.imzml, "-o", tmp_path / "out" / "r.zarr", "--no-guide", "--factor", 2)
+    assert told.code == 2 and "MLflow" in told.errors[0] and "tracking.uri=none" in told.errors[0], told
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_a_missing_file_names_its_section(phantom, tmp_path, cli):
+    study = tmp_path / "study.yaml"
+    rows = [("good", phantom.slide), ("lost", tmp_path / "nope.tif")]
+    study.write_text("sections:\n" + "".join(f"- {{name: {n}, msi: {phantom.imzml}, slide: {s}}}\n" for n, s in rows))
+    told = cli("align", study, "-o", tmp_path / "work")
+    assert told.code == 2 and "section lost" in told.errors[0] and "nope.tif" in told.errors[0], told
+    assert not (tmp_path / "work").exists()

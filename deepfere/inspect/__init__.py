@@ -30,7 +30,7 @@ def describe(path: str | Path) -> Description:
     Raises:
         InputError: It is absent, unreadable, refused by its reader, or nothing that deepfere knows.
     """
-    from deepfere.store import is_url
+    from deepfere.store import is_url, missing
 
     if is_url(path):
         from deepfere.inspect.stores import zarr_group
@@ -41,7 +41,7 @@ def describe(path: str | Path) -> Description:
         if place.is_dir():
             return _folder(place)
         if not place.exists():
-            raise InputError("does not exist", where=path, remedy="check the path")
+            raise missing(path)
         return _file(place)
     except OSError as error:
         raise InputError(

@@ -107,7 +107,7 @@ def run_stage(
         sections = [s.model_copy(update={"slide": None}) for s in sections]
     target = Path(out).resolve()
     check_output(target)
-    inputs = [input_digests(s, settings) for s in sections]
+    inputs = [_digests(s, settings) for s in sections]
     given, named = given_model(model, settings) if model else (None, {})
     job = Job(stage, settings, sections, inputs, target, given, named, overwrite)
     finished = stage == "reconstruct" and [job.finished(n) for n in range(len(sections))]
@@ -117,9 +117,15 @@ def run_stage(
     # The folder belongs to these inputs; settings may change from stage to stage (each stage knows its own).
     whose = digest([[s.model_dump(mode="json") for s in sections], inputs])
     work.check(whose, overwrite)
-    if job.depth >= 2:
-        check_resources(settings, settings.guide)
+    fresh = not work.root.exists()
     with work.locked():
+        try:
+            if job.depth >= 2:
+                check_resources(settings, settings.guide)
+        except DeepfereError:
+            if fresh:
+                work.remove()
+            raise
         resumed = work.claim(whose, overwrite)
         preps: list[Prepared] = []
         try:
@@ -131,6 +137,13 @@ def run_stage(
             if not resumed and not preps:
                 work.remove()
             raise
+
+
+def _digests(section: Section, config: Config) -> dict[str, str]:
+    try:
+        return input_digests(section, config)
+    except InputError as error:
+        raise InputError(f"section {section.name}: {error.what}", where=error.where, remedy=error.remedy) from error
 
 
 @dataclass(frozen=True)
@@ -206,7 +219,17 @@ def _prepare(job: Job, work: Workspace, preps: list[Prepared], progress: Progres
             f"{len(failed)} of {len(job.sections)} sections cannot be used: " + "; ".join(failed),
             remedy="mend or remove them; the others are done",
         )
+    if not _same_ions(preps):
+        lines.append("note: the sections have different ions; train needs one list for all (ingest.mz)")
     return lines
+
+
+def _same_ions(preps: list[Prepared]) -> bool:
+    axis, ppm = preps[0].measured.mz, preps[0].measured.tolerance_ppm
+    return all(
+        len(p.measured.mz) == len(axis) and bool((np.abs(p.measured.mz - axis) <= axis * ppm * 1e-6).all())
+        for p in preps[1:]
+    )
 
 
 def _learn_and_write(job: Job, work: Workspace, preps: list[Prepared], progress: Progress) -> list[str]:

@@ -100,6 +100,9 @@ class Run:
         )
 
 
+NO_STORE = "give another one (tracking.uri=sqlite:////PATH/mlflow.db), or do without (tracking.uri=none)"
+
+
 def check_tracking(config: Config) -> None:
     """Refuse a tracking store that does not answer, before work starts; none is made yet.
 
@@ -109,9 +112,14 @@ def check_tracking(config: Config) -> None:
     uri = resolve_uri(config.tracking.uri)
     path = sqlite_path(uri)
     if path is not None and not path.exists():
-        parent = next(p for p in path.parents if p.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise InputError("cannot be written", where=path, remedy="give another tracking.uri, or none")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"MLflow's store cannot be written ({error.strerror or error})", where=path, remedy=NO_STORE
+            ) from error
+        if not os.access(path.parent, os.W_OK):
+            raise InputError("MLflow's store cannot be written", where=path, remedy=NO_STORE)
     elif uri != OFF:
         connect(uri)
     if config.tracking.register_as is not None:

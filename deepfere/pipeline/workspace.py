@@ -110,9 +110,9 @@ class Workspace:
         found = self._identity()
         if found is not None and found != identity and not overwrite:
             raise IdentityError(
-                "holds unfinished work of other inputs or settings",
+                "holds work of other inputs or settings",
                 where=self.root,
-                remedy="run that command again to finish it, choose another output, or give --overwrite",
+                remedy="run that command again, choose another output, or give --overwrite",
             )
 
     def claim(self, identity: str, overwrite: bool, anew: bool = False) -> bool:
