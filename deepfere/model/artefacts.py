@@ -1,4 +1,4 @@
-"""What on a slide is no stain: ink, black borders, coloured dirt. It is found once, on the overview, by its colour.
+"""What on a slide is no stain: ink, coloured dirt. It is found once, on the overview, by its colour.
 
 A stain's colours form one cloud: the share of red and green in the optical density hardly depends on how much
 stain there is. Ink lies far outside of it. The cloud is fitted robustly to the slide itself, so stains other than H&E
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import binary_dilation, gaussian_filter
+from scipy.ndimage import binary_dilation, gaussian_filter, label
 
 from deepfere.model.features import StainReference, optical_density
 
-FAR = 4.7
+FAR = 5.2
 """Distance from the cloud, in its standard deviations, from which a colour is no stain's.
 
 After smoothing by a quarter of a measured pixel, four slides of three laboratories and generated ones stay below 4.0;
@@ -26,6 +26,8 @@ green, blue and black ink on the latter lie at 5.5 to 14.
 """
 LEAST_OD = 0.2
 """Summed optical density below which a colour cannot be told."""
+BLACK = 20
+"""Grey level up to which a pixel shows nothing at all."""
 KEPT = 0.9
 """Share of the tissue that the cloud is fitted to: up to a tenth of it may be ink."""
 
@@ -79,7 +81,12 @@ def find_artefacts(
     """
     density = optical_density(rgb, reference.white).astype(np.float64)
     total = density.sum(2)
-    told = (total > LEAST_OD) & (total > 3 * reference.tissue_od) & (coverage > 0.99)
+    # A picture that was cut out may lie on black: that is its background, and no colour.
+    black = rgb.max(2) <= BLACK
+    pieces, _ = label(black)
+    rim = np.unique(np.concatenate([pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]]))
+    ground = binary_dilation(np.isin(pieces, rim[rim > 0]), np.ones((3, 3), bool), iterations=2)
+    told = (total > LEAST_OD) & (total > 3 * reference.tissue_od) & (coverage > 0.99) & ~ground
     none = Artefacts(np.zeros(told.shape, bool), spacing_um)
     if told.sum() < 200:
         return none
@@ -95,7 +102,9 @@ def find_artefacts(
     far = np.zeros(told.shape)
     far[told] = np.sqrt(np.einsum("ni,ij,nj->n", share - mean, np.linalg.inv(spread), share - mean))
     sigma = [0.25 * pitch_um / s for s in spacing_um]
-    marks = gaussian_filter(far, sigma) > FAR
+    # Normalised: what lies beside a background is not diluted by it.
+    weight = gaussian_filter((~ground).astype(np.float64), sigma)
+    marks = (gaussian_filter(far, sigma) > FAR * np.maximum(weight, 0.5)) & ~ground
     if not marks.any():
         return none
     # Its blurred border belongs to it.

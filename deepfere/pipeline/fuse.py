@@ -194,13 +194,15 @@ def fuse(
                 work.remove()
         return open(target)
     work.check(identity, overwrite)
-    fresh = not work.root.exists()
+    fresh, new_folder = not work.root.exists(), not target.parent.exists()
     with work.locked():
         try:
             check_resources(settings, settings.guide)
         except DeepfereError:
             if fresh:
                 work.remove()
+            if new_folder:
+                target.parent.rmdir()
             raise
         resumed = work.claim(identity, overwrite, anew=overwrite)
         try:
