@@ -22,17 +22,20 @@ from deepfere.pipeline.prepare import Prepared, smoothings_pitch
 from deepfere.pipeline.workspace import Progress, Workspace, write_json
 
 
+def same_ions(one: Prepared, other: Prepared) -> bool:
+    """Whether two sections have the same ions, within the tolerance that the second was ingested with."""
+    axis, mz = one.measured.mz, other.measured.mz
+    return len(mz) == len(axis) and bool((np.abs(mz - axis) <= axis * other.measured.tolerance_ppm * 1e-6).all())
+
+
 def study_factors(preps: list[Prepared], cubes: list[NDArray[np.float32]], config: Config) -> list[Factors]:
     """Factors that all sections share.
 
     Raises:
         InputError: The sections do not share their ions.
     """
-    axis = preps[0].measured.mz
     for prep in preps[1:]:
-        other = prep.measured.mz
-        tolerance = prep.measured.tolerance_ppm
-        if len(other) != len(axis) or (np.abs(other - axis) > axis * tolerance * 1e-6).any():
+        if not same_ions(preps[0], prep):
             raise InputError(
                 f"section {prep.section.name} has other ions than {preps[0].section.name}",
                 where=prep.section.msi,

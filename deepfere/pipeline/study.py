@@ -17,7 +17,7 @@ from deepfere.model.network import network_from_config
 from deepfere.pipeline.deep import check_patches
 from deepfere.pipeline.fuse import check_files, check_output, check_resources, identity_of, input_digests
 from deepfere.pipeline.given import GivenModel
-from deepfere.pipeline.learn import learn_stage
+from deepfere.pipeline.learn import learn_stage, same_ions
 from deepfere.pipeline.prepare import Prepared, align_stage, ingest_stage, prepared, tile_stage
 from deepfere.pipeline.track import tracked
 from deepfere.pipeline.workspace import Progress, Workspace
@@ -219,17 +219,9 @@ def _prepare(job: Job, work: Workspace, preps: list[Prepared], progress: Progres
             f"{len(failed)} of {len(job.sections)} sections cannot be used: " + "; ".join(failed),
             remedy="mend or remove them; the others are done",
         )
-    if not _same_ions(preps):
+    if not all(same_ions(preps[0], p) for p in preps[1:]):
         lines.append("note: the sections have different ions; train needs one list for all (ingest.mz)")
     return lines
-
-
-def _same_ions(preps: list[Prepared]) -> bool:
-    axis, ppm = preps[0].measured.mz, preps[0].measured.tolerance_ppm
-    return all(
-        len(p.measured.mz) == len(axis) and bool((np.abs(p.measured.mz - axis) <= axis * ppm * 1e-6).all())
-        for p in preps[1:]
-    )
 
 
 def _learn_and_write(job: Job, work: Workspace, preps: list[Prepared], progress: Progress) -> list[str]:
