@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Row, finish, parser, table
+from common import Row, chosen, finish, parser, table
 
 STARTS, QUICK_STARTS = 100, 6
 SLIDE_MPP_UM = 3.0
@@ -188,12 +188,8 @@ CASES = {"starts": starts, "small": small, "foreign": foreign}
 def main(arguments: list[str] | None = None) -> int:
     """Run the cases; the exit code is 1 if a must is missed."""
     given = parser(__doc__.splitlines()[0], list(CASES)).parse_args(arguments)
-    unknown = [name for name in given.cases if name not in CASES]
-    if unknown:
-        print(f"unknown case {unknown[0]!r}; known: {', '.join(CASES)}", file=sys.stderr)
-        return 2
     rows: list[Row] = []
-    for name in given.cases or (["starts"] if given.quick else list(CASES)):
+    for name in chosen(given, CASES, "starts"):
         rows += CASES[name](given.quick)
     return finish(rows, given.json)
 

@@ -160,6 +160,18 @@ def parser(description: str, cases: Sequence[str]) -> argparse.ArgumentParser:
     return out
 
 
+def chosen(given: argparse.Namespace, cases: dict[str, Any], quick: str) -> list[str]:
+    """Names of the cases to run: those that were asked for, else all, or ``quick`` alone under ``--quick``.
+
+    Ends the program with exit code 2 where a name is not known.
+    """
+    unknown = [name for name in given.cases if name not in cases]
+    if unknown:
+        print(f"unknown case {unknown[0]!r}; known: {', '.join(cases)}", file=sys.stderr)
+        sys.exit(2)
+    return given.cases or ([quick] if given.quick else list(cases))
+
+
 def finish(rows: Sequence[Row], json_path: str | None = None) -> int:
     """Print the musts, write the JSON and give the exit code: 1 if a must is missed, else 0."""
     judged = [row for row in rows if row.must]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from cases import AbsentDataError, Case, bladder_case, phantom_case, real_data
-from common import Row, finish, parser, table
+from common import Row, chosen, finish, parser, table
 from fidelity import decode, fused
 from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter
@@ -187,13 +187,9 @@ CASES = {"phantom": phantom, "bladder": bladder, "marks": marks}
 def main(arguments: list[str] | None = None) -> int:
     """Run the cases; the exit code is 1 if a must is missed."""
     given = parser(__doc__.splitlines()[0], list(CASES)).parse_args(arguments)
-    unknown = [name for name in given.cases if name not in CASES]
-    if unknown:
-        print(f"unknown case {unknown[0]!r}; known: {', '.join(CASES)}", file=sys.stderr)
-        return 2
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="deepfere-trust-") as scratch:
-        for name in given.cases or (["marks"] if given.quick else list(CASES)):
+        for name in chosen(given, CASES, "marks"):
             try:
                 rows += CASES[name](Path(scratch), given.quick)
             except AbsentDataError as error:

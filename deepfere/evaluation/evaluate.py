@@ -62,6 +62,13 @@ def coverage(
     """Share of the pixels whose truth lies in the central interval of this share, median over ions.
 
     Intervals are of a normal distribution, cut at zero; a truth on the edge of its interval counts half.
+
+    Args:
+        truth: (M, H, W) intensities.
+        estimate: (M, H, W).
+        sd: (M, H, W) standard deviations of the estimate.
+        mask: (H, W) pixels that count.
+        share: Nominal share of the interval.
     """
     half = NormalDist().inv_cdf(0.5 + share / 2) * sd[:, mask]
     t, e = truth[:, mask], estimate[:, mask]

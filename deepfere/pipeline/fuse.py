@@ -10,7 +10,7 @@ from typing import Any
 
 from deepfere.cluster import connect, one_thread
 from deepfere.config import Config, digest, load_config
-from deepfere.errors import DeepfereError, InputError
+from deepfere.errors import InputError
 from deepfere.frame import Alignment
 from deepfere.pipeline.deep import check_patches
 from deepfere.pipeline.learn import learn_stage
@@ -194,16 +194,8 @@ def fuse(
                 work.remove()
         return open(target)
     work.check(identity, overwrite)
-    fresh, new_folder = not work.root.exists(), not target.parent.exists()
     with work.locked():
-        try:
-            check_resources(settings, settings.guide)
-        except DeepfereError:
-            if fresh:
-                work.remove()
-            if new_folder:
-                target.parent.rmdir()
-            raise
+        check_resources(settings, settings.guide)
         resumed = work.claim(identity, overwrite, anew=overwrite)
         try:
             with work.failures():

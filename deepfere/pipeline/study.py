@@ -117,15 +117,9 @@ def run_stage(
     # The folder belongs to these inputs; settings may change from stage to stage (each stage knows its own).
     whose = digest([[s.model_dump(mode="json") for s in sections], inputs])
     work.check(whose, overwrite)
-    fresh = not work.root.exists()
     with work.locked():
-        try:
-            if job.depth >= 2:
-                check_resources(settings, settings.guide)
-        except DeepfereError:
-            if fresh:
-                work.remove()
-            raise
+        if job.depth >= 2:
+            check_resources(settings, settings.guide)
         resumed = work.claim(whose, overwrite)
         preps: list[Prepared] = []
         try:

@@ -15,7 +15,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +150,19 @@ class Workspace:
         Raises:
             InputError: Another process works here, or the folder cannot be written.
         """
+        missing = [p for p in (self.root, *self.root.parents) if not p.exists()]
         handle = self._lock()
         try:
             yield
+        except DeepfereError:
+            # Refused with no work begun: neither the lock stays nor the folders that were made for it.
+            if self.root.exists() and [p.name for p in self.root.iterdir()] == [LOCK]:
+                (self.root / LOCK).unlink()
+            with suppress(OSError):
+                for folder in missing:
+                    if folder.exists():
+                        folder.rmdir()
+            raise
         finally:
             os.close(handle)
 
