@@ -12,12 +12,18 @@ import math
 import os
 import platform
 import re
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 _MUST = re.compile(
     r"^(?P<op><=|>=|<|>|within)\s+(?P<number>[0-9.eE+-]+)?\s*(?P<base>(of )?baseline)?\s*(?P<off>[+-]\s*[0-9.eE-]+)?$"
@@ -108,8 +114,6 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> s
 
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
-    import psutil
-
     versions = {}
     for name in PACKAGES:
         try:
@@ -148,6 +152,38 @@ def write_json(path: str | Path, about: dict[str, Any], rows: Iterable[Row]) -> 
     """
     values = {"machine": about, "rows": [asdict(row) for row in rows]}
     Path(path).write_text(json.dumps(_plain(values), indent=1, allow_nan=False) + "\n")
+
+
+def tree_pss_bytes(root: psutil.Process) -> int:
+    """Sum of PSS over a process and all that it started, bytes."""
+    total = 0
+    for process in [root, *root.children(recursive=True)]:
+        try:
+            total += process.memory_full_info().pss
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+    return total
+
+
+def measured(command: Sequence[str]) -> tuple[float, int, str]:
+    """Run a command: seconds, peak PSS of its process tree in bytes (sampled twice a second), what it printed.
+
+    Ends the program where the command fails.
+    """
+    with tempfile.TemporaryFile("w+") as log:
+        started = time.perf_counter()
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        root, peak = psutil.Process(process.pid), 0
+        while process.poll() is None:
+            with suppress(psutil.NoSuchProcess):
+                peak = max(peak, tree_pss_bytes(root))
+            time.sleep(0.5)
+        seconds = time.perf_counter() - started
+        log.seek(0)
+        printed = log.read()
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} ended with {process.returncode}\n{printed[-3000:]}")
+    return seconds, peak, printed
 
 
 def parser(description: str, cases: Sequence[str]) -> argparse.ArgumentParser:

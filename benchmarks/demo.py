@@ -9,45 +9,11 @@ minutes long, so under `--quick` the table is empty.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import psutil
-from common import Row, finish, parser
-
-
-def tree_pss_bytes(root: psutil.Process) -> int:
-    """Sum of PSS over a process and all that it started, bytes."""
-    total = 0
-    for process in [root, *root.children(recursive=True)]:
-        try:
-            total += process.memory_full_info().pss
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue
-    return total
-
-
-def measure(folder: Path) -> tuple[float, int]:
-    """Seconds and peak PSS (bytes) of ``deepfere demo``."""
-    started = time.perf_counter()
-    with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "deepfere", "demo", "-o", str(folder / "demo")], stdout=log, stderr=log
-        )
-        root, peak = psutil.Process(process.pid), 0
-        while process.poll() is None:
-            try:
-                peak = max(peak, tree_pss_bytes(root))
-            except psutil.NoSuchProcess:
-                break
-            time.sleep(0.5)
-    if process.wait() != 0:
-        sys.exit((folder / "log.txt").read_text()[-3000:])
-    print((folder / "log.txt").read_text())
-    return time.perf_counter() - started, peak
+from common import Row, finish, measured, parser
 
 
 def run() -> list[Row]:
@@ -58,7 +24,9 @@ def run() -> list[Row]:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        seconds, peak = measure(folder)
+        command = [sys.executable, "-m", "deepfere", "demo", "-o", str(folder / "demo")]
+        seconds, peak, printed = measured(command)
+        print(printed)
         result = Result(folder / "demo" / "result.zarr")
         scores = json.loads((folder / "demo" / "result.evaluation.json").read_text())
         phantom = Phantom.open(folder / "demo" / "section")
