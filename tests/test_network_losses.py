@@ -131,6 +131,10 @@ def test_huber_by_hand():
     error = torch.tensor([[0.5, 3.0], [-3.0, 7.0]])
     weight = torch.tensor([[1.0, 1.0], [2.0, 0.0]])
     assert float(huber(error, weight)) == pytest.approx((0.125 + 2.5 + 2 * 2.5) / 4, rel=1e-5)
+    # Patches can be spread over workers: the loss of all is the mean of the loss of each.
+    shared = torch.randn(4, 1, 3, 3), torch.rand(4, 1, 3, 3)
+    apart = [float(huber(e[None], w[None])) for e, w in zip(*shared, strict=True)]
+    assert float(huber(*shared)) == pytest.approx(np.mean(apart), rel=1e-5)
     # A weight that broadcasts counts for every channel.
     assert float(huber(torch.ones(1, 5, 2, 2), torch.ones(1, 1, 2, 2))) == pytest.approx(0.5, rel=1e-5)
 

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 import deepfere
 from deepfere.frame import Alignment
@@ -72,6 +73,23 @@ def test_stage_by_stage_to_one_model_for_both(stage, manifest, tracking):
     weights = [(manifest.parent / "work" / "sections" / s / "network.safetensors").read_bytes() for s in ("one", "two")]
     assert weights[0] == weights[1]
     assert len(MlflowClient(tracking).search_model_versions("name='deepfere'")) == 1
+
+
+def test_two_workers_learn_what_one_learns(stage, manifest, place, tracking, cli):
+    """Two workers share each step's patches: the same losses, and the same weights to rounding."""
+    work = manifest.parent / "work"
+    shutil.copytree(work, manifest.parent / "pair")
+    settings = [s for s in place.overrides if not s.startswith("tracking")] + [f"tracking.uri={tracking}"]
+    done = cli("train", manifest, "-o", manifest.parent / "pair", "--factor", FACTOR, *settings, "train.workers=2")
+    assert done.code == 0, done
+    one, two = (load_file(at / "sections" / "one" / "network.safetensors") for at in (work, manifest.parent / "pair"))
+    history = [
+        json.loads((at / "done" / "learn.json").read_text())["history"] for at in (work, manifest.parent / "pair")
+    ]
+    for ours, theirs in zip(*history, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    for name, value in one.items():
+        assert np.abs(value - two[name]).max() <= 1e-3 * max(np.abs(value).max(), 1e-6), name
 
 
 def test_reconstruct_writes_every_section(stage, manifest, tracking):

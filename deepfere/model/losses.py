@@ -17,9 +17,13 @@ def project(detail: Tensor, factor: int) -> Tensor:
 
 
 def huber(error: Tensor, weight: Tensor, delta: float = 1.0) -> Tensor:
-    """Weighted mean Huber loss; ``weight`` broadcasts against ``error``."""
+    """Weighted Huber loss, its mean over all of ``error``; ``weight`` broadcasts against it.
+
+    It is not divided by the weights: the loss of a batch is then the mean of its patches' losses, so that
+    training does not depend on how the patches are spread over workers.
+    """
     loss = functional.huber_loss(error, torch.zeros_like(error), reduction="none", delta=delta)
-    return (loss * weight).sum() / (weight.expand_as(loss).sum() + 1e-6)
+    return (loss * weight).mean()
 
 
 def mapping_loss(mapped: Tensor, target: Tensor, weight: Tensor, factor: int) -> Tensor:

@@ -99,7 +99,8 @@ def _worker_loop(config: dict[str, Any]) -> None:
         count += 1
         last = step + 1 == settings.steps
         if (step + 1) % config["report_every"] == 0 or last:
-            history.append({"step": step + 1, **{name: value / count for name, value in sums.items()}})
+            means = _over_workers({name: value / count for name, value in sums.items()})
+            history.append({"step": step + 1, **means})
             sums, count = {}, 0
             with tempfile.TemporaryDirectory() as folder:
                 saved_to = None
@@ -117,6 +118,19 @@ def _worker_loop(config: dict[str, Any]) -> None:
                 train.report(dict(history[-1]), checkpoint=saved_to)
         if last:
             break
+
+
+def _over_workers(losses: dict[str, float]) -> dict[str, float]:
+    """Mean over the workers, each of which saw its own patches."""
+    import torch
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return losses
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    values = torch.tensor(list(losses.values()), dtype=torch.float64, device=device)
+    distributed.all_reduce(values)
+    return dict(zip(losses, (values / distributed.get_world_size()).tolist(), strict=True))
 
 
 def train_joint(
