@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: all demo test lint format bench clean
+.PHONY: all demo test test-cluster lint format bench clean
 all: $(VENV)/.installed
 
 # The tested versions are in constraints.txt; on a machine with GPUs install the torch build for
@@ -19,6 +19,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# Several hosts on this machine, in network namespaces: needs root and iproute2, and skips without.
+test-cluster: $(VENV)/.installed
+	$(BIN)/python -m pytest -m cluster
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

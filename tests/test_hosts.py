@@ -1,0 +1,63 @@
+"""Several hosts with addresses of their own: all of them work, and they write what one machine writes."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import yaml
+
+from tests.conftest import FACTOR, contents
+from tests.hosts import Hosts, missing
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+]
+
+ARRAYS = ("basis", "detail", "measured", "overview", "stain", "uncertainty")
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    with Hosts(workers=2) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def study(phantom, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    section = {"name": "one", "msi": str(phantom.imzml), "slide": str(phantom.slide)}
+    section["alignment"] = str(phantom.truth / "alignment.json")
+    (folder / "study.yaml").write_text(yaml.safe_dump({"sections": [section]}))
+    return folder / "study.yaml"
+
+
+@pytest.fixture(scope="module")
+def command(study, place):
+    def build(stage: str, work: str) -> list[str]:
+        settings = [s for s in place.overrides if not s.startswith(("tracking", "train.steps"))]
+        settings += [f"tracking.uri=sqlite:///{study.parent / work}.db", "train.steps=40", "model.tier=T2"]
+        return ["deepfere", stage, str(study), "-o", str(study.parent / work), "--factor", str(FACTOR), *settings]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def calm(hosts, study, command):
+    """A run in which nothing happens; it must use every host."""
+    log, seen = study.parent / "calm.log", set()
+    running = hosts.begin(0, command("reconstruct", "calm"), log)
+    while running.poll() is None:
+        seen |= {n for n in (0, 1, 2) if hosts.holds(n, "ray::MapWorker")}
+        time.sleep(0.1)
+    assert running.returncode == 0, log.read_text()
+    assert seen == {1, 2}
+    return study.parent / "calm" / "results" / "one.zarr"
+
+
+def test_several_hosts_write_what_one_writes(calm, study, command, ray_session, cli):
+    done = cli(*command("reconstruct", "alone")[1:])
+    assert done.code == 0, done
+    assert contents(study.parent / "alone" / "results" / "one.zarr", *ARRAYS) == contents(calm, *ARRAYS)
