@@ -45,6 +45,14 @@ class Hosts:
 
     def __enter__(self) -> Hosts:
         self._remove()
+        try:
+            self._build()
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def _build(self) -> None:
         _ip("link", "add", "deepfere-br", "type", "bridge")
         _ip("link", "set", "deepfere-br", "up")
         for n, name in enumerate(self.names):
@@ -57,7 +65,6 @@ class Hosts:
         self.start(0)
         for n in range(1, len(self.names)):
             self.start(n)
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._remove()
@@ -110,6 +117,8 @@ class Hosts:
             if name in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout.split():
                 self.kill(n)
                 _ip("netns", "del", name)
+            # The pair of interfaces outlives its namespace for as long as any process holds that.
+            subprocess.run(["ip", "link", "del", f"dfv{n}"], capture_output=True)
         subprocess.run(["ip", "link", "del", "deepfere-br"], capture_output=True)
 
 
