@@ -23,9 +23,10 @@ from scipy.ndimage import uniform_filter
 
 from deepfere.alignment.search import describe
 from deepfere.errors import IdentityError, InputError
+from deepfere.evaluation.evaluate import coverage
 from deepfere.evaluation.metrics import fill_nearest, keys_bicubic, pearson, psnr
 from deepfere.frame import Alignment
-from deepfere.phantom import KINDS, PhantomSpec
+from deepfere.phantom import KINDS, Phantom, PhantomSpec
 from deepfere.pipeline import fuse
 from deepfere.reconstruction.result import Result
 
@@ -146,6 +147,44 @@ def consistency_rows(case: Case, runs: Runs) -> list[Row]:
     ]
 
 
+HELD = "within 0.1 of baseline"
+
+
+def coverage_rows(case: Case, result: Result, truths: dict[str, NDArray[np.float64]], ions: list[int]) -> list[Row]:
+    """How much of each truth the central 80 % intervals of a result hold, median over some ions.
+
+    The first truth is what the uncertainty speaks of (an instrument with these pixels, its noise included), and must
+    be met; the others are for information.
+
+    Args:
+        case: The case.
+        result: Its result.
+        truths: What is compared with -> (M, H, W), for all ions of the case.
+        ions: Numbers of those that count.
+    """
+    near = {m: nearest(result, float(case.mz[m])) for m in ions}
+    found = [m for m in ions if near[m] is not None]
+    images, sd = (
+        np.stack([np.asarray(read(near[m]).compute(scheduler="threads"), np.float64) for m in found])
+        for read in (result.ion, result.uncertainty)
+    )
+    rows = []
+    for what, truth in truths.items():
+        share = coverage(truth[found], images, sd, case.inside)
+        must = "" if rows else HELD
+        rows.append(Row.of(f"{case.name}: share of {what} in 80 % intervals", share, "nominal", 0.8, must))
+        print(f"  80 % intervals hold {100 * share:.0f} % of {what} (median over {len(found)} ions)")
+    off = [
+        np.sqrt(((t - e)[case.inside] ** 2).mean() / (s[case.inside] ** 2).mean())
+        for t, e, s in zip(next(iter(truths.values()))[found], images, sd, strict=True)
+    ]
+    rows.append(
+        Row.of(f"{case.name}: root mean square error over s.d., median ion", float(np.median(off)), "ideal", 1.0)
+    )
+    print(f"  root mean square error over s.d.: median {np.median(off):.2f}")
+    return rows
+
+
 def notes(runs: Runs) -> str:
     """What stands below a table."""
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in runs.seconds.items())
@@ -167,7 +206,18 @@ def phantom(folder: Path, quick: bool) -> list[Row]:
         if not quick:
             runs.images["oracle, true place"] = oracle_images(case, plain, guided, case.alignment)
         rows += _phantom_rows(case, runs, ours) + consistency_rows(case, runs)
+        truths = {"what smaller pixels would have counted": counted(spec, case), "the truth without noise": case.truth}
+        rows += coverage_rows(case, guided, truths, list(range(len(case.mz))))
     return rows
+
+
+def counted(spec: PhantomSpec, case: Case) -> NDArray[np.float64]:
+    """What an instrument with fine pixels would have counted: each has its share of a measured pixel's counts."""
+    if spec.counts is None:
+        return case.truth
+    amplitudes = Phantom.open(case.msi.parent).amplitudes()
+    unit = (amplitudes / spec.counts * spec.factor**2)[:, None, None]
+    return np.random.default_rng([spec.seed, 7]).poisson(np.maximum(case.truth, 0) / unit) * unit
 
 
 def _phantom_rows(case: Case, runs: Runs, ours: str) -> list[Row]:
@@ -231,13 +281,21 @@ def bladder(folder: Path, quick: bool) -> list[Row]:
         case = bladder_case(folder, factor)
         runs = reconstruct(case, folder, ("T1",) if quick else ("T1", "auto"))
         rows += _bladder_rows(case, runs) + consistency_rows(case, runs)
+        smooth = np.stack([uniform_filter(t, 3, mode="nearest") for t in case.truth])
+        truths = {"the 10 um measurement": case.truth, "the same, smoothed 3 x 3": smooth}
+        rows += coverage_rows(case, runs.results["T1" if quick else "auto"], truths, present_ions(case))
     return rows
+
+
+def present_ions(case: Case) -> list[int]:
+    """Ions that are not zero in more than `PRESENT` of the truth's pixels."""
+    return [m for m, t in enumerate(case.truth) if (t[case.inside] > 0).mean() > PRESENT]
 
 
 def _bladder_rows(case: Case, runs: Runs) -> list[Row]:
     names = ["bicubic", "opencv", "no-guide", "T1", "deep", "auto", "oracle"]
     names = [name for name in names if name in runs.images]
-    present = [m for m, t in enumerate(case.truth) if (t[case.inside] > 0).mean() > PRESENT]
+    present = present_ions(case)
     rows = []
     for kind in ("raw", "3x3-smoothed"):
         truth = case.truth[present]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import dask.array as da
@@ -11,7 +13,7 @@ import zarr
 
 import deepfere
 from deepfere.errors import InputError
-from deepfere.reconstruction.result import beside
+from deepfere.reconstruction.result import _variance_block, beside
 from tests.conftest import FACTOR, footprint_means
 
 pytestmark = pytest.mark.ray
@@ -61,8 +63,13 @@ def test_levels_with_odd_edges_are_averages_of_level_0(fused):
     deep.levels = 6
     mz = float(fused.ions["mz"][0])
     for values in (deep.ion, deep.uncertainty):
-        full = values(mz).compute().astype(np.float64)
         for level in (3, 4, 5):
+            if values == deep.ion:
+                full = values(mz).compute().astype(np.float64)
+            else:
+                # The variance that pixels of this size have, averaged; only then the root.
+                block = partial(_variance_block, factor=FACTOR / 2**level)
+                full = deep._lazy(0, 0, block).compute().astype(np.float64)
             side = 2**level
             padded = np.pad(full, [(0, -n % side) for n in full.shape], constant_values=np.nan)
             h, w = padded.shape
@@ -71,6 +78,7 @@ def test_levels_with_odd_edges_are_averages_of_level_0(fused):
             got = values(mz, level=level).compute()
             np.testing.assert_array_equal(np.isfinite(got), seen)
             wanted = np.nansum(blocks, (1, 3))[seen] / np.isfinite(blocks).sum((1, 3))[seen]
+            wanted = wanted if values == deep.ion else np.sqrt(wanted)
             np.testing.assert_allclose(got[seen], wanted, rtol=1e-5)
 
 
@@ -120,6 +128,13 @@ def test_uncertainty_is_a_standard_deviation(fused):
         counted = np.repeat(np.repeat(np.nan_to_num(fused.measured(mz)) > 0, FACTOR, 0), FACTOR, 1)
         assert (sd[counted] > 0).all()
         assert np.median(sd[seen]) < np.nanmax(fused.measured(mz))
+
+
+def test_uncertainty_falls_with_the_pixel_size(fused):
+    mz = float(fused.ions["mz"][0])
+    medians = [float(np.nanmedian(fused.uncertainty(mz, level=k).compute())) for k in range(fused.levels)]
+    assert len(medians) > 1
+    assert all(fine > coarse > 0 for fine, coarse in pairwise(medians))
 
 
 def test_the_alignment_is_the_true_one(fused, phantom):

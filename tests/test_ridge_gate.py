@@ -16,7 +16,6 @@ from deepfere.model.fit import (
     evidence,
     fit_t1,
     gate_ions,
-    local_variance,
     select_positivity,
     tier_error,
     tier_evidence,
@@ -25,6 +24,7 @@ from deepfere.model.network import FusionNetwork
 from deepfere.model.reduced import network_rows, reduced_detail, ridge_detail
 from deepfere.model.ridge import detail, detail_rows, fit_ridge, null_guides, phases, stain_detail, target_rows
 from deepfere.model.transfer import SmoothingChoice
+from deepfere.model.uncertainty import NoiseModel, local_variance
 
 SHAPE = (37, 34)
 
@@ -342,7 +342,8 @@ def test_positivity_and_uncertainty_from_the_reduced_scale():
     coarse = cell_means(fine, 2)
     image = expand(pad_edge(spline_coefficients(coarse)), 2)
     spread = np.repeat(np.repeat(local_variance(coarse), 2, 0), 2, 1)
-    predicted = variance[1] @ np.stack([np.ones_like(image), image, spread]).reshape(3, -1)
+    c0, c1, c2 = NoiseModel.of_row(variance[1]).structure
+    predicted = c0 + (c1 + NoiseModel.of_row(variance[1]).quantum) * image + c2 * spread
     error = (image - fine) ** 2
     assert predicted.mean() == pytest.approx(error.mean(), rel=0.35)
     tiny = select_positivity(cube[:, :3, :3], np.ones((3, 3), bool), None, np.zeros((3, 1)))
@@ -364,18 +365,14 @@ def test_planted_detail_reaches_the_uncertainty():
     _, with_stain = select_positivity(cube, mask, detail_at, loadings)
     _, without = select_positivity(cube, mask, None, np.zeros_like(loadings))
     assert calls == [RATIO]
-    level = np.stack([np.ones(12), cube.mean((1, 2)), cube.var((1, 2))])
-    gain = (with_stain.T * level).sum(0) / (without.T * level).sum(0)
+
+    def structure(rows):
+        level = np.stack([np.ones(12), cube.mean((1, 2)), cube.var((1, 2))])
+        return (rows.T[:3] * level).sum(0)
+
+    gain = structure(with_stain) / structure(without)
     assert (gain[0::2] < 0.6).all()
     assert (gain[1::2] > 0.9).all()
-
-
-def test_local_variance_by_hand():
-    image = np.zeros((3, 4))
-    image[1, 1] = 9.0
-    out = local_variance(image)
-    assert out[1, 1] == pytest.approx(8.0)  # mean 1, one at 8, eight at -1
-    assert out[1, 3] == 0
 
 
 def test_a_fit_survives_its_file(tmp_path):
@@ -383,7 +380,7 @@ def test_a_fit_survives_its_file(tmp_path):
     arrays = {
         "weights": rng.random((4, 2)), "basis": rng.random((5, 2)), "factor_gate": rng.random(2),
         "factor_r2": rng.random(2), "ion_gate": np.array([0.5, 0, 1, 0.2, 0]), "ion_r2": np.full(5, 0.05),
-        "ion_null_r2": rng.random(5), "positivity": np.array([0, 1, 3, 5, 0]), "uncertainty": rng.random((5, 3)),
+        "ion_null_r2": rng.random(5), "positivity": np.array([0, 1, 3, 5, 0]), "uncertainty": rng.random((5, 5)),
         "feature_mean": rng.random(4), "feature_sd": rng.random(4),
     }  # fmt: skip
     fit = SectionFit(**arrays)

@@ -21,6 +21,7 @@ from deepfere.model.decode import IonDecoder, positive
 from deepfere.model.guide import Cells
 from deepfere.model.ridge import DetailRows, RidgeFit, detail_rows, fit_average, null_guides, target_rows, usable
 from deepfere.model.transfer import SmoothingChoice, choose_smoothing
+from deepfere.model.uncertainty import NoiseModel, local_variance, variance_model
 
 Array = NDArray[np.float64]
 RATIO = 2
@@ -41,7 +42,7 @@ class SectionFit:
         ion_r2: (M,) held-out R2 of each ion's detail, at reduced scale.
         ion_null_r2: (M,) its 95th percentile over null guides.
         positivity: (M,) positivity steps.
-        uncertainty: (M, 3) variance = c0 + c1 max(s, 0) + c2 local variance.
+        uncertainty: (M, 5) rows of `deepfere.model.uncertainty.NoiseModel`.
         feature_mean: (F,) mean of the features over the tissue.
         feature_sd: (F,) s.d. of the features over the tissue.
     """
@@ -221,13 +222,6 @@ def tier_evidence(problem: Evidence, weight: Array, lower: Array, upper: Array, 
     return float(better.mean() / spread) if spread > 0 else 0.0
 
 
-def local_variance(cells: Array) -> Array:
-    """Variance over 3 x 3 neighbours of (..., ny, nx), edges repeated."""
-    padded = np.pad(cells, [(0, 0)] * (cells.ndim - 2) + [(1, 1), (1, 1)], mode="edge")
-    stack = [padded[..., a : a + cells.shape[-2], b : b + cells.shape[-1]] for a in range(3) for b in range(3)]
-    return np.stack(stack).var(0)
-
-
 def select_positivity(
     cube: Any,
     mask: NDArray[np.bool_],
@@ -243,19 +237,22 @@ def select_positivity(
         loadings: (M, K) gated W.
 
     Returns:
-        Steps (M,) and variance coefficients (M, 3).
+        Steps (M,) and rows (M, 5) of `NoiseModel`.
     """
     ny, nx = (n // RATIO * RATIO for n in mask.shape)
     count = len(loadings)
-    steps_out, variance = np.full(count, POSITIVITY[0]), np.zeros((count, 3))
+    steps_out, uncertainty = np.full(count, POSITIVITY[0]), np.zeros((count, 5))
     inside = usable(mask, RATIO, (0, 0)) if min(ny, nx) >= 2 * RATIO else np.zeros((0, 0), bool)
     if inside.sum() < 8:
         # Nothing to judge by: the measurement's own noise, and all that varies between neighbours.
-        variance[:, 0], variance[:, 2] = noise_sd(np.asarray(cube), mask) ** 2, 1.0
-        return steps_out, variance
+        for m, sd in enumerate(noise_sd(np.asarray(cube), mask)):
+            cell = np.asarray(cube[m], np.float64)
+            uncertainty[m] = NoiseModel.of(np.array([sd**2, 0.0, 1.0]), cell, mask).row()
+        return steps_out, uncertainty
     detail = detail_at(RATIO) if detail_at is not None and loadings.any() else None
     for m in range(count):
-        fine = fill_missing(np.asarray(cube[m], np.float64), mask)[:ny, :nx]
+        cell = np.asarray(cube[m], np.float64)
+        fine = fill_missing(cell, mask)[:ny, :nx]
         coarse = cell_means(fine, RATIO)
         decoder = IonDecoder.build(coarse, loadings[m], RATIO, 0)
         whole = Cells(0, ny // RATIO, 0, nx // RATIO)
@@ -268,30 +265,7 @@ def select_positivity(
         # A step must pay: positivity is taken where it is not worse, fewer steps where equal.
         best = int(np.argmin(np.array(errors) * (1 + 1e-3 * np.arange(len(POSITIVITY)))))
         steps_out[m] = POSITIVITY[best]
-        variance[m] = _variance_model(images[best], fine, coarse, inside)
-    return steps_out, variance
-
-
-def _variance_model(image: Array, truth: Array, coarse: Array, inside: NDArray[np.bool_]) -> Array:
-    """Non-negative least squares of squared errors on 1, the level and the local variance."""
-    from scipy.optimize import nnls
-
-    spread = np.repeat(np.repeat(local_variance(coarse), RATIO, 0), RATIO, 1)
-    design = np.stack([np.ones_like(image), np.maximum(image, 0), spread], -1)[inside]
-    scale = design.mean(0)
-    scale[scale <= 0] = 1.0
-    squared = ((image - truth) ** 2)[inside]
-    level = squared.mean()
-    if level <= 0:
-        return np.zeros(3)
-    # Weighted towards relative errors: squared errors are as uncertain as they are large.
-    weight = 1.0 / (0.1 * level + (design / scale).mean(1) * level)
-    solution, _ = nnls(design / scale * weight[:, None], squared * weight)
-    solution = solution / scale
-    # Where an ion was never seen nearby it may still turn up: once in all such pixels, at its least intensity
-    # (Laplace's rule of succession).
-    values = truth[inside]
-    absent, seen = int((values <= 0).sum()), values[values > 0]
-    if absent and len(seen):
-        solution[0] = max(solution[0], seen.min() ** 2 / (absent + 2))
-    return solution
+        spread = np.repeat(np.repeat(local_variance(coarse), RATIO, 0), RATIO, 1)
+        coefficients = variance_model(images[best][inside], fine[inside], spread[inside])
+        uncertainty[m] = NoiseModel.of(coefficients, cell, mask).row()
+    return steps_out, uncertainty

@@ -101,7 +101,7 @@ def feature_scale(problems: list[Problem]) -> tuple[NDArray[np.float64], NDArray
 def without_guide(cube: NDArray[np.float32], mask: NDArray[np.bool_], factors: Factors) -> Learned:
     """T0: no stain at all; only the positivity steps are selected."""
     ions, count = len(cube), factors.basis.shape[1]
-    steps, variance = select_positivity(cube, mask, None, np.zeros((ions, count)))
+    steps, uncertainty = select_positivity(cube, mask, None, np.zeros((ions, count)))
     zero = np.zeros(ions)
     fit = SectionFit(
         np.zeros((len(FEATURES), count)),
@@ -112,7 +112,7 @@ def without_guide(cube: NDArray[np.float32], mask: NDArray[np.bool_], factors: F
         zero,
         zero,
         steps,
-        variance,
+        uncertainty,
         np.zeros(len(FEATURES)),
         np.ones(len(FEATURES)),
     )
@@ -187,7 +187,7 @@ def choose(
         raw = reduced_detail(network, problem, factors) if network is not None else ridge_detail(problem, fit.weights)
         return raw * factor_gate.gate[:, None, None]
 
-    steps, variance = select_positivity(cube, prep.measured.mask, detail_at, loadings)
+    steps, uncertainty = select_positivity(cube, prep.measured.mask, detail_at, loadings)
     mean, sd = feature_scale([problem])
     section = SectionFit(
         fit.weights,
@@ -198,7 +198,7 @@ def choose(
         ion_gate.r2,
         ion_gate.null_r2,
         steps,
-        variance,
+        uncertainty,
         mean,
         sd,
     )

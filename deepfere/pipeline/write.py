@@ -269,7 +269,7 @@ def _seal(
     }
     for name, values in arrays.items():
         _small(basis, name, values)
-    _small(group.require_group("uncertainty"), "coefficients", fit.uncertainty)
+    _small(group.require_group("uncertainty"), "noise_model", fit.uncertainty)
     series = ["detail", "stain"] if config.guide else ["detail"]
     group.require_group("OME").attrs["ome"] = {"version": "0.5", "series": series}
     attrs = {

@@ -5,7 +5,7 @@ Layout of the store (Zarr v3; root attributes hold ``format_version``; without `
 * ``measured/``: the measurement as ingested (`deepfere.measured.store`).
 * ``detail/``: OME multiscale, K detail planes (c, y, x), float16, times ``detail_scale`` each.
 * ``basis/``: W (M, K), gates, held-out R2, positivity steps.
-* ``uncertainty/``: coefficients of every ion's variance model.
+* ``uncertainty/``: every ion's noise model.
 * ``stain/``: OME multiscale, the stain on the section grid, uint8 RGB.
 * ``overview``: the whole slide, small.
 * ``alignment.json``, ``provenance.json``.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +28,15 @@ from deepfere.frame import Alignment, SectionGrid
 from deepfere.measured.operator import expand, fill_missing, pad_edge
 from deepfere.measured.store import Measured, open_measured
 from deepfere.model.decode import IonDecoder
-from deepfere.model.fit import local_variance
 from deepfere.model.guide import Cells
+from deepfere.model.uncertainty import NoiseModel, local_variance
 from deepfere.store import is_url, open_group
 
 if TYPE_CHECKING:
     import dask.array
     import pandas
 
-FORMAT, FORMAT_VERSION = "deepfere-result", 1
+FORMAT, FORMAT_VERSION = "deepfere-result", 2
 
 _SEALING: set[str] = set()
 
@@ -203,20 +203,20 @@ class Result:
     def uncertainty(self, mz: float, *, ppm: float | None = None, level: int = 0) -> dask.array.Array:
         """One standard deviation (H, W) float32 of what an instrument with this pixel size would have measured.
 
-        Noise included; the model's coefficients come from the reduced-scale reconstruction.
+        Noise included, so that it falls from level to level. See `deepfere.model.uncertainty`.
 
         Args:
             mz: Wanted m/z.
             ppm: How far the nearest ion may be; None takes the study's tolerance.
-            level: 0 is the finest. From level 1 on it is the mean of the standard deviations below: how far the
-                errors of neighbouring pixels go together is not modelled, and whatever it is, the standard
-                deviation of an average is at most the average of the standard deviations. It is reached where
-                neighbours err alike; where they err independently, the truth is down to 2^-level of it.
+            level: 0 is the finest; pixels of level k are 2^k times as large.
 
         Raises:
             InputError: No such ion or level.
         """
-        return self._lazy(self.index(mz, ppm), level, _sd_block)
+        import dask.array as da
+
+        factor = self.factor / 2**level
+        return da.sqrt(self._lazy(self.index(mz, ppm), level, partial(_variance_block, factor=factor)))
 
     def _lazy(self, ion: int, level: int, decode: Any) -> dask.array.Array:
         import dask.array as da
@@ -315,13 +315,12 @@ def _ion_block(*, path: str, ion: int, block_info: Any = None) -> NDArray[np.flo
     return _hide(_decoder(path, stamp, ion).window(cells, detail), result, cells)
 
 
-def _sd_block(*, path: str, ion: int, block_info: Any = None) -> NDArray[np.float32]:
+def _variance_block(*, path: str, ion: int, factor: float, block_info: Any = None) -> NDArray[np.float32]:
     result = _at(path)
     f, cells = result.factor, _window(block_info, result.factor)
     stamp = (Path(path) / "provenance.json").stat().st_mtime
     decoder = _decoder(path, stamp, ion)
-    c0, c1, c2 = np.asarray(result._group["uncertainty"]["coefficients"][ion])
+    model = NoiseModel.of_row(np.asarray(result._group["uncertainty"]["noise_model"][ion]))
     level = np.maximum(decoder.window(cells, None), 0.0)
     spread = pad_edge(local_variance(decoder.cells))[cells.i0 : cells.i1 + 2, cells.j0 : cells.j1 + 2]
-    variance = c0 + c1 * level + c2 * expand(spread, f, "linear")
-    return _hide(np.sqrt(variance), result, cells)
+    return _hide(model.variance(level, expand(spread, f, "linear"), factor), result, cells)

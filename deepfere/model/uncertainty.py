@@ -1,0 +1,149 @@
+"""How far a reconstructed pixel may be off: learned between two and one measured pixels, carried to finer ones.
+
+The errors at reduced scale hold two things that grow differently on the way to smaller pixels. Structure: images of
+natural things carry about the same variance in every octave (D. J. Field, J. Opt. Soc. Am. A 4, 2379 (1987)), so each
+halving of the pixel adds once what was seen. Counting noise: a pixel of a quarter of the area counts a quarter of the
+ions, so that per unit of intensity its variance is four times as large.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepfere.measured.operator import fill_missing
+
+Array = NDArray[np.float64]
+
+_LEVELS = 8
+_LEAST_PER_LEVEL = 50
+_QUARTILE = 0.1015  # the lower quartile of a chi-square with one degree of freedom
+PULSE = 2.0
+"""Noise quantum over the least intensity of an ion that is absent in places.
+
+That least intensity is about one detected ion. Pulses of single ions vary like an exponential distribution at most,
+for which the variance of a sum per unit of its mean, E[x^2] / E[x], is twice the mean pulse.
+"""
+
+
+def local_variance(cells: Array) -> Array:
+    """Variance over 3 x 3 neighbours of (..., ny, nx), edges repeated."""
+    padded = np.pad(cells, [(0, 0)] * (cells.ndim - 2) + [(1, 1), (1, 1)], mode="edge")
+    stack = [padded[..., a : a + cells.shape[-2], b : b + cells.shape[-1]] for a in range(3) for b in range(3)]
+    return np.stack(stack).var(0)
+
+
+def variance_model(image: Array, truth: Array, spread: Array) -> Array:
+    """Non-negative least squares of squared errors on 1, the level and the local variance.
+
+    Args:
+        image: (N,) reconstructed pixels.
+        truth: (N,) what was measured there.
+        spread: (N,) local variance of the coarse pixels around.
+
+    Returns:
+        (c0, c1, c2): variance = c0 + c1 max(image, 0) + c2 spread.
+    """
+    from scipy.optimize import nnls
+
+    design = np.stack([np.ones_like(image), np.maximum(image, 0), spread], -1)
+    scale = design.mean(0)
+    scale[scale <= 0] = 1.0
+    squared = (image - truth) ** 2
+    level = squared.mean()
+    if level <= 0:
+        return np.zeros(3)
+    # Weighted towards relative errors: squared errors are as uncertain as they are large.
+    weight = 1.0 / (0.1 * level + (design / scale).mean(1) * level)
+    solution, _ = nnls(design / scale * weight[:, None], squared * weight)
+    return solution / scale
+
+
+def noise_quantum(cell: Array, mask: NDArray[np.bool_]) -> float:
+    """Counting noise of one ion: variance per unit of intensity in a measured pixel, at most.
+
+    Two upper bounds, the lesser of them. Second differences along rows and columns hold the noise and some structure;
+    pixels of some level, wherever they lie, hold the least of that. Where an ion is absent in places, its least
+    intensity tells what one detected ion is worth.
+
+    Args:
+        cell: (ny, nx) intensities.
+        mask: (ny, nx) True where measured.
+    """
+    values = cell[mask]
+    if not (values > 0).any():
+        return 0.0
+    filled = fill_missing(np.asarray(cell, np.float64), mask)
+    squares, levels = [], []
+    for axis in (0, 1):
+        a, ok = np.moveaxis(filled, axis, 0), np.moveaxis(mask, axis, 0)
+        whole = ok[2:] & ok[1:-1] & ok[:-2]
+        # The s.d. of a second difference is sqrt(6) of the noise's.
+        squares.append(((a[2:] - 2 * a[1:-1] + a[:-2]) ** 2 / 6)[whole])
+        levels.append(((a[2:] + a[1:-1] + a[:-2]) / 3)[whole])
+    square, level = np.concatenate(squares), np.concatenate(levels)
+    square, level = square[level > 0], level[level > 0]
+    bounds = [math.inf]
+    if len(level):
+        parts = np.array_split(
+            np.argsort(level, kind="stable"), int(np.clip(len(level) // _LEAST_PER_LEVEL, 1, _LEVELS))
+        )
+        bounds += [float(np.quantile(square[part], 0.25) / _QUARTILE / level[part].mean()) for part in parts]
+    if (values <= 0).sum() >= 3:
+        bounds.append(PULSE * float(values[values > 0].min()))
+    least = min(bounds)
+    return least if math.isfinite(least) else 0.0
+
+
+@dataclass(frozen=True)
+class NoiseModel:
+    """What the variance of one ion's pixels of any size follows from.
+
+    Attributes:
+        structure: (c0, c1, c2) variance per octave: c0 + c1 level + c2 local variance.
+        quantum: Counting noise, variance per unit of intensity in a measured pixel.
+        rare: Variance in a measured pixel from what was never seen near it.
+    """
+
+    structure: tuple[float, float, float]
+    quantum: float
+    rare: float
+
+    @classmethod
+    def of(cls, coefficients: Array, cell: Array, mask: NDArray[np.bool_]) -> NoiseModel:
+        """From an ion's `variance_model` at ratio 2 and its intensities (ny, nx)."""
+        c0, c1, c2 = (float(c) for c in coefficients)
+        quantum = noise_quantum(cell, mask)
+        values = cell[mask]
+        seen, absent = values[values > 0], int((values <= 0).sum())
+        # Where an ion was never seen nearby it may still turn up: once in all such pixels, at its least intensity
+        # (Laplace's rule of succession).
+        rare = float(seen.min()) ** 2 / (absent + 2) if absent and len(seen) else 0.0
+        return cls((c0, max(c1 - quantum, 0.0), c2), quantum, rare)
+
+    @classmethod
+    def of_row(cls, row: Array) -> NoiseModel:
+        """From the five numbers of `row`."""
+        c0, c1, c2, quantum, rare = (float(v) for v in row)
+        return cls((c0, c1, c2), quantum, rare)
+
+    def row(self) -> Array:
+        """(5,) as stored."""
+        return np.array([*self.structure, self.quantum, self.rare])
+
+    def variance(self, level: Array, spread: Array, factor: float) -> Array:
+        """Variance of pixels ``factor`` times finer than the measured ones (below 1: coarser).
+
+        Args:
+            level: Intensity, at least 0.
+            spread: Local variance of the measured pixels around.
+            factor: Measured pixel size over pixel size.
+        """
+        octaves = max(math.log2(factor), 0.0)
+        c0, c1, c2 = self.structure
+        # What turns up lies in one fine pixel, whole: its mean square goes with the pixel's area, inverted.
+        constant = max(c0 * octaves, self.rare * factor**2)
+        return constant + (c1 * octaves + self.quantum * factor**2) * level + c2 * octaves * spread
