@@ -21,6 +21,8 @@ EXAMPLE_PITCH_UM, EXAMPLE_MPP_UM = 100.0, 5.2
 EXAMPLE_MZ = (101.0, 102.0, 103.0, 505.0)
 """The example's file gives no m/z: three stand for the embedding's channels, then the ion."""
 TISSUE_SUM = 0.05
+PRESENT = 0.3
+"""Ions count where more than this share of the truth's pixels are not zero."""
 
 
 class AbsentDataError(InputError):
@@ -76,6 +78,11 @@ def real_data(*parts: str) -> Path:
 def repeat(mask: NDArray[Any], factor: int) -> NDArray[Any]:
     """Measured pixels (ny, nx) on the high-resolution grid."""
     return np.repeat(np.repeat(mask, factor, 0), factor, 1)
+
+
+def present_ions(case: Case) -> list[int]:
+    """Ions that are not zero in more than `PRESENT` of the truth's pixels."""
+    return [m for m, t in enumerate(case.truth) if (t[case.inside] > 0).mean() > PRESENT]
 
 
 def phantom_case(folder: Path, spec: PhantomSpec) -> Case:

@@ -92,6 +92,12 @@ class Row:
         return cls(what, value, against, base, ratio, must, met(value, base, must))
 
 
+def signed(value: float, digits: int) -> str:
+    """A change with its sign; what rounds to nothing has none."""
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text
+
+
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A plain text table: the first column to the left, the others to the right.
 
@@ -142,15 +148,18 @@ def _plain(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
-def write_json(path: str | Path, about: dict[str, Any], rows: Iterable[Row]) -> None:
+def write_json(
+    path: str | Path, about: dict[str, Any], rows: Iterable[Row], more: dict[str, Any] | None = None
+) -> None:
     """Write the machine and the rows.
 
     Args:
         path: Where to; its folder must exist.
         about: From `machine`.
         rows: Figures; those that are not finite become null.
+        more: What else the file holds.
     """
-    values = {"machine": about, "rows": [asdict(row) for row in rows]}
+    values = {"machine": about, **(more or {}), "rows": [asdict(row) for row in rows]}
     Path(path).write_text(json.dumps(_plain(values), indent=1, allow_nan=False) + "\n")
 
 
@@ -208,8 +217,8 @@ def chosen(given: argparse.Namespace, cases: dict[str, Any], quick: str) -> list
     return given.cases or ([quick] if given.quick else list(cases))
 
 
-def finish(rows: Sequence[Row], json_path: str | None = None) -> int:
-    """Print the musts, write the JSON and give the exit code: 1 if a must is missed, else 0."""
+def finish(rows: Sequence[Row], json_path: str | None = None, more: dict[str, Any] | None = None) -> int:
+    """Print the musts, write the JSON and ``more`` in it, and give the exit code: 1 if a must is missed, else 0."""
     judged = [row for row in rows if row.must]
     if judged:
         cells = [
@@ -224,7 +233,7 @@ def finish(rows: Sequence[Row], json_path: str | None = None) -> int:
         ]
         print("\n" + table("musts", ["what", "value", "against", "must", ""], cells))
     if json_path:
-        write_json(json_path, machine(), rows)
+        write_json(json_path, machine(), rows, more)
     missed = [row.what for row in rows if not row.ok]
     if missed:
         print(f"{len(missed)} of {len(judged)} musts missed", file=sys.stderr)

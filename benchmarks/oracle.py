@@ -51,7 +51,14 @@ def stain_features(case: Case, result: Result, alignment: Alignment) -> tuple[ND
     return features.double().numpy(), cover.double().numpy()
 
 
-def oracle_images(case: Case, plain: Result, guided: Result, alignment: Alignment) -> NDArray[np.float64]:
+def covered_cells(cover: NDArray[np.float64], result: Result) -> NDArray[np.bool_]:
+    """Measured pixels (ny, nx) that the slide shows completely."""
+    return (cell_means(cover, result.factor) >= COVERED) & result.mask
+
+
+def oracle_images(
+    case: Case, plain: Result, guided: Result, features: NDArray[np.float64], cover: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """What the features could give, (M, H, W), for the images of a case that the results hold.
 
     Per ion: ridge of ``(I - P A) truth`` on ``(I - P A) features`` over covered measured pixels, then the
@@ -61,12 +68,12 @@ def oracle_images(case: Case, plain: Result, guided: Result, alignment: Alignmen
     Args:
         case: Truth.
         plain: The run without the stain: the measurement.
-        guided: A run with it: the settings of its features, its positivity steps.
-        alignment: Where the stain is taken from.
+        guided: A run with it: its positivity steps.
+        features: (F, H, W) from `stain_features`.
+        cover: (H, W) from the same.
     """
     f = plain.factor
-    features, cover = stain_features(case, guided, alignment)
-    covered = repeat((cell_means(cover, f) >= COVERED) & plain.mask, f)
+    covered = repeat(covered_cells(cover, plain), f)
     x = null_space(features, f)
     rows = x[:, covered].T
     scale = np.sqrt((rows**2).mean(0))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from cases import AbsentDataError, Case, bladder_case, phantom_case, real_data
 from common import Row, chosen, finish, parser, table
-from fidelity import decode, fused
+from methods import decode, fused
 from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter
 

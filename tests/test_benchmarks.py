@@ -74,6 +74,10 @@ def test_row_fills_in_ratio_and_verdict() -> None:
     assert common.Row.of("seconds", 3.0).ratio is None
 
 
+def test_signed_has_no_negative_zero() -> None:
+    assert [common.signed(v, 2) for v in (0.125, -1.0, -0.004, 0.0)] == ["+0.12", "-1.00", "0.00", "0.00"]
+
+
 def test_table_lines_up() -> None:
     lines = common.table("title", ["name", "value"], [["a", "1.0"], ["longer", None], ["b", "-10.25"]]).splitlines()
     assert lines[0] == "title"
@@ -147,3 +151,94 @@ def test_absent_real_data_end_with_code_two(
     fidelity = load("fidelity")
     assert fidelity.main(["bladder"]) == 2
     assert "absent" in capsys.readouterr().err
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmarks' modules find each other."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def finished_run(**changes: object) -> dict[str, object]:
+    """What `fidelity.py --json` holds, with made-up figures."""
+    row = {"value": 24.5, "against": "no-guide", "baseline": 20.0, "ratio": 1.2, "must": "> baseline", "ok": True}
+    rows = [
+        {"what": "made-up: first", **row},
+        {"what": "made-up: second", **row, "value": 19.25, "ok": False},
+        {"what": "made-up: for information", **row, "value": None, "must": ""},
+    ]
+    table = {
+        "title": "made-up table",
+        "header": ["", "gain | dB", "r"],
+        "rows": [["auto †", "+1.23", ""], ["no-guide", "", "0.5"]],
+        "notes": ["made-up note"],
+        "long": False,
+    }
+    case = {
+        "tables": [table, {**table, "title": "made-up long table", "long": True}],
+        "overview": {
+            "made-up, dB": {"auto": 1.234, "nearest": -0.5, "PLS": 1.3, "oracle": 9.0},
+            "made-up, mean r": {"auto": 0.01234},
+        },
+        "figures": [row["what"] for row in rows],
+    }
+    machine = {"cpu": "A", "cores": 2, "memory_bytes": 2**34, "system": "S", "python": "3", "versions": {"numpy": "2"}}
+    run = {"machine": machine, "date": "2001-02-03", "quick": False, "cases": {"phantom": case}, "left_out": []}
+    return {**run, "rows": rows, **changes}
+
+
+@pytest.mark.usefixtures("programs")
+def test_the_page_holds_what_the_json_holds() -> None:
+    text = load("page").page([finished_run(left_out=["bladder"])])
+    lines = text.splitlines()
+    assert "| **auto** | **+1.23** | **+0.012** |" in lines
+    assert "| nearest | -0.50 |  |" in lines
+    assert "| **auto †** | **+1.23** |  |" in lines
+    assert "|  | gain \\| dB | r |" in lines
+    assert "| made-up: first | 24.5 | no-guide 20 | > baseline | met |" in lines
+    assert "| made-up: second | 19.25 | no-guide 20 | > baseline | **missed** |" in lines
+    assert "1 of 2 met. The program ends with 1 where one is missed." in lines
+    assert "- made-up note" in lines
+    assert "2001-02-03, 2 cores of A, 16 GiB" in text
+    assert "made-up long table" not in text and "for information" not in text
+    assert "data were absent: bladder." in text
+    # Only what was run is described.
+    assert "| `nearest` |" in text and "| `ridge` |" not in text
+    # A baseline that is ahead is named; a ceiling is none.
+    assert "- made-up, dB: `PLS`" in lines
+
+
+@pytest.mark.usefixtures("programs")
+def test_of_two_runs_of_a_case_the_later_counts() -> None:
+    old, new = finished_run(), finished_run()
+    new["rows"] = [dict(row, value=77.0) for row in new["rows"]]
+    text = load("page").page([old, new])
+    assert "77" in text and "19.25" not in text
+    assert "data were absent" not in text
+
+
+@pytest.mark.usefixtures("programs")
+def test_the_page_comes_from_stored_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored, target = tmp_path / "a.json", tmp_path / "page.md"
+    stored.write_text(json.dumps(finished_run()))
+    fidelity = load("fidelity")
+    assert fidelity.main(["--write-docs", str(target), "--from", str(stored)]) == 0
+    assert target.read_text() == load("page").page([finished_run()])
+    for bad in (json.dumps(finished_run(quick=True)), json.dumps({"machine": {}, "rows": []}), "[]", "no json"):
+        stored.write_text(bad)
+        target.unlink(missing_ok=True)
+        assert fidelity.main(["--write-docs", str(target), "--from", str(stored)]) == 2
+        assert not target.exists() and str(stored) in capsys.readouterr().err
+    for wrong in (["--write-docs", "--quick"], ["--from", str(stored)], ["phantom", "--write-docs", "--from", "x"]):
+        with pytest.raises(SystemExit):
+            fidelity.main(wrong)
+
+
+@pytest.mark.usefixtures("programs")
+def test_methods_are_either_a_function_or_a_run_and_have_a_name_of_their_own() -> None:
+    methods = load("methods")
+    assert all((m.images is None) != (m.settings is None) for m in methods.METHODS)
+    assert len({m.name for m in methods.ROWS}) == len(methods.ROWS)
+    assert {"no-guide", "T1", "auto"} <= {m.name for m in methods.METHODS if m.settings is not None}
+    assert {"guided filter", "ridge", "T1", "oracle"} <= methods.STAINED
+    assert not {"nearest", "P", "no-guide"} & methods.STAINED

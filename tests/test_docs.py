@@ -140,6 +140,7 @@ def test_option_names_in_the_text_exist(page):
     known = {option for command in main.commands.values() for p in command.params for option in p.opts}
     foreign = {"--working-dir", "--backend-store-uri", "--quick", "--json", "--help"}
     foreign |= {"--seed", "--shape"}  # of the phantom's own program
+    foreign |= {"--write-docs", "--from", "--work"}  # of the benchmarks
     named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", page.read_text()))
     assert named <= known | foreign
 
