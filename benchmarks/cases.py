@@ -87,13 +87,14 @@ def present_ions(case: Case) -> list[int]:
 
 def phantom_case(folder: Path, spec: PhantomSpec) -> Case:
     """A generated section with its truth (written once per folder)."""
-    source = folder / f"phantom-{spec.seed}"
+    name = f"phantom-{spec.seed}" + ("" if spec.counts == PhantomSpec().counts else f"-{spec.counts:g}-counts")
+    source = folder / name
     phantom = Phantom.open(source) if (source / "truth").exists() else write_phantom(source, spec)
     if phantom.spec != spec:
         phantom = write_phantom(source, spec, overwrite=True)
     truth = np.stack([phantom.ions(m) for m in range(len(phantom.mz()))]).astype(np.float64)
     return Case(
-        f"phantom-{spec.seed}",
+        name,
         phantom.imzml,
         phantom.slide,
         spec.factor,

@@ -94,11 +94,12 @@ METHODS = (
     ),
     Method("deep", "deepfere, network forced", settings=("model.tier=T2",), quick=False),
 )
+DENOISED = Method("denoised", "the denoised mode of the default run: counting noise taken out of the measurement first")
 ORACLE = Method(
     "oracle", "the same stain features regressed on the truth, at the alignment found: a ceiling, not a method"
 )
 TRUE_PLACE = Method("oracle, true place", "the same at the true alignment, where it is known")
-ROWS = (*METHODS, ORACLE, TRUE_PLACE)
+ROWS = (*METHODS, DENOISED, ORACLE, TRUE_PLACE)
 STAINED = {method.name for method in ROWS if method.stain}
 
 
@@ -133,13 +134,13 @@ class Runs:
         return [m.name for m in ROWS if m.name in self.images and m.name not in left_out]
 
 
-def decode(case: Case, result: Result) -> Images:
+def decode(case: Case, result: Result, denoised: bool = False) -> Images:
     """The case's images from a result, (M, H, W)."""
     out = np.full(case.truth.shape, np.nan)
     for m, mz in enumerate(case.mz):
         near = nearest(result, float(mz))
         if near is not None:
-            out[m] = result.ion(near).compute(scheduler="threads")
+            out[m] = result.ion(near, denoised=denoised).compute(scheduler="threads")
     return out
 
 
@@ -224,6 +225,7 @@ def reconstruct(case: Case, folder: Path, quick: bool = False, fallback: Alignme
             runs.images[method.name] = np.full(case.truth.shape, np.nan)
             runs.images[method.name][found] = method.images(seen)
             runs.seconds[method.name] = time.perf_counter() - began
+    runs.images[DENOISED.name] = decode(case, ours, denoised=True)
     runs.images[ORACLE.name] = oracle_images(case, plain, ours, features, cover)
     if case.alignment is not None and not quick:
         right = stain_features(case, ours, case.alignment)

@@ -20,8 +20,9 @@ TITLES = {
     "deepfere-example": "The DeepFERE paper's example",
 }
 ABOUT = {
-    "phantom": "40 x 36 measured pixels, factor 8, about 400 counts at full scale, true alignment affine and bent; the "
-    "truth is known at every fine pixel and has no noise. Scored on all measured pixels.",
+    "phantom": "40 x 36 measured pixels, factor 8, about 400 counts at full scale (one more section: 30), true "
+    "alignment affine and bent; the truth is known at every fine pixel and has no noise. Scored on all measured "
+    "pixels.",
     "bladder": "A measurement with pixels of 10 µm, averaged to 80 µm (x8) and 160 µm (x16), and the slide of the same "
     "section. Scored on ions that are present in more than 30 % of the pixels. The truth has noise of its own: the "
     "smoothed truth has less.",
@@ -35,8 +36,9 @@ the other benchmarks work, and what the cases need.
 """
 OVERVIEW = """
 Mean changes from `no-guide`, the same reconstruction without the stain. The oracle knows the truth: a ceiling, not a
-method. All that averages back to the measurement keeps the measurement's noise; what smooths (bicubic, guided filter)
-gains on ions without fine structure, and pays with hot spots and with the measurement itself.
+method. All that averages back to the measurement keeps its noise. What smooths (bicubic, guided filter) gains on ions
+without fine structure, and pays with hot spots and with the measurement itself; `denoised` gives up the measurement's
+noise alone.
 """
 FAIR = """
 Methods that use the stain get the alignment and the stain features that deepfere found, so that only the fusion

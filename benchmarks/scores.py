@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -135,6 +136,14 @@ def coverage_scores(case: Case, result: Result, truths: dict[str, NDArray[np.flo
     return Scores(rows, [Table(title, ["", "value"], lines)])
 
 
+def chi_square_row(case: Case, result: Result, ions: Iterable[int]) -> Row:
+    """Reduced chi-square of what the denoised mode takes away, median over some ions."""
+    near = [nearest(result, float(case.mz[m])) for m in ions]
+    values = result.ions.set_index("mz")["chi_square"][[mz for mz in near if mz is not None]]
+    median = float(np.nanmedian(values))
+    return Row.of(f"{case.name}: denoised, reduced chi-square", median, "ideal", 1.0, "within 0.1 of baseline")
+
+
 def alignment_error_px(case: Case, result: Result) -> tuple[float, float]:
     """Median and 90th percentile of |found - true| over the measured pixels, in measured pixels."""
     assert case.alignment is not None and result.alignment is not None
@@ -200,9 +209,16 @@ def phantom_scores(case: Case, runs: Runs) -> tuple[Scores, Gains]:
             gain = float(gains[name][kind].mean())
             must = ("> baseline" if KINDS[kind] else "within 0.05 of baseline") if name == runs.ours else ""
             what = f"{case.name}: {kind}, {name} ({gain:+.3f}), PSNR dB"
-            out.rows.append(Row.of(what, plain + gain, "no-guide", plain, must))
+            if name != "denoised":
+                out.rows.append(Row.of(what, plain + gain, "no-guide", plain, must))
+        for against in ("opencv", runs.ours):
+            value, bar = (plain + float(gains[name][kind].mean()) for name in ("denoised", against))
+            out.rows.append(Row.of(f"{case.name}: {kind}, denoised, PSNR dB", value, against, bar, ">= baseline"))
+    chi_square = chi_square_row(case, runs.results[runs.ours], range(len(case.mz)))
+    out.rows.append(chi_square)
     missing = int(np.isnan(runs.images["no-guide"]).all((1, 2)).sum())
-    notes = [*runs.notes, *([f"{missing} true ions not found by peak picking"] if missing else [])]
+    denoised = f"denoised: reduced chi-square {chi_square.value:.2f} (median over the ions)"
+    notes = [*runs.notes, denoised, *([f"{missing} true ions not found by peak picking"] if missing else [])]
     title = f"{case.name}: PSNR dB of no-guide, and gains over it of the others, mean over ions"
     out.tables.append(gain_table(title, gains, off, notes))
     lines = []
@@ -243,7 +259,8 @@ def phantom_summary(seeds: list[int], gains: list[Gains], ours: str) -> Scores:
 def bladder_scores(case: Case, runs: Runs) -> Scores:
     """Pearson r per ion against the real 10 um image, raw and smoothed 3 x 3."""
     names, present, off = runs.names(), present_ions(case), agreement(case, runs)
-    out = Scores()
+    chi_square = chi_square_row(case, runs.results[runs.ours], present)
+    out = Scores([chi_square])
     for kind in ("raw", "3x3-smoothed"):
         truth = case.truth[present]
         if kind != "raw":
@@ -253,6 +270,10 @@ def bladder_scores(case: Case, runs: Runs) -> Scores:
             for name in names
         }
         base, lines = r["no-guide"], []
+        for against in ("opencv", runs.ours):
+            bar, must = float(np.median(r[against])), ">= baseline" if kind != "raw" else ""
+            what = f"{case.name}: denoised, {kind}, median r"
+            out.rows.append(Row.of(what, float(np.median(r["denoised"])), against, bar, must))
         ceiling = float((r["oracle"] - base).mean())
         for name in names:
             change = r[name] - base
@@ -287,7 +308,8 @@ def bladder_scores(case: Case, runs: Runs) -> Scores:
         if kind == "raw":
             lines = [[f"{case.mz[m]:.3f}", *[f"{r[name][n]:.3f}" for name in names]] for n, m in enumerate(present)]
             out.tables.append(Table(f"{case.name}: r of every ion, raw", ["m/z", *names], lines, long=True))
-    out.tables[-1].notes.extend(runs.notes)
+    denoised = f"denoised: reduced chi-square {chi_square.value:.2f} (median over {len(present)} ions)"
+    out.tables[-1].notes.extend([*runs.notes, denoised])
     out.rows += agreement_rows(case, runs, off)
     return out
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from deepfere.evaluation.evaluate import coverage, load_evaluation, scores_file
+from deepfere.evaluation.evaluate import apart_px, coverage, load_evaluation, scores_file
 from deepfere.evaluation.metrics import keys_bicubic
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -38,6 +39,8 @@ def test_evaluate_scores_and_shows_them(copied, cli, tmp_path, monkeypatch):
     assert two["ratio"] == 2 and four["ratio"] == 4
     assert four["rows"] == [] and "too few" in four["note"]
     assert two["alignment"] in ("found", "refused")
+    if two["alignment"] == "found":
+        assert 0 <= two["alignment_apart_px"] < 1.5 and "from the one at full scale" in done.out
     assert 0.2 < two["coverage_80"] <= 1.0 and "80 % intervals hold" in done.out
     everything = two["rows"][0]
     assert everything["what"] == "all ions (24)" and len(two["ions"]) == 24
@@ -54,6 +57,14 @@ def test_evaluate_scores_and_shows_them(copied, cli, tmp_path, monkeypatch):
     page = copied.with_suffix(".html").read_text()
     assert "× 2" in page and "too few" in page
     assert json.loads(scores_file(copied).read_text())["identity"] == scores["identity"]
+
+
+def test_how_far_two_alignments_are_apart(fused):
+    assert apart_px(fused.alignment, fused.alignment, fused) == 0
+    found, pitch = fused.alignment, float(np.mean(fused.grid.pitch_um))
+    size = np.sqrt(abs(np.linalg.det(found.matrix)))
+    moved = replace(found, offset_um=found.offset_um + np.array([0.6, 0.8]) * size * pitch)
+    assert apart_px(moved, found, fused) == pytest.approx(1.0)
 
 
 def test_the_bicubic_of_the_table_is_recomputed(copied, fused):

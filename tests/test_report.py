@@ -91,8 +91,10 @@ class FakeResult:
         assert level < self.levels
         return da.from_array(self._fine[self._at(mz)][:: 2**level, :: 2**level], chunks=(32, 32))
 
-    def uncertainty(self, mz: float) -> da.Array:
-        return da.from_array(0.1 * self._fine[self._at(mz)] + np.float32(0.01), chunks=(32, 32))
+    def uncertainty(self, mz: float, level: int = 0) -> da.Array:
+        assert level < self.levels
+        fine = self._fine[self._at(mz)][:: 2**level, :: 2**level]
+        return da.from_array(0.1 * fine + np.float32(0.01), chunks=(32, 32))
 
     def measured(self, mz: float) -> np.ndarray:
         return self._measured[self._at(mz)]

@@ -130,6 +130,20 @@ def test_uncertainty_is_a_standard_deviation(fused):
         assert np.median(sd[seen]) < np.nanmax(fused.measured(mz))
 
 
+def test_the_denoised_mode_averages_back_to_less_noise(fused):
+    changed = 0
+    for mz in fused.ions["mz"][::5]:
+        cells, image = np.asarray(fused._group["denoised"][fused.index(mz)]), fused.ion(mz, denoised=True).compute()
+        assert np.nanmin(image) >= 0
+        np.testing.assert_array_equal(np.isfinite(image), np.isfinite(fused.ion(mz).compute()))
+        off = np.abs(footprint_means(np.nan_to_num(image), FACTOR) - cells)[fused.mask].max()
+        assert off <= 1e-5 * cells.max()
+        changed += not np.allclose(cells[fused.mask], fused.measured(mz)[fused.mask], rtol=1e-3)
+    assert changed
+    assert fused.ion(mz, denoised=True, level=1).shape == fused.ion(mz, level=1).shape
+    assert fused.ions["noise_share"].between(0, 1).all()
+
+
 def test_uncertainty_falls_with_the_pixel_size(fused):
     mz = float(fused.ions["mz"][0])
     medians = [float(np.nanmedian(fused.uncertainty(mz, level=k).compute())) for k in range(fused.levels)]

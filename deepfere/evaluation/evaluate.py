@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from deepfere.config import Config, IngestSettings, load_config
 from deepfere.errors import InputError
 from deepfere.evaluation.metrics import degrade, ergas, keys_bicubic, pearson, psnr, rmse, sam_deg, ssim
+from deepfere.frame import Alignment
 from deepfere.measured.store import write_measured
 from deepfere.pipeline.fuse import fuse, quiet
 from deepfere.pipeline.workspace import Progress, write_json
@@ -174,7 +175,16 @@ def _wald(
     out = {"ratio": ratio, "alignment": state, "note": note, **_table(truth, images, inside, result, ratio)}
     if base.guide:
         out["coverage_80"] = coverage(truth, images["ours"], sd, inside)
+    if state == "found" and ours.alignment is not None and result.alignment is not None:
+        out["alignment_apart_px"] = apart_px(ours.alignment, result.alignment, result)
     return out
+
+
+def apart_px(one: Alignment, other: Alignment, result: Result) -> float:
+    """Median distance over the measured pixels between where two alignments put them, in measured pixels."""
+    points = result.grid.centres_um()[result.mask]
+    size = np.sqrt(abs(np.linalg.det(other.matrix))) * float(np.mean(result.grid.pitch_um))
+    return float(np.median(np.linalg.norm(one.map(points) - other.map(points), axis=1)) / size)
 
 
 def _table(
@@ -209,7 +219,9 @@ def render(scores: dict[str, Any]) -> str:
     lines = []
     for part in scores["wald"]:
         note = f" ({part['note']})" if part["note"] else ""
-        lines.append(f"x{part['ratio']}: alignment {part['alignment']}{note}")
+        apart = part.get("alignment_apart_px")
+        far = "" if apart is None else f", {apart:.2f} measured pixels from the one at full scale"
+        lines.append(f"x{part['ratio']}: alignment {part['alignment']}{far}{note}")
         if "coverage_80" in part:
             lines.append(f"  80 % intervals hold {100 * part['coverage_80']:.0f} % of the pixels")
         for row in part["rows"]:

@@ -79,7 +79,7 @@ def load_ion(
         images.append(("truth", known))
         tops.append(known)
         scores = f"r = {number(metrics.pearson(known, images[1][1]), '.3f')} against the truth"
-    spread = np.asarray(thin(result.uncertainty(mz)), dtype=np.float64)
+    spread = np.asarray(thin(result.uncertainty(mz, level=level)), dtype=np.float64)
     return IonImages(
         row,
         figures.robust_top(*tops),

@@ -151,10 +151,12 @@ def score_tables(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
             ]
             gains = [_decibels(values[2] - values[k], spec="+.2f") for k in (0, 1)]
             rows.append({"what": str(row.get("what", "")), "cells": cells, "gains": gains})
+        apart = block.get("alignment_apart_px")
         tables.append(
             {
                 "ratio": number(block.get("ratio"), "g"),
-                "alignment": str(block.get("alignment") or ""),
+                "alignment": str(block.get("alignment") or "")
+                + (f", {apart:.2f} measured pixels from the one at full scale" if apart is not None else ""),
                 "note": str(block.get("note") or ""),
                 "rows": rows,
             }

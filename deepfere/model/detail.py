@@ -19,7 +19,7 @@ from deepfere.frame import Alignment
 from deepfere.measured.operator import cell_means, expand, pad_edge, take
 from deepfere.model.features import smooth_covered
 from deepfere.model.guide import Cells, GuideSpec, features_of
-from deepfere.model.network import FusionNetwork
+from deepfere.model.network import NETWORK_SHARE, FusionNetwork
 
 COVERED = 0.99
 """A measured pixel gets detail only where the slide shows at least this share of its footprint."""
@@ -32,8 +32,8 @@ class DetailModel:
     Attributes:
         spec: Geometry of the section's guide.
         alignment: Section to slide.
-        weights: (F, K) T1 weights; used when there is no network.
-        network: The deep model (T2), or None.
+        weights: (F, K) T1 weights.
+        network: The deep model, averaged with the closed form (T2), or None.
         gate: (K,) factor gates.
         coefficients: (K, ny, nx) spline coefficients of the factor images, holes filled (T2's input).
         mask: (ny, nx) measured pixels.
@@ -71,11 +71,12 @@ class DetailModel:
         context = self.network.radius_px if self.network is not None else 0
         features, cover = features_of(self.spec, planes_at, self.alignment, wide, context)
         if self.network is not None:
-            raw = self.network(features[None], self.upsampled(wide, context)[None])[0]
-        else:
-            raw = torch.einsum("fyx,fk->kyx", features, torch.from_numpy(self.weights).float())
+            deep = self.network(features[None], self.upsampled(wide, context)[None])[0]
         inner = slice(context, cover.shape[0] - context), slice(context, cover.shape[1] - context)
         cover = cover[inner]
+        raw = torch.einsum("fyx,fk->kyx", features[:, *inner], torch.from_numpy(self.weights).float())
+        if self.network is not None:
+            raw = (1 - NETWORK_SHARE) * raw + NETWORK_SHARE * deep
         d = raw.double().numpy() * self.gate[:, None, None]
         means = cell_means(d, f)
         padded = pad_edge(means)

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from deepfere.model.fusion import Fusion
 from deepfere.model.mapping import Mapping
 
+NETWORK_SHARE = 0.5
+"""Weight of the network in the deep tier; the rest is the closed form. Their errors are not the same errors."""
+
 
 class FusionNetwork(nn.Module):
     """Stain features and upsampled factors -> the detail planes before projection.

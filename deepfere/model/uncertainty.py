@@ -57,9 +57,10 @@ def variance_model(image: Array, truth: Array, spread: Array) -> Array:
     if level <= 0:
         return np.zeros(3)
     # Weighted towards relative errors: squared errors are as uncertain as they are large.
-    weight = 1.0 / (0.1 * level + (design / scale).mean(1) * level)
-    solution, _ = nnls(design / scale * weight[:, None], squared * weight)
-    return solution / scale
+    # In units of the mean square: the solver's tolerances know no unit.
+    weight = 1.0 / (0.1 + (design / scale).mean(1))
+    solution, _ = nnls(design / scale * weight[:, None], squared / level * weight)
+    return solution * level / scale
 
 
 def noise_quantum(cell: Array, mask: NDArray[np.bool_]) -> float:

@@ -26,7 +26,7 @@ from deepfere.model.fit import (
     tier_evidence,
 )
 from deepfere.model.fit import Evidence as Problem
-from deepfere.model.network import FusionNetwork
+from deepfere.model.network import NETWORK_SHARE, FusionNetwork
 from deepfere.model.reduced import network_rows, reduced_detail, ridge_detail
 from deepfere.model.ridge import RidgeFit, null_guides
 from deepfere.model.transfer import DEFAULT_SMOOTHING_PITCH, SmoothingChoice
@@ -119,6 +119,11 @@ def without_guide(cube: NDArray[np.float32], mask: NDArray[np.bool_], factors: F
     return Learned("T0", Alignment.identity(), DEFAULT_SMOOTHING_PITCH, fit, {"tier": "T0"})
 
 
+def _averaged(closed: NDArray[np.float64], deep: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The deep tier's detail, as `DetailModel` makes it."""
+    return (1 - NETWORK_SHARE) * closed + NETWORK_SHARE * deep
+
+
 def choose(
     prep: Prepared,
     cube: NDArray[np.float32],
@@ -161,7 +166,7 @@ def choose(
     fit, nulls = closed
     tier, network = "T1", None
     if joint is not None:
-        deep = network_rows(joint[0], problem, factors)
+        deep = _averaged(fit.predicted, network_rows(joint[0], problem, factors))
         rows = held[problem.rows.block]
         notes["t1_left_held_out"] = tier_error(problem, weight, fit.predicted, rows)
         notes["t2_left_held_out"] = tier_error(problem, weight, deep, rows)
@@ -170,9 +175,10 @@ def choose(
         if config.model.tier == "T2" or (ahead and notes["t2_evidence"] > TIER_EVIDENCE):
             tier, network = "T2", joint[0]
             predicted = deep
+            guides = null_guides(problem.features, config.model.null_guides, config.seed)
             null_rows = [
-                network_rows(network, problem, factors, features)
-                for features in null_guides(problem.features, config.model.null_guides, config.seed)
+                _averaged(null, network_rows(network, problem, factors, features))
+                for null, features in zip(nulls, guides, strict=True)
             ]
             # Only rows that training never saw can judge the network.
             factor_gate, ion_gate = gate_ions(problem, factors.basis, predicted, null_rows, rows)
@@ -184,7 +190,9 @@ def choose(
     loadings = gate[:, None] * factors.basis
 
     def detail_at(ratio: int) -> NDArray[np.float64]:
-        raw = reduced_detail(network, problem, factors) if network is not None else ridge_detail(problem, fit.weights)
+        raw = ridge_detail(problem, fit.weights)
+        if network is not None:
+            raw = _averaged(raw, reduced_detail(network, problem, factors))
         return raw * factor_gate.gate[:, None, None]
 
     steps, uncertainty = select_positivity(cube, prep.measured.mask, detail_at, loadings)

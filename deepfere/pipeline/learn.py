@@ -12,6 +12,7 @@ from deepfere.config import Config
 from deepfere.errors import InputError
 from deepfere.frame import Alignment
 from deepfere.measured.factors import Factors, factorise
+from deepfere.model.denoise import denoise
 from deepfere.model.fit import fit_t1
 from deepfere.model.network import FusionNetwork
 from deepfere.model.transfer import LEAST_PX
@@ -53,7 +54,7 @@ def learn_stage(
     run_name: str,
     given: GivenModel | None = None,
 ) -> list[dict[str, float]]:
-    """Fit every section; writes ``fit.npz``, ``arrays.npz`` and ``model.json`` per section.
+    """Fit every section; writes ``fit.npz``, ``arrays.npz``, ``denoised.npz`` and ``model.json`` per section.
 
     Returns:
         The training's history (empty where the deep tier was not trained).
@@ -71,6 +72,7 @@ def learn_stage(
         if not config.guide:
             for prep, cube, factor in zip(preps, cubes, factors, strict=True):
                 _save(work, prep, factor, without_guide(cube, prep.measured.mask, factor), None)
+                denoise(cube, prep.measured.mask, None, config.seed).save(prep.folder.denoised)
             facts["history"] = []
             return []
         smoothings = smoothings_pitch(config)
@@ -100,6 +102,8 @@ def learn_stage(
                 prep, cubes[n], factors[n], problems[n], closed[n], held[n], joint, n, config, progress, given is None
             )
             _save(work, prep, factors[n], learned, joint[0] if joint else None)
+            # The features are filled in where the slide shows nothing.
+            denoise(cubes[n], prep.measured.mask, problems[n].features, config.seed).save(prep.folder.denoised)
         facts["history"] = trained.history if trained else []
         progress("learn", 1.0)
         return facts["history"]

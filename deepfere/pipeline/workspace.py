@@ -65,6 +65,7 @@ class SectionFolder:
         self.pooled_joint = root / "pooled-joint.zarr"
         self.arrays = root / "arrays.npz"
         self.fit = root / "fit.npz"
+        self.denoised = root / "denoised.npz"
         self.model = root / "model.json"
         self.journal = root / "journal"
 

@@ -17,6 +17,7 @@ from deepfere.config import Config, digest
 from deepfere.errors import IdentityError, InputError
 from deepfere.evaluation.metrics import consistency
 from deepfere.frame import Alignment
+from deepfere.model.denoise import Denoised
 from deepfere.model.fit import SectionFit
 from deepfere.pipeline.prepare import Prepared, load_plan
 from deepfere.pipeline.workspace import Progress, Workspace, write_json
@@ -254,6 +255,14 @@ def _seal(
         stored.attrs["spacing_um"] = spacing.tolist()
         Alignment.from_dict(model["alignment"]).save(out / "alignment.json")
         shutil.copyfile(prep.folder.alignment_start, out / "alignment_start.json")
+    denoised = Denoised.load(prep.folder.denoised)
+    side = [min(512, n) for n in denoised.images.shape[1:]]
+    if "denoised" in group:
+        del group["denoised"]
+    stored = create_array(
+        group, "denoised", denoised.images.shape, "float32", (1, *side), dimension_names=("ion", "y", "x")
+    )
+    stored[:] = denoised.images
     basis = group.require_group("basis")
     arrays = {
         "loadings": fit.basis,
@@ -265,6 +274,8 @@ def _seal(
         "factor_r2": fit.factor_r2,
         "detail_scale": np.asarray(detail_scale(fit)),
         "weights": fit.weights,
+        "noise_share": denoised.noise_share,
+        "chi_square": denoised.chi_square,
         "consistency": np.zeros(len(fit.ion_gate)),
     }
     for name, values in arrays.items():

@@ -5,6 +5,7 @@ Layout of the store (Zarr v3; root attributes hold ``format_version``; without `
 * ``measured/``: the measurement as ingested (`deepfere.measured.store`).
 * ``detail/``: OME multiscale, K detail planes (c, y, x), float16, times ``detail_scale`` each.
 * ``basis/``: W (M, K), gates, held-out R2, positivity steps.
+* ``denoised``: (ion, y, x), the measurement without its counting noise.
 * ``uncertainty/``: every ion's noise model.
 * ``stain/``: OME multiscale, the stain on the section grid, uint8 RGB.
 * ``overview``: the whole slide, small.
@@ -122,7 +123,11 @@ class Result:
 
     @cached_property
     def ions(self) -> pandas.DataFrame:
-        """One row per ion: mz, held_out_r2, gate, informed, null_r2, consistency, nonneg_steps."""
+        """One row per ion.
+
+        Columns: mz, held_out_r2, gate, informed, null_r2, consistency, nonneg_steps, noise_share, chi_square (the
+        last two of the denoised mode, see `deepfere.model.denoise.Denoised`).
+        """
         import pandas as pd
 
         basis = self._basis
@@ -135,6 +140,8 @@ class Result:
                 "null_r2": basis["null_r2"],
                 "consistency": basis["consistency"],
                 "nonneg_steps": basis["positivity"],
+                "noise_share": basis["noise_share"],
+                "chi_square": basis["chi_square"],
             }
         )
 
@@ -183,7 +190,7 @@ class Result:
         """The low-resolution image (ny, nx) as measured, normalised as chosen; NaN = not measured."""
         return _measured_image(self.path, self.index(mz, ppm))
 
-    def ion(self, mz: float, *, ppm: float | None = None, level: int = 0) -> dask.array.Array:
+    def ion(self, mz: float, *, ppm: float | None = None, level: int = 0, denoised: bool = False) -> dask.array.Array:
         """The high-resolution image (H, W) float32 of an ion, exact, decoded when computed.
 
         Args:
@@ -191,14 +198,16 @@ class Result:
             ppm: How far the nearest ion may be; None takes the study's tolerance.
             level: 0 is the finest; a pixel of level k is the mean of those of its 2^k x 2^k pixels of level 0
                 that exist and were measured.
+            denoised: The measurement without what is taken for its counting noise in place of the measurement.
 
         Returns:
-            A lazy array; NaN where not measured. Averaged over measured pixels it is the measurement.
+            A lazy array; NaN where not measured. Averaged over measured pixels it is the measurement, or with
+            ``denoised`` the denoised one.
 
         Raises:
             InputError: No such ion or level.
         """
-        return self._lazy(self.index(mz, ppm), level, _ion_block)
+        return self._lazy(self.index(mz, ppm), level, partial(_ion_block, denoised=denoised))
 
     def uncertainty(self, mz: float, *, ppm: float | None = None, level: int = 0) -> dask.array.Array:
         """One standard deviation (H, W) float32 of what an instrument with this pixel size would have measured.
@@ -277,10 +286,11 @@ def _at(path: str) -> Result:
 
 
 @lru_cache(maxsize=32)
-def _decoder(path: str, stamp: float, ion: int) -> IonDecoder:
+def _decoder(path: str, stamp: float, ion: int, denoised: bool = False) -> IonDecoder:
     result = _opened(path, stamp)
     basis = result._basis
-    cells = fill_missing(np.asarray(_measured_image(path, ion), np.float64), result.mask)
+    image = result._group["denoised"][ion] if denoised else _measured_image(path, ion)
+    cells = fill_missing(np.asarray(image, np.float64), result.mask)
     loadings = basis["gate"][ion] * basis["loadings"][ion] * basis["detail_scale"]
     return IonDecoder.build(cells, loadings, result.factor, int(basis["positivity"][ion]))
 
@@ -303,7 +313,7 @@ def _hide(image: NDArray[np.float64], result: Result, cells: Cells) -> NDArray[n
     return np.where(np.repeat(np.repeat(mask, f, 0), f, 1), image, np.nan).astype(np.float32)
 
 
-def _ion_block(*, path: str, ion: int, block_info: Any = None) -> NDArray[np.float32]:
+def _ion_block(*, path: str, ion: int, denoised: bool, block_info: Any = None) -> NDArray[np.float32]:
     result = _at(path)
     f, cells = result.factor, _window(block_info, result.factor)
     planes = result._group["detail"]["0"]
@@ -312,7 +322,7 @@ def _ion_block(*, path: str, ion: int, block_info: Any = None) -> NDArray[np.flo
         return np.asarray(planes[:, window.i0 * f : window.i1 * f, window.j0 * f : window.j1 * f])
 
     stamp = (Path(path) / "provenance.json").stat().st_mtime
-    return _hide(_decoder(path, stamp, ion).window(cells, detail), result, cells)
+    return _hide(_decoder(path, stamp, ion, denoised).window(cells, detail), result, cells)
 
 
 def _variance_block(*, path: str, ion: int, factor: float, block_info: Any = None) -> NDArray[np.float32]:

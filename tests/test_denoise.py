@@ -1,0 +1,132 @@
+"""The denoised mode: predictions that never see a pixel's own noise, and what is made of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter
+
+from deepfere.alignment.score import spatial_blocks
+from deepfere.model.denoise import LEAST_PX, Denoised, denoise, predict, without_centre
+
+SHAPE = (36, 33)
+
+
+def section(seed: int, counts: float = 60.0):
+    """Twelve ions of three maps (one of them sharp, which the stain shows), counted; a hot spot in the last."""
+    rng = np.random.default_rng(seed)
+    smooth = [gaussian_filter(rng.standard_normal(SHAPE), 5) for _ in range(2)]
+    sharp = gaussian_filter(rng.standard_normal(SHAPE), 0.7)
+    maps = np.stack([(m - m.min()) / np.ptp(m) for m in (*smooth, sharp)])
+    truth = np.einsum("mk,kyx->myx", rng.uniform(0.1, 1, (12, 3)), maps)
+    truth[-1] = 0.02
+    truth[-1, 20, 14] = 1.0
+    truth *= 50.0
+    noisy = rng.poisson(truth * counts / 50) * 50 / counts
+    mask = np.ones(SHAPE, bool)
+    mask[:6, :9] = False
+    features = np.stack([sharp + 0.1 * rng.standard_normal(SHAPE), rng.standard_normal(SHAPE)])
+    return truth, noisy, mask, features
+
+
+def errors(image, truth, mask):
+    return ((image - truth) ** 2)[:, mask].mean(1)
+
+
+@pytest.mark.parametrize("counts", [10.0, 60.0, 400.0])
+@pytest.mark.parametrize("seed", range(2))
+def test_less_noise_in_every_ion(seed, counts):
+    truth, noisy, mask, features = section(seed, counts)
+    out = denoise(noisy, mask, features, 0)
+    before, after = errors(noisy, truth, mask), errors(out.images, truth, mask)
+    assert (after[:-1] < before[:-1]).all()
+    assert np.median(after[:-1] / before[:-1]) < 0.75
+    assert (out.images >= 0).all() and out.images.dtype == np.float32
+    assert not out.images[:, ~mask].any()
+    assert 0.85 < np.median(out.chi_square[:-1]) < 1.15
+
+
+def test_a_hot_spot_that_nothing_else_shows_stands():
+    _, noisy, mask, features = section(3)
+    out = denoise(noisy, mask, features, 0)
+    assert out.images[-1, 20, 14] == pytest.approx(noisy[-1, 20, 14], rel=0.02)
+
+
+def test_it_works_without_the_stain_and_knows_no_order_of_units():
+    truth, noisy, mask, _ = section(4)
+    out = denoise(noisy, mask, None, 0)
+    assert (errors(out.images, truth, mask) < errors(noisy, truth, mask))[:-1].all()
+    # As in real files, where intensities are counts times anything.
+    # (A power of two: counts that are equal stay equal.)
+    scaled = denoise(noisy * 2**17, mask, None, 0)
+    np.testing.assert_allclose(scaled.images, out.images * 2**17, rtol=1e-4, atol=1e-2)
+
+
+def test_what_has_no_noise_is_left_alone():
+    smooth = 5 + gaussian_filter(np.random.default_rng(0).standard_normal((3, *SHAPE)), (0, 8, 8))
+    mask = np.ones(SHAPE, bool)
+    flat = np.stack([np.zeros(SHAPE), np.full(SHAPE, 7.0)])
+    out = denoise(np.concatenate([smooth, flat]), mask, None, 0)
+    np.testing.assert_allclose(out.images[:3], smooth, rtol=2e-3)
+    np.testing.assert_array_equal(out.images[3:], flat.astype(np.float32))
+    assert np.isnan(out.chi_square[3:]).all()
+
+
+def test_too_few_pixels_are_left_alone():
+    cube = np.random.default_rng(0).poisson(9.0, (4, 8, 9)).astype(float)
+    mask = np.zeros((8, 9), bool)
+    mask.ravel()[: LEAST_PX - 1] = True
+    out = denoise(cube, mask, None, 0)
+    np.testing.assert_array_equal(out.images, np.where(mask, cube, 0).astype(np.float32))
+    assert np.isnan(out.chi_square).all() and not out.noise_share.any()
+
+
+def test_unmeasured_pixels_do_not_matter():
+    _, noisy, mask, features = section(5)
+    spoilt = np.where(mask, noisy, 1e9)
+    a, b = denoise(noisy, mask, features, 0), denoise(spoilt, mask, features, 0)
+    np.testing.assert_array_equal(a.images, b.images)
+
+
+@pytest.mark.parametrize("scale", [0.6, 1.4, 4.5])
+def test_the_average_around_a_pixel_never_sees_it(scale):
+    rng = np.random.default_rng(1)
+    image, mask = rng.random(SHAPE), rng.random(SHAPE) < 0.8
+    mask[10, 11] = True
+    other = image.copy()
+    other[10, 11] = 50.0
+    assert without_centre(other, mask, scale)[10, 11] == pytest.approx(
+        without_centre(image, mask, scale)[10, 11], abs=1e-6
+    )
+    np.testing.assert_allclose(without_centre(np.full(SHAPE, 3.0), mask, scale)[mask], 3.0)
+    lonely = np.zeros(SHAPE, bool)
+    lonely[4, 4] = True
+    assert without_centre(image, lonely, scale)[4, 4] == 0
+
+
+def test_a_block_is_predicted_without_itself(monkeypatch):
+    monkeypatch.setattr("deepfere.model.denoise.PENALTIES", (1e-3,))
+    rng = np.random.default_rng(2)
+    block = spatial_blocks(np.ones(SHAPE, bool), 4).ravel()
+    x = rng.standard_normal((block.size, 5))
+    y = x @ rng.standard_normal(5) + 0.1 * rng.standard_normal(block.size)
+    other = y.copy()
+    other[block == 3] += 100.0
+    a, b = predict(x, y, block), predict(x, other, block)
+    np.testing.assert_allclose(a[block == 3], b[block == 3], atol=1e-9)
+    assert np.abs(a - b)[block != 3].max() > 1
+    assert np.corrcoef(a, y)[0, 1] > 0.99
+    # A column that says nothing, or is the same everywhere, does no harm.
+    wide = np.column_stack([x, np.full(block.size, 3.0)])
+    assert np.corrcoef(predict(wide, y, block), y)[0, 1] > 0.99
+
+
+def test_it_survives_its_file_and_repeats(tmp_path):
+    _, noisy, mask, features = section(6)
+    out = denoise(noisy, mask, features, 1)
+    out.save(tmp_path / "d.npz")
+    back = Denoised.load(tmp_path / "d.npz")
+    again = denoise(noisy, mask, features, 1)
+    for name in ("images", "chi_square", "noise_share"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(out, name))
+        np.testing.assert_array_equal(getattr(again, name), getattr(out, name))
