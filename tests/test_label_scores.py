@@ -57,7 +57,8 @@ def write_result(path: Path, *, gate: float = 1.0, guide: bool = True, mz=MZ, sc
     write_measured(path / "measured", measured, mask, mz, 50.0, {"tolerance_ppm": 5.0})
     values = {"gate": np.full(IONS, gate), "loadings": np.eye(IONS), "detail_scale": np.ones(IONS)}
     values |= {"positivity": np.arange(IONS) % 3, "held_out_r2": np.full(IONS, 0.5), "null_r2": np.zeros(IONS)}
-    values["consistency"] = np.full(IONS, 1e-8)
+    values |= {"consistency": np.full(IONS, 1e-8), "noise_share": np.zeros(IONS)}
+    values["chi_square"] = np.ones(IONS)
     for name, value in values.items():
         group.require_group("basis").create_array(name, data=value)
     detail = (truth - upsample(cell_means(truth, F), F)).astype(np.float16)
