@@ -36,9 +36,9 @@ the other benchmarks work, and what the cases need.
 """
 OVERVIEW = """
 Mean changes from `no-guide`, the same reconstruction without the stain. The oracle knows the truth: a ceiling, not a
-method. All that averages back to the measurement keeps its noise. What smooths (bicubic, guided filter) gains where noise
-dominates (ions without fine structure, few counts) and pays elsewhere, most with hot spots, and with the measurement
-itself. `denoised` leaves the measurement too, as far as its counting noise is estimated to reach.
+method. All that averages back to the measurement keeps its noise. What smooths (bicubic, guided filter) gains where
+noise dominates (ions without fine structure, few counts) and pays elsewhere, most with hot spots, and with the
+measurement itself. `denoised` leaves the measurement too, as far as its counting noise is estimated to reach.
 """
 FAIR = """
 Methods that use the stain get the alignment and the stain features that deepfere found, so that only the fusion

@@ -3,7 +3,8 @@
     python benchmarks/phantom.py [small] [medium] [gigapixel] [--quick] [--json FILE]
 
 One section at 100 um pitch and 0.5 um per slide pixel, larger from case to case. `gigapixel` takes about an hour on
-one core and 12 GB of disk. Memory is the sum of PSS over the process tree. `--quick` is `small` alone.
+one core and 12 GB of disk. Memory is the sum of PSS over the process tree; it does not depend on the slide, but on the
+number of spectra (the imzML's writer holds some 7 kB of each). `--quick` is `small` alone.
 """
 
 from __future__ import annotations

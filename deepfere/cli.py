@@ -223,29 +223,53 @@ def report(result: str, out: str | None) -> None:
 @main.command()
 @click.argument("result", type=click.Path())
 @OVERRIDES
-@click.option("--ratio", "ratios", type=int, multiple=True, default=(2, 4, 8), help="Reduced-scale ratios.")
+@click.option(
+    "--ratio", "ratios", type=int, multiple=True, help="Reduced-scale ratios [default: 2, 4, 8; none with --labels]."
+)
+@click.option("--labels", type=click.Path(), help="Tissue labels (.npy, .png, .tif) to compare borders with.")
+@click.option("--against", multiple=True, metavar="NAME=RESULT", help="Another result to compare with the labels.")
 @CONFIG
-def evaluate(result: str, overrides: tuple[str, ...], ratios: tuple[int, ...], config: str | None) -> None:
-    """Score a result's pipeline at reduced scale (Wald), where the measurement itself is the truth.
+def evaluate(
+    result: str,
+    overrides: tuple[str, ...],
+    ratios: tuple[int, ...],
+    labels: str | None,
+    against: tuple[str, ...],
+    config: str | None,
+) -> None:
+    """Score a result's pipeline at reduced scale (Wald), and its images against tissue labels.
 
-    The measurement is degraded, the whole pipeline runs on it blind, and its output is compared with what was
-    measured; beside it bicubic and the run without the stain. The scores go beside the result and into the report.
-    Settings are the result's own; those that are given here replace theirs.
+    At reduced scale the measurement itself is the truth: it is degraded, the whole pipeline runs on it blind, and its
+    output is compared with what was measured; beside it bicubic and the run without the stain. Settings are the
+    result's own; those that are given here replace theirs.
+
+    With labels, the images of every method are segmented by one rule and their borders are compared; nothing runs
+    again. The scores go beside the result and into the report, and those of an earlier call stay.
 
     \b
     Example:
       deepfere evaluate result.zarr --ratio 2 --ratio 4
+      deepfere evaluate result.zarr --labels labels.png
     """
-    from deepfere.evaluation.evaluate import evaluate_result, render
+    from deepfere.evaluation.evaluate import evaluate_labels, evaluate_result, load_evaluation, render
     from deepfere.evaluation.report import write_report
     from deepfere.reconstruction.result import beside
     from deepfere.reconstruction.result import open as open_result
 
     opened = open_result(result)
+    if against and labels is None:
+        raise click.UsageError("--against compares with labels: give --labels too")
+    if labels is not None and not ratios and (config is not None or overrides):
+        raise click.UsageError("settings change nothing where only labels are compared: give --ratio too")
+    scores: dict[str, Any] = {}
     with progress_bar("evaluate") as progress:
-        scores = evaluate_result(opened, ratios=ratios, config=config, overrides=overrides, progress=progress)
+        if labels is not None:
+            scores |= evaluate_labels(opened, labels, against=against, progress=progress)
+        if ratios or labels is None:
+            ratios = ratios or (2, 4, 8)
+            scores |= evaluate_result(opened, ratios=ratios, config=config, overrides=overrides, progress=progress)
     click.echo(render(scores))
-    page = write_report(opened, beside(result, ".html"), evaluation=scores)
+    page = write_report(opened, beside(result, ".html"), evaluation=load_evaluation(result))
     click.echo(f"report: {page}")
 
 

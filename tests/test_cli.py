@@ -99,6 +99,17 @@ def test_what_is_nothing_of_ours_is_told_in_one_line(cli, things, command, name)
     assert sorted(things.rglob("*")) == before
 
 
+def test_options_of_evaluate_that_would_do_nothing_are_refused(cli, monkeypatch):
+    monkeypatch.setattr("deepfere.reconstruction.result.open", lambda path: path)
+    for words, told in (
+        (["--against", "a=b.zarr"], "--labels"),
+        (["--labels", "l.png", "model.tier=T1"], "--ratio"),
+        (["--labels", "l.png", "--config", "c.yaml"], "--ratio"),
+    ):
+        done = cli("evaluate", "r.zarr", *words)
+        assert done.code == 2 and len(done.errors) == 1 and told in done.errors[0], done
+
+
 @pytest.mark.parametrize("command", ["info", "report", "evaluate"])
 def test_names_that_no_file_can_have(cli, command):
     done = cli(command, "n" * 300)

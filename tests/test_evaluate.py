@@ -82,6 +82,29 @@ def test_the_bicubic_of_the_table_is_recomputed(copied, fused):
     assert scores["wald"][0]["ions"][0]["bicubic_rmse"] == pytest.approx(error, rel=1e-4)
 
 
+def test_labels_are_compared_without_running_again(copied, cli, phantom):
+    before = load_evaluation(copied)
+    began = {p: p.stat().st_mtime_ns for p in copied.rglob("*")}
+    done = cli("evaluate", copied, "--labels", phantom.truth / "labels.npy", "--against", f"itself={copied}")
+    assert done.code == 0, done
+    assert "HD95 px" in done.out and "x2: alignment" not in done.out
+    after = load_evaluation(copied)
+    assert {k: v for k, v in after.items() if k != "boundaries"} == before
+    (block,) = after["boundaries"]
+    names = phantom.class_names()
+    assert "cortex" in [names[value] for value in block["classes"]] and len(block["classes"]) >= 3
+    rows = {row["method"]: row for row in block["rows"]}
+    assert list(rows) == ["bicubic", "no_guide", "ours", "itself"]
+    assert {**rows["itself"], "method": "ours"} == rows["ours"]
+    for row in rows.values():
+        assert 0.3 < row["f1"][2] <= 1 and 0.3 < row["dice"] <= 1 and 0 < row["hausdorff95_px"] < 20
+    page = copied.with_suffix(".html").read_text()
+    assert "Borders of the tissue labels" in page and "× 2" in page
+    assert {p: p.stat().st_mtime_ns for p in copied.rglob("*")} == began
+    wrong = cli("evaluate", copied, "--labels", phantom.truth / "gone.npy")
+    assert wrong.code == 2 and len(wrong.errors) == 1 and "no such file" in wrong.errors[0]
+
+
 def test_scores_of_another_result_are_not_shown(copied):
     file = scores_file(copied)
     scores = json.loads(file.read_text())

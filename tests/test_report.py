@@ -248,6 +248,40 @@ def test_scores_are_shown_when_evaluated(full, small, tmp_path):
     assert "Wald" not in without.text and "known truth" not in without.text
 
 
+def label_block(**changes: Any) -> dict[str, Any]:
+    """Scores against a label image, as `evaluate --labels` writes them."""
+    picture = io.BytesIO()
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(picture, "PNG")
+    source = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
+    scores = {"bicubic": (0.61, 0.8, 0.9), "no_guide": (0.62, 0.7, 0.7), "ours": (0.75, None, 0.95)}
+    rows = [
+        {"method": name, "f1": [f1], "hausdorff95_px": off, "dice": dice, "class_dice": [dice, None], "picture": source}
+        for name, (f1, off, dice) in scores.items()
+    ]
+    return {
+        "labels": "/somewhere/annotation.png",
+        "classes": [1, 4],
+        "colours": ["#4477aa", "#ee6677"],
+        "tolerances_px": [0.5],
+        "notes": ["class 9 is rare"],
+        "picture": source,
+        "rows": rows,
+    } | changes
+
+
+def test_borders_are_shown_with_their_pictures(small, tmp_path):
+    text, page = report(FakeResult(ions=1), tmp_path, evaluation={"boundaries": [label_block()]})
+    assert_self_contained(text, page)
+    (tmp_path / "report.html").unlink()
+    _, without = report(FakeResult(ions=1), tmp_path)
+    assert len(pictures(page)) == len(pictures(without)) + 4
+    for words in ("annotation.png", "F1, 0.5 px", "Dice, class 4", "class 9 is rare", "no stain (--no-guide) 0.620"):
+        assert words in page.text, words
+    # The best of each column, of those that have a value; the smallest distance is the best.
+    assert re.findall(r'<td class="n best">([0-9.]+)', text) == ["0.700", "0.750", "0.950"]
+    assert "Borders of the tissue labels" not in without.text and "Wald" not in page.text
+
+
 @pytest.mark.parametrize("shape, factor", [((1, 1), 8), ((2, 37), 3), ((41, 3), 1), ((7, 9), 5)])
 def test_odd_sizes(shape, factor, small, tmp_path):
     result = FakeResult(shape=shape, factor=factor, ions=2, levels=1)
@@ -305,7 +339,9 @@ def test_names_cannot_inject_html(small, tmp_path):
     evaluation = {
         "wald": [{"ratio": 2, "rows": rows, "alignment": evil, "note": evil}],
         "truth": [{"kind": evil}],
+        "boundaries": [label_block(labels=evil, notes=[evil], picture="https://x.org/a.png", colours=[evil, evil])],
     }
+    evaluation["boundaries"][0]["rows"][0]["method"] = evil
     text, page = report(result, tmp_path, evaluation=evaluation)
     assert_self_contained(text, page)
     assert not any("onerror" in attributes for _, attributes in page.tags)

@@ -1,8 +1,11 @@
-"""``evaluate``: the pipeline judged at reduced scale (Wald's protocol), and against a phantom's truth.
+"""``evaluate``: the pipeline judged at reduced scale (Wald's protocol), and images judged against tissue labels.
 
 The measurement is degraded by a ratio r (footprint means; a coarse pixel needs all of its pixels), the whole
 pipeline runs on the degraded data, blind, with factor r, and its output is compared with what was measured.
 Source: Wald, Ranchin and Mangolini, Photogramm. Eng. Remote Sens. 63, 691 (1997).
+
+Labels are compared in `deepfere.evaluation.label_scores`. All scores of a result lie in one file beside it; each part
+stays until it is measured again, or the result is another one.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from numpy.typing import NDArray
 
 from deepfere.config import Config, IngestSettings, load_config
 from deepfere.errors import InputError
+from deepfere.evaluation.label_scores import label_scores, render_labels
 from deepfere.evaluation.metrics import degrade, ergas, keys_bicubic, pearson, psnr, rmse, sam_deg, ssim
 from deepfere.frame import Alignment
 from deepfere.measured.store import write_measured
@@ -43,6 +47,50 @@ def load_evaluation(path: str | Path) -> dict[str, Any] | None:
     scores = json.loads(file.read_text())
     result = Result(path)
     return scores if scores.get("identity") == result.provenance["identity"] else None
+
+
+def save_scores(result: Result, **parts: Any) -> dict[str, Any]:
+    """Put parts of the scores beside a result; what is known of the same result otherwise is kept.
+
+    ``boundaries`` is a list with one entry per label image; only those of the same images are replaced.
+
+    Returns:
+        All that is known.
+    """
+    known = load_evaluation(result.path) or {}
+    if "boundaries" in parts:
+        again = {block["labels"] for block in parts["boundaries"]}
+        kept = [block for block in known.get("boundaries", []) if block["labels"] not in again]
+        parts["boundaries"] = kept + parts["boundaries"]
+    known |= {
+        "identity": result.provenance["identity"],
+        "consistency": float(result.ions["consistency"].max()),
+        **parts,
+    }
+    write_json(scores_file(result.path), known)
+    return known
+
+
+def evaluate_labels(
+    result: Result, labels: str | Path, *, against: Iterable[str] = (), progress: Progress = quiet
+) -> dict[str, Any]:
+    """Scores of a result's images against tissue labels; written beside it.
+
+    Args:
+        result: A finished result.
+        labels: Label image on the section's high-resolution grid, or a whole multiple or fraction of it.
+        against: Other results of the same measurement, ``NAME=RESULT.zarr``.
+        progress: Called with (what, share).
+
+    Returns:
+        ``{"identity", "boundaries": [...], "consistency"}``: what was measured now (`label_scores`).
+
+    Raises:
+        InputError: The labels or another result do not fit.
+    """
+    found = [label_scores(result, labels, against, progress)]
+    known = save_scores(result, boundaries=list(found))
+    return {"identity": known["identity"], "boundaries": found, "consistency": known["consistency"]}
 
 
 def ion_scores(truth: NDArray[Any], estimate: NDArray[Any], mask: NDArray[np.bool_]) -> dict[str, NDArray[np.float64]]:
@@ -101,7 +149,8 @@ def evaluate_result(
         progress: Called with (what, share).
 
     Returns:
-        ``{"identity", "wald": [{"ratio", "alignment", "rows": [...], "ions": [...]}], "consistency"}``.
+        ``{"identity", "wald": [{"ratio", "alignment", "rows": [...], "ions": [...]}], "consistency"}``: what was
+        measured now.
 
     Raises:
         InputError: The slide is gone, or a setting is wrong.
@@ -122,13 +171,8 @@ def evaluate_result(
             wald.append({"ratio": ratio, "alignment": "none", "note": note, "rows": [], "ions": []})
             continue
         wald.append(_wald(result, base, section, cube, coarse, mask, ratio, progress))
-    scores = {
-        "identity": result.provenance["identity"],
-        "wald": wald,
-        "consistency": float(result.ions["consistency"].max()),
-    }
-    write_json(scores_file(result.path), scores)
-    return scores
+    known = save_scores(result, wald=wald)
+    return {"identity": known["identity"], "wald": wald, "consistency": known["consistency"]}
 
 
 def _wald(
@@ -217,7 +261,7 @@ def _table(
 def render(scores: dict[str, Any]) -> str:
     """The scores as text for a terminal."""
     lines = []
-    for part in scores["wald"]:
+    for part in scores.get("wald") or []:
         note = f" ({part['note']})" if part["note"] else ""
         apart = part.get("alignment_apart_px")
         far = "" if apart is None else f", {apart:.2f} measured pixels from the one at full scale"
@@ -227,6 +271,7 @@ def render(scores: dict[str, Any]) -> str:
         for row in part["rows"]:
             cells = [f"{name} {row[f'{name}_db']:.2f} dB (r {row[f'{name}_r']:.3f})" for name in _methods(row)]
             lines.append(f"  {row['what']:<22} " + "   ".join(cells))
+    lines += [render_labels(block) for block in scores.get("boundaries") or []]
     lines.append(f"consistency: {scores['consistency']:.1e}")
     return "\n".join(lines)
 

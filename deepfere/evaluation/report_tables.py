@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 EXACT = 1e-6
+METHODS = {"bicubic": "bicubic", "no_guide": "no stain (--no-guide)", "ours": "deepfere"}
 RANK = {"stain-informed": 0, "partly": 1, "smooth": 2}
 
 
@@ -138,7 +140,7 @@ def score_tables(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The evaluation's tables, formatted."""
     if not evaluation:
         return None
-    methods = (("bicubic", "bicubic"), ("no_guide", "no stain (--no-guide)"), ("ours", "deepfere"))
+    methods = tuple(METHODS.items())
     tables = []
     for block in evaluation.get("wald") or []:
         rows = []
@@ -176,7 +178,46 @@ def score_tables(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "methods": [label for _, label in methods],
         "wald": tables,
         "truth": truth,
+        "labels": [_label_table(block) for block in evaluation.get("boundaries") or []],
         "consistency": None if checked is None else small(checked),
+    }
+
+
+def _label_table(block: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores against one label image, formatted; its pictures."""
+    rows = block.get("rows") or []
+    heads = [f"F1, {number(tolerance, 'g')} px" for tolerance in block.get("tolerances_px") or []]
+    heads += ["Hausdorff-95, px", "Dice"]
+    columns = []
+    for k, head in enumerate(heads):
+        values = [(*row["f1"], row["hausdorff95_px"], row["dice"])[k] for row in rows]
+        known = [value for value in values if value is not None]
+        best = (min if "Hausdorff" in head else max)(known, default=None)
+        columns.append([{"text": number(v, ".3f"), "best": v is not None and v == best} for v in values])
+    names = [METHODS.get(row["method"], str(row["method"])) for row in rows]
+    shown = [("labels", block.get("picture")), *zip(names, (row.get("picture") for row in rows), strict=True)]
+    return {
+        "name": Path(str(block.get("labels", ""))).name,
+        "heads": heads,
+        "classes": [
+            {"name": str(value), "colour": colour if re.fullmatch("#[0-9a-f]{6}", str(colour)) else "#888888"}
+            for value, colour in zip(block.get("classes") or [], block.get("colours") or [], strict=False)
+        ],
+        "rows": [
+            {
+                "what": name,
+                "cells": [column[k] for column in columns],
+                "dice": [number(value, ".3f") for value in row["class_dice"]],
+            }
+            for k, (name, row) in enumerate(zip(names, rows, strict=True))
+        ],
+        "notes": [str(note) for note in block.get("notes") or []],
+        # What is no picture of ours is not shown: the page fetches nothing.
+        "pictures": [
+            {"src": source, "alt": f"tissue classes, {name}", "label": name}
+            for name, source in shown
+            if str(source).startswith("data:image/png;base64,")
+        ],
     }
 
 

@@ -32,6 +32,7 @@ SURPRISE_SD = 3.5
 LEAST_PX = 60
 _GROUPS = 4
 _MOST_SCORES = 16
+_MOST_IONS = 512
 _FLOOR = 0.02  # of the mean intensity: below it the noise is not less
 
 
@@ -110,9 +111,11 @@ def _scores(cube: NDArray[np.floating], mask: NDArray[np.bool_], seed: int) -> t
     scaled = (table - table.mean(1, keepdims=True)) / np.maximum(sd, floor)[:, None]
     group = np.random.default_rng([seed, 5]).permutation(len(cube)) % _GROUPS
     count = min(_MOST_SCORES, int(mask.sum()) // 12)
+    clearest = np.argsort(-scaled.var(1), kind="stable")
     scores = []
     for g in range(_GROUPS):
-        others = scaled[group != g]
+        # The clearest ions tell what there is to tell; the cost is with the square of their number.
+        others = scaled[np.sort(clearest[group[clearest] != g][:_MOST_IONS])]
         values, vectors = np.linalg.eigh(others @ others.T)
         leading = np.argsort(values)[::-1][:count]
         scores.append(vectors[:, leading].T @ others if len(others) else np.zeros((0, table.shape[1])))

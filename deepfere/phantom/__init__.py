@@ -172,25 +172,26 @@ def _write_section(work: Path, spec: PhantomSpec, tissue: Tissue, progress: Prog
     truth = work / "truth"
     np.save(truth / "mask.npy", mask)
     open_npy = np.lib.format.open_memmap
-    images = open_npy(truth / "ions.npy", "w+", np.float32, (len(ions), *fine.shape_px))
-    labels = open_npy(truth / "labels.npy", "w+", np.int8, fine.shape_px)
+    open_npy(truth / "ions.npy", "w+", np.float32, (len(ions), *fine.shape_px))
+    open_npy(truth / "labels.npy", "w+", np.int8, fine.shape_px)
     band = max(1, _POINTS_AT_ONCE // (9 * f * f * nx))
     with SpectrumWriter(work / "section.imzML", spec, ions) as writer:
         for top in range(0, ny, band):
             rows = min(band, ny - top)
             window = window_of(tissue, fine, (top * f, 0), (rows * f, nx * f))
+            # Opened anew for each band: what is mapped counts as memory for as long as it is.
+            images, labels = (open_npy(truth / name, "r+") for name in ("ions.npy", "labels.npy"))
             labels[top * f : (top + rows) * f] = window.labels
             means = np.empty((len(ions), rows, nx))
             for m, ion in enumerate(ions):
                 image = ion_image(ion, window, spec.grid.extent_um)
                 images[m, top * f : (top + rows) * f] = image
                 means[m] = image.reshape(rows, f, nx, f).mean(axis=(1, 3), dtype=np.float64)
+            del images, labels
             for row in range(rows):
                 writer.write_row(top + row, means[:, row], mask[top + row])
             if progress is not None:
                 progress("section", top + rows, ny)
-    images.flush()
-    labels.flush()
     facts = {
         "spec": spec.to_dict(),
         "classes": list(CLASSES),

@@ -245,6 +245,24 @@ class Result:
         merged = padded.rechunk(tuple(max(1, chunk // side) * side for _ in shape))
         return da.coarsen(_nanmean, merged, {0: side, 1: side}).astype(np.float32)
 
+    def decoder(self, ion: int, denoised: bool = False) -> IonDecoder:
+        """What decoding takes besides `detail`; it holds the measured image twice, in float64.
+
+        Args:
+            ion: Row of `ions` (see `index`).
+            denoised: As for `ion`.
+        """
+        image = self._group["denoised"][ion] if denoised else _measured_image(self.path, ion)
+        cells = fill_missing(np.asarray(image, np.float64), self.mask)
+        basis = self._basis
+        loadings = basis["gate"][ion] * basis["loadings"][ion] * basis["detail_scale"]
+        return IonDecoder.build(cells, loadings, self.factor, int(basis["positivity"][ion]))
+
+    def detail(self, cells: Cells) -> NDArray[np.float16]:
+        """The detail planes (K, h f, w f) as stored, over a window of measured pixels inside the grid."""
+        f, planes = self.factor, self._group["detail"]["0"]
+        return np.asarray(planes[:, cells.i0 * f : cells.i1 * f, cells.j0 * f : cells.j1 * f])
+
     def stain(self, level: int = 0) -> dask.array.Array | None:
         """The stain (3, H, W) uint8 on the section grid; None for a run without the stain."""
         import dask.array as da
@@ -287,12 +305,7 @@ def _at(path: str) -> Result:
 
 @lru_cache(maxsize=32)
 def _decoder(path: str, stamp: float, ion: int, denoised: bool = False) -> IonDecoder:
-    result = _opened(path, stamp)
-    basis = result._basis
-    image = result._group["denoised"][ion] if denoised else _measured_image(path, ion)
-    cells = fill_missing(np.asarray(image, np.float64), result.mask)
-    loadings = basis["gate"][ion] * basis["loadings"][ion] * basis["detail_scale"]
-    return IonDecoder.build(cells, loadings, result.factor, int(basis["positivity"][ion]))
+    return _opened(path, stamp).decoder(ion, denoised)
 
 
 def _measured_image(path: str, ion: int) -> NDArray[np.float32]:
@@ -315,14 +328,9 @@ def _hide(image: NDArray[np.float64], result: Result, cells: Cells) -> NDArray[n
 
 def _ion_block(*, path: str, ion: int, denoised: bool, block_info: Any = None) -> NDArray[np.float32]:
     result = _at(path)
-    f, cells = result.factor, _window(block_info, result.factor)
-    planes = result._group["detail"]["0"]
-
-    def detail(window: Cells) -> NDArray[np.floating]:
-        return np.asarray(planes[:, window.i0 * f : window.i1 * f, window.j0 * f : window.j1 * f])
-
+    cells = _window(block_info, result.factor)
     stamp = (Path(path) / "provenance.json").stat().st_mtime
-    return _hide(_decoder(path, stamp, ion, denoised).window(cells, detail), result, cells)
+    return _hide(_decoder(path, stamp, ion, denoised).window(cells, result.detail), result, cells)
 
 
 def _variance_block(*, path: str, ion: int, factor: float, block_info: Any = None) -> NDArray[np.float32]:
