@@ -7,7 +7,8 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from deepfere.alignment.score import spatial_blocks
-from deepfere.model.denoise import LEAST_PX, Denoised, denoise, predict, without_centre
+from deepfere.model.denoise import LEAST_PX, Denoised, denoise, predict
+from deepfere.model.uncertainty import without_centre
 
 SHAPE = (36, 33)
 
@@ -73,8 +74,8 @@ def test_what_has_no_noise_is_left_alone():
 
 
 def test_too_few_pixels_are_left_alone():
-    cube = np.random.default_rng(0).poisson(9.0, (4, 8, 9)).astype(float)
-    mask = np.zeros((8, 9), bool)
+    cube = np.random.default_rng(0).poisson(9.0, (4, 18, 19)).astype(float)
+    mask = np.zeros((18, 19), bool)
     mask.ravel()[: LEAST_PX - 1] = True
     out = denoise(cube, mask, None, 0)
     np.testing.assert_array_equal(out.images, np.where(mask, cube, 0).astype(np.float32))

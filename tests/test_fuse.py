@@ -215,7 +215,7 @@ def test_interrupted_twice_and_the_same_bytes(fused, phantom, place, tmp_path, c
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again.html", "again.zarr"]
     again = deepfere.open(run.target)
     assert again.provenance["identity"] == fused.provenance["identity"]
-    folders = ("measured", "detail", "stain", "basis", "uncertainty")
+    folders = ("measured", "denoised", "detail", "stain", "basis", "uncertainty")
     ours, theirs = contents(run.target, *folders), contents(place.result, *folders)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if ours[name] != theirs[name]] == []

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=missing()),
 ]
 
-ARRAYS = ("basis", "detail", "measured", "overview", "stain", "uncertainty")
+ARRAYS = ("basis", "denoised", "detail", "measured", "overview", "stain", "uncertainty")
 
 
 @pytest.fixture(scope="module")

@@ -109,6 +109,14 @@ def test_what_can_be_known_is_refused_before_work_starts(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("factor", [0, 1, 65])
+def test_a_factor_that_no_section_can_have_costs_no_ingestion(phantom, tmp_path, monkeypatch, factor):
+    monkeypatch.setattr(MODULE, "ingest_stage", lambda *_: pytest.fail("work began"))
+    with pytest.raises(InputError, match="2 to 64"):
+        fuse(phantom.imzml, None, tmp_path / "r.zarr", factor=factor, overrides=["tracking.uri=none"], guide=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_tracking_store_that_stops_answering_costs_no_work(plain, tmp_path, monkeypatch):
     def gone(*_, **__):
         raise InputError("does not answer", where="http://store")

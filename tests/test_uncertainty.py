@@ -25,11 +25,21 @@ def level(seed: int = 0) -> np.ndarray:
     return 2.0 + np.clip(smooth / smooth.std(), -1.5, 3.0)
 
 
-@pytest.mark.parametrize("quantum", [0.01, 0.3, 4.0])
-@pytest.mark.parametrize("seed", range(3))
-def test_the_quantum_of_counting_noise_is_found(quantum, seed):
-    image = np.random.default_rng(seed).poisson(level(seed) * 40) * quantum
-    assert noise_quantum(image, EVERYWHERE) == pytest.approx(quantum, rel=0.45)
+@pytest.mark.parametrize("quantum", [0.01, 4.0])
+@pytest.mark.parametrize("counts", [0.3, 1.0, 3.0, 10.0, 100.0])
+@pytest.mark.parametrize("seed", range(2))
+def test_the_quantum_of_counting_noise_is_found(quantum, counts, seed):
+    """From single ions, of which a pixel holds none, one or two, to hundreds."""
+    image = np.random.default_rng(seed).poisson(level(seed) / 2 * counts) * quantum
+    assert 0.45 <= noise_quantum(image, EVERYWHERE) / quantum <= 1.6
+
+
+@pytest.mark.parametrize("counts", [0.3, 1.0, 5.0, 30.0])
+def test_the_quantum_of_pulses_that_vary_is_twice_their_mean(counts):
+    rng = np.random.default_rng(7)
+    number = rng.poisson(level() / 2 * counts)
+    image = rng.gamma(np.maximum(number, 1)) * (number > 0)
+    assert 0.45 <= noise_quantum(image, EVERYWHERE) / 2.0 <= 1.5
 
 
 def test_the_quantum_follows_the_unit_and_ignores_what_is_not_measured():

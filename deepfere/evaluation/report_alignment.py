@@ -46,7 +46,9 @@ def describe(alignment: Alignment, grid: SectionGrid, start: Alignment | None = 
     """
     a = alignment.matrix
     mirrored = np.linalg.det(a) < 0
-    angle = float(np.degrees(np.arctan2(a[0, 1], a[1, 1])))
+    # Of the whole affine part, as the search tells it: one axis alone would take a shear for a turn.
+    upright = a @ np.diag([-1.0 if mirrored else 1.0, 1.0])
+    angle = float(np.degrees(np.arctan2(upright[0, 1] - upright[1, 0], upright[0, 0] + upright[1, 1])))
     mirror = ""
     if mirrored:
         # A mirror top to bottom is one left to right and half a turn: say the one with less turning.

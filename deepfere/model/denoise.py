@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from deepfere.alignment.score import spatial_blocks
 from deepfere.measured.factors import noise_sd
 from deepfere.measured.operator import fill_missing
-from deepfere.model.uncertainty import local_variance, noise_quantum
+from deepfere.model.uncertainty import local_variance, noise_quantum, without_centre
 
 Array = NDArray[np.float64]
 
@@ -29,7 +29,8 @@ CAUTION = 0.7
 """Share of the noise quantum that is believed: it is an upper bound, and too much smoothing costs more than none."""
 SURPRISE_SD = 3.5
 """Standard deviations beyond which a pixel refutes its prediction."""
-LEAST_PX = 60
+LEAST_PX = 200
+"""Measured pixels below which nothing is taken away: noise and structure cannot be told apart."""
 _GROUPS = 4
 _MOST_SCORES = 16
 _MOST_IONS = 512
@@ -120,20 +121,6 @@ def _scores(cube: NDArray[np.floating], mask: NDArray[np.bool_], seed: int) -> t
         leading = np.argsort(values)[::-1][:count]
         scores.append(vectors[:, leading].T @ others if len(others) else np.zeros((0, table.shape[1])))
     return group, scores
-
-
-def without_centre(image: Array, mask: NDArray[np.bool_], scale_px: float) -> Array:
-    """Gaussian average over the measured pixels around each pixel, itself left out; 0 where there are none."""
-    from scipy.ndimage import gaussian_filter
-
-    radius = int(4.0 * scale_px + 0.5)
-    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / scale_px) ** 2)
-    centre = float(kernel[radius] / kernel.sum()) ** 2
-    weight = mask.astype(np.float64)
-    filled = np.where(mask, image, 0.0)
-    total = gaussian_filter(filled, scale_px, mode="constant", radius=radius) - centre * filled
-    count = gaussian_filter(weight, scale_px, mode="constant", radius=radius) - centre * weight
-    return np.where(count > 1e-6, total / np.maximum(count, 1e-6), 0.0)
 
 
 def predict(columns: Array, values: Array, block: NDArray[np.int64]) -> Array:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +21,29 @@ Array = NDArray[np.float64]
 
 _LEVELS = 8
 _LEAST_PER_LEVEL = 50
+_AROUND_PX = 2.0
 _QUARTILE = 0.1015  # the lower quartile of a chi-square with one degree of freedom
+_COUNTING = 0.02  # share of zeros from which single ions are counted: few values, no quartile
 PULSE = 2.0
-"""Noise quantum over the least intensity of an ion that is absent in places.
+"""Noise quantum over the intensity of one detected ion, at most.
 
-That least intensity is about one detected ion. Pulses of single ions vary like an exponential distribution at most,
-for which the variance of a sum per unit of its mean, E[x^2] / E[x], is twice the mean pulse.
+Pulses of single ions vary like an exponential distribution at most, for which the variance of a sum per unit of its
+mean, E[x^2] / E[x], is twice the mean pulse.
 """
+
+
+def without_centre(image: Array, mask: NDArray[np.bool_], scale_px: float) -> Array:
+    """Gaussian average over the measured pixels around each pixel, itself left out; 0 where there are none."""
+    from scipy.ndimage import gaussian_filter
+
+    radius = int(4.0 * scale_px + 0.5)
+    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / scale_px) ** 2)
+    centre = float(kernel[radius] / kernel.sum()) ** 2
+    weight = mask.astype(np.float64)
+    filled = np.where(mask, image, 0.0)
+    total = gaussian_filter(filled, scale_px, mode="constant", radius=radius) - centre * filled
+    count = gaussian_filter(weight, scale_px, mode="constant", radius=radius) - centre * weight
+    return np.where(count > 1e-6, total / np.maximum(count, 1e-6), 0.0)
 
 
 def local_variance(cells: Array) -> Array:
@@ -64,39 +81,55 @@ def variance_model(image: Array, truth: Array, spread: Array) -> Array:
 
 
 def noise_quantum(cell: Array, mask: NDArray[np.bool_]) -> float:
-    """Counting noise of one ion: variance per unit of intensity in a measured pixel, at most.
+    """Counting noise of one ion: variance per unit of intensity in a measured pixel, as a rule an upper bound.
 
-    Two upper bounds, the lesser of them. Second differences along rows and columns hold the noise and some structure;
-    pixels of some level, wherever they lie, hold the least of that. Where an ion is absent in places, its least
-    intensity tells what one detected ion is worth.
+    The least of two kinds of bounds. Second differences along rows and columns hold the noise and some structure;
+    pixels of some level, wherever they lie, hold the least of that. Where an ion is absent in places and several
+    pixels hold nearly its least intensity, that is what one detected ion is worth (a count, or a threshold).
 
     Args:
         cell: (ny, nx) intensities.
         mask: (ny, nx) True where measured.
     """
     values = cell[mask]
-    if not (values > 0).any():
+    positive = np.sort(values[values > 0])
+    if not len(positive):
         return 0.0
-    filled = fill_missing(np.asarray(cell, np.float64), mask)
-    squares, levels = [], []
+    bounds = _difference_bounds(fill_missing(np.asarray(cell, np.float64), mask), mask)
+    alike = int((positive <= 2 * positive[0]).sum())
+    if (values <= 0).sum() >= 3 and alike >= max(4, 0.005 * len(positive)):
+        bounds.append(PULSE * float(positive[0]))
+    return min(bounds, default=0.0)
+
+
+def _difference_bounds(image: Array, mask: NDArray[np.bool_]) -> list[float]:
+    """Variance of second differences over intensity, for pixels of similar surroundings."""
+    # Sorted by what lies around and not by their own level, which would sort the noise as well.
+    around = without_centre(image, mask, _AROUND_PX)
+    columns: list[list[NDArray[Any]]] = [[], [], [], []]
     for axis in (0, 1):
-        a, ok = np.moveaxis(filled, axis, 0), np.moveaxis(mask, axis, 0)
+        a, ok, near = np.moveaxis(image, axis, 0), np.moveaxis(mask, axis, 0), np.moveaxis(around, axis, 0)
         whole = ok[2:] & ok[1:-1] & ok[:-2]
         # The s.d. of a second difference is sqrt(6) of the noise's.
-        squares.append(((a[2:] - 2 * a[1:-1] + a[:-2]) ** 2 / 6)[whole])
-        levels.append(((a[2:] + a[1:-1] + a[:-2]) / 3)[whole])
-    square, level = np.concatenate(squares), np.concatenate(levels)
-    square, level = square[level > 0], level[level > 0]
-    bounds = [math.inf]
-    if len(level):
-        parts = np.array_split(
-            np.argsort(level, kind="stable"), int(np.clip(len(level) // _LEAST_PER_LEVEL, 1, _LEVELS))
-        )
-        bounds += [float(np.quantile(square[part], 0.25) / _QUARTILE / level[part].mean()) for part in parts]
-    if (values <= 0).sum() >= 3:
-        bounds.append(PULSE * float(values[values > 0].min()))
-    least = min(bounds)
-    return least if math.isfinite(least) else 0.0
+        squared = (a[2:] - 2 * a[1:-1] + a[:-2]) ** 2 / 6
+        level = (a[2:] + a[1:-1] + a[:-2]) / 3
+        empty = np.minimum(np.minimum(a[2:], a[1:-1]), a[:-2]) <= 0
+        for column, x in zip(columns, (squared, level, empty, near[1:-1]), strict=True):
+            column.append(x[whole])
+    every: list[NDArray[Any]] = [np.concatenate(column) for column in columns]
+    out: list[float] = []
+    squares, levels, empties, nears = every
+    if len(levels):
+        count = int(np.clip(len(levels) // _LEAST_PER_LEVEL, 1, _LEVELS))
+        for part in np.array_split(np.argsort(nears, kind="stable"), count):
+            mean = float(levels[part].mean())
+            if mean <= 0:
+                continue
+            # The quartile sees little of edges, but needs values that are not all the same few.
+            counting = empties[part].mean() > _COUNTING
+            found = squares[part].mean() if counting else np.quantile(squares[part], 0.25) / _QUARTILE
+            out.append(float(found) / mean)
+    return out
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from deepfere.readers.imzml import msi_digest
 from deepfere.readers.slide import open_slide
 from deepfere.reconstruction.result import Result, open
 from deepfere.section import Section, make_section
+from deepfere.tiling.plan import check_range
 from deepfere.training.trainer import preflight
 
 RESULT_FORMAT = 1
@@ -167,6 +168,7 @@ def fuse(
         ingest__representation=representation,
         ingest__duplicates=duplicates,
     )
+    check_range(settings.factor)
     check_patches(settings)
     if settings.guide and slide is None:
         raise InputError("no slide is given", remedy="give the slide, or --no-guide")

@@ -24,6 +24,7 @@ from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.pipeline.write import Outcome, claim_result, reconstruct_stage
 from deepfere.reconstruction.result import open
 from deepfere.section import Section, load_study
+from deepfere.tiling.plan import check_range
 
 STAGES = ("ingest", "align", "tile", "train", "reconstruct")
 
@@ -95,6 +96,7 @@ def run_stage(
         DeepfereError: Sections failed; the others are done.
     """
     settings = load_config(config, overrides, factor=factor, guide=guide)
+    check_range(settings.factor)
     check_patches(settings)
     if stage in ("align", "tile") and not settings.guide:
         raise InputError(f"{stage} needs the stain", where="--no-guide", remedy="leave it out")

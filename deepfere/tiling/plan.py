@@ -81,6 +81,16 @@ def plan_planes(slide_shape_px: tuple[int, int], mpp_um: tuple[float, float], hr
     return PlaneGrid(fine, block, (-(-slide_shape_px[0] // step), -(-slide_shape_px[1] // step)))
 
 
+def check_range(factor: int | None) -> None:
+    """Refuse a factor that no section can have.
+
+    Raises:
+        InputError: Not a whole number from 2 to 64.
+    """
+    if factor is not None and not 2 <= factor <= MAX_FACTOR:
+        raise InputError(f"factor {factor}", where="--factor", remedy=f"give a whole number from 2 to {MAX_FACTOR}")
+
+
 def check_factor(factor: int | None, grid: SectionGrid, mpp_um: tuple[float, float] | None) -> int:
     """The factor, or a default that the slide supports.
 
@@ -97,8 +107,7 @@ def check_factor(factor: int | None, grid: SectionGrid, mpp_um: tuple[float, flo
     floor_um = max(mpp_um) if mpp_um else 0.0
     if factor is None:
         factor = next((n for n in (16, 8, 4) if pitch / n >= max(5.0, floor_um)), 2)
-    if not 2 <= factor <= MAX_FACTOR:
-        raise InputError(f"factor {factor}", where="--factor", remedy=f"give a whole number from 2 to {MAX_FACTOR}")
+    check_range(factor)
     if pitch / factor < 0.999 * floor_um:
         most = int(pitch / floor_um)
         raise InputError(
