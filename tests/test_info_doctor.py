@@ -15,6 +15,7 @@ from deepfere.errors import InputError
 from deepfere.frame import Alignment, Displacement
 from deepfere.inspect import describe, measured_regions, render
 from deepfere.measured.store import FORMAT, write_measured
+from deepfere.reconstruction.result import FORMAT_VERSION as RESULT_VERSION
 from deepfere.store import create_array, open_group
 from tests.imzml_bytes import simple_spectra, write_pair
 from tests.realdata import real_data
@@ -219,6 +220,7 @@ def result(tmp_path):
     mask = np.ones((2, 3), bool)
     write_measured(path / "measured", np.ones((3, 2, 3)), mask, MZ, 10.0)
     columns = {"loadings": np.ones((3, 1)), "detail_scale": np.ones(1), "positivity": np.zeros(3, np.int64)}
+    columns |= {"noise_share": np.zeros(3), "chi_square": np.full(3, np.nan)}
     columns |= {name: np.full(3, 0.5) for name in ("gate", "held_out_r2", "null_r2")} | {"consistency": MZ * 1e-10}
     basis = group.create_group("basis")
     for name, values in columns.items():
@@ -238,7 +240,7 @@ def result(tmp_path):
         "warnings": ["7 negatives"],
     }
     (path / "provenance.json").write_text(json.dumps(provenance))
-    attrs = {"format": "deepfere-result", "format_version": 1, "factor": 2, "levels": 2, "chunk_px": 4}
+    attrs = {"format": "deepfere-result", "format_version": RESULT_VERSION, "factor": 2, "levels": 2, "chunk_px": 4}
     informed = ["smooth", "partly", "smooth"]
     group.attrs.update({**attrs, "normalisation": "none", "informed": informed, "complete": True})
     return path
