@@ -117,6 +117,11 @@ def test_ions_are_found_within_the_tolerance_only(fused):
     assert fused.ion(mz * (1 + 50e-6), ppm=60).shape == fused.ion(mz).shape
     with pytest.raises(InputError, match="no ion"):
         fused.ion(-1.0)
+    for wrong in ("798.5", [mz, mz]):
+        with pytest.raises(InputError, match="is no number"):
+            fused.ion(wrong)
+    with pytest.raises(InputError, match=r"level 1\.5"):
+        fused.ion(mz, level=1.5)
 
 
 def test_uncertainty_is_a_standard_deviation(fused):

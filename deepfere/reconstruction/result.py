@@ -18,6 +18,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,6 +175,8 @@ class Result:
         Raises:
             InputError: No ion within the tolerance; names the nearest.
         """
+        if not isinstance(mz, Real):
+            raise InputError(f"m/z {mz!r} is no number", where=self.path, remedy="give one number, such as 798.541")
         axis = self._measured.mz
         nearest = int(np.abs(axis - mz).argmin())
         allowed = self._measured.tolerance_ppm if ppm is None else ppm
@@ -230,7 +233,7 @@ class Result:
     def _lazy(self, ion: int, level: int, decode: Any) -> dask.array.Array:
         import dask.array as da
 
-        if not 0 <= level < self.levels:
+        if level not in range(self.levels):
             raise InputError(f"level {level}", where=self.path, remedy=f"give 0 to {self.levels - 1}")
         chunk = int(self._attrs["chunk_px"])
         shape = [n * self.factor for n in self.grid.shape_px]
