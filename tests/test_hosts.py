@@ -13,7 +13,6 @@ from tests.hosts import Hosts, missing
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(bool(missing()), reason=missing()),
 ]
 
 ARRAYS = ("basis", "denoised", "detail", "measured", "overview", "stain", "uncertainty")
@@ -21,6 +20,8 @@ ARRAYS = ("basis", "denoised", "detail", "measured", "overview", "stain", "uncer
 
 @pytest.fixture(scope="module")
 def hosts():
+    if why := missing():
+        pytest.skip(f"no hosts on this machine: {why}")
     with Hosts(workers=2) as made:
         yield made
 
