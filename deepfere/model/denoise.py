@@ -26,7 +26,7 @@ Array = NDArray[np.float64]
 SCALES_PX = (0.6, 0.8, 1.0, 1.4, 2.0, 3.0, 4.5)
 PENALTIES = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 CAUTION = 0.7
-"""Share of the noise quantum that is believed: it is an upper bound, and too much smoothing costs more than none."""
+"""Share of the noise quantum that is believed: structure makes it too large, and too much smoothing costs more."""
 SURPRISE_SD = 3.5
 """Standard deviations beyond which a pixel refutes its prediction."""
 LEAST_PX = 200
