@@ -83,10 +83,11 @@ def variance_model(image: Array, truth: Array, spread: Array) -> Array:
 def noise_quantum(cell: Array, mask: NDArray[np.bool_]) -> float:
     """Counting noise of one ion: variance per unit of intensity in a measured pixel.
 
-    The least of two kinds of estimates, both too large where there is structure; the least of several is somewhat small
-    where there is none (pure counting noise: 0.6 to 0.9 of it). Second differences along rows and columns hold the noise and some structure;
-    pixels of some level, wherever they lie, hold the least of that. Where an ion is absent in places and several
-    pixels hold nearly its least intensity, that is what one detected ion is worth (a count, or a threshold).
+    The least of two kinds of estimates, both too large where there is structure; where there is none, the least of
+    several is somewhat small (pure counting noise: 0.6 to 0.9 of it). Second differences along rows and columns hold
+    the noise and some structure; pixels of some level, wherever they lie, hold the least of that. Where an ion is
+    absent in places and several pixels hold nearly its least intensity, that is what one detected ion is worth (a
+    count, or a threshold).
 
     Args:
         cell: (ny, nx) intensities.
