@@ -1,6 +1,6 @@
-"""The oracle: the closed form's own stain features, regressed on the truth.
+"""The oracles: the closed form's own regressors, and its stain features alone, regressed on the truth.
 
-It says how much of what the measurement lost these features could give back if their weights were known: a
+They say how much of what the measurement lost these could give back if their weights were known: a
 ceiling for a closed form at this alignment (in-sample, so slightly too high), not for every method.
 """
 
@@ -15,10 +15,14 @@ from cases import Case, repeat
 from numpy.typing import NDArray
 
 from deepfere.frame import Alignment
+from deepfere.measured.factors import factorise
 from deepfere.measured.operator import cell_means, expand, fill_missing, null_space, pad_edge, spline_coefficients
 from deepfere.model.decode import IonDecoder
 from deepfere.model.detail import COVERED
+from deepfere.model.features import FEATURES
 from deepfere.model.guide import Cells, GuideSpec, features_of
+from deepfere.model.ridge import DENSITIES, LEADING, with_products
+from deepfere.model.stain_types import StainTypes
 from deepfere.pipeline.prepare import reach_um, stain_overview
 from deepfere.readers.slide import open_slide
 from deepfere.reconstruction.result import Result
@@ -30,13 +34,14 @@ PENALTY = 1e-6
 
 
 def stain_features(case: Case, result: Result, alignment: Alignment) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Features (F, H, W) and cover (H, W) of a section at an alignment, straight from the slide."""
+    """Features (F, H, W), with the shares of the result's stain types, and cover (H, W) at an alignment."""
     slide = open_slide(str(case.slide), None if case.slide_mpp_um is None else (case.slide_mpp_um,) * 2)
     grid, f = result.grid, result.factor
     overview, _ = stain_overview(slide, float(np.mean(grid.pitch_um)))
     planes = plan_planes(slide.shape_px, slide.mpp_um, grid.refine(f).pitch_um)
     smoothing = float(result.provenance["model"]["notes"]["smoothing_pitch"])
-    spec = GuideSpec(grid, f, planes.spacing_um, planes.shape_px, overview.reference.white, smoothing)
+    types = StainTypes.from_dict(result.provenance["model"]["stain_types"])
+    spec = GuideSpec(grid, f, planes.spacing_um, planes.shape_px, overview.reference.white, smoothing, types)
     cache = CacheSpec("", str(case.slide), "", slide.mpp_um, planes, overview.reference, overview.artefacts)
     whole = np.zeros((7, *planes.shape_px), np.uint8)
     for row, col in needed_shards(planes, alignment, grid, result.mask, reach_um(spec, alignment, 0)):
@@ -57,11 +62,16 @@ def covered_cells(cover: NDArray[np.float64], result: Result) -> NDArray[np.bool
 
 
 def oracle_images(
-    case: Case, plain: Result, guided: Result, features: NDArray[np.float64], cover: NDArray[np.float64]
+    case: Case,
+    plain: Result,
+    guided: Result,
+    features: NDArray[np.float64],
+    cover: NDArray[np.float64],
+    linear: bool = False,
 ) -> NDArray[np.float64]:
     """What the features could give, (M, H, W), for the images of a case that the results hold.
 
-    Per ion: ridge of ``(I - P A) truth`` on ``(I - P A) features`` over covered measured pixels, then the
+    Per ion: ridge of ``(I - P A) truth`` on ``(I - P A) regressors`` over covered measured pixels, then the
     decoding of every result, with the positivity steps that the guided run selected: it differs from that
     run by its weights (and by a network's freedom) alone.
 
@@ -71,10 +81,20 @@ def oracle_images(
         guided: A run with it: its positivity steps.
         features: (F, H, W) from `stain_features`.
         cover: (H, W) from the same.
+        linear: Only what is linear in the stain's own features: no types, no products with factors.
     """
     f = plain.factor
-    covered = repeat(covered_cells(cover, plain), f)
-    x = null_space(features, f)
+    cells = covered_cells(cover, plain)
+    covered = repeat(cells, f)
+    regressors = features[: len(FEATURES)]
+    if not linear:
+        mz = plain.ions["mz"].to_numpy()
+        cube = np.stack([np.nan_to_num(plain.measured(float(value))) for value in mz])
+        (factors,) = factorise([cube], [plain.mask], int(guided.provenance["config"]["model"]["max_factors"]))
+        filled = fill_missing(factors.images[:LEADING], plain.mask)
+        centre = cell_means(features[list(DENSITIES)], f)[:, cells].mean(1)
+        regressors = with_products(features, expand(pad_edge(spline_coefficients(filled)), f), centre)
+    x = null_space(regressors, f)
     rows = x[:, covered].T
     scale = np.sqrt((rows**2).mean(0))
     rows = rows / np.where(scale > 1e-9, scale, np.inf)

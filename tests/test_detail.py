@@ -13,9 +13,12 @@ from deepfere.model.detail import COVERED, DetailModel
 from deepfere.model.features import FEATURES, PLANES
 from deepfere.model.guide import Cells, GuideSpec, features_of
 from deepfere.model.network import FusionNetwork
+from deepfere.model.stain_types import StainTypes
 
 WHITE = (240.0, 238.0, 242.0)
 K = 3
+TYPES, PRODUCTS = 4, 6
+CENTRE = np.array([0.2, 0.25, 0.3])
 
 
 def smooth_planes(shape=(110, 120), seed=0):
@@ -56,13 +59,15 @@ def make(shape=(11, 9), factor=3, tier="T1", bent=False, seed=0):
         displacement = Displacement((-110.0, -100.0), (110.0, 100.0), rng.uniform(-12, 12, (6, 6, 2)))
     alignment = Alignment(matrix, np.array([90.0, -20.0]), displacement)
     spacing = (30.0 / factor / 2.2, 33.0 / factor / 2.2)
-    spec = GuideSpec(grid, factor, spacing, PLANES_OF_SLIDE.shape[1:], WHITE, 0.15)
+    types = StainTypes(3 * rng.standard_normal((TYPES, len(FEATURES))), rng.standard_normal(TYPES))
+    spec = GuideSpec(grid, factor, spacing, PLANES_OF_SLIDE.shape[1:], WHITE, 0.15, types)
     mask = rng.random(shape) < 0.9
     factors = fill_missing(rng.standard_normal((K, *shape)), mask)
     return DetailModel(
         spec,
         alignment,
-        rng.standard_normal((len(FEATURES), K)),
+        rng.standard_normal((len(FEATURES) + TYPES + PRODUCTS, K)),
+        CENTRE,
         random_network(seed) if tier == "T2" else None,
         np.array([1.0, 0.4, 0.0]),
         spline_coefficients(factors),
@@ -135,7 +140,12 @@ def test_against_the_definition(tier):
     context = model.network.radius_px if model.network else 0
     features, cover = features_of(spec, read, model.alignment, Cells(0, ny, 0, nx), context)
     inner = slice(context, features.shape[1] - context), slice(context, features.shape[2] - context)
-    d = np.einsum("fyx,fk->kyx", features.double().numpy()[:, *inner], model.weights)
+    stain = features.double().numpy()
+    np.testing.assert_allclose(stain[len(FEATURES) :].sum(0), 1, atol=1e-6)
+    levels = expand(pad_edge(model.coefficients), f)[: PRODUCTS // 3]
+    regressors = list(stain[:, *inner])
+    regressors += [level * (stain[n, *inner] - CENTRE[n]) for level in levels for n in range(3)]
+    d = np.einsum("fyx,fk->kyx", np.stack(regressors), model.weights)
     if model.network is not None:
         far = -(-context // f)
         b = np.pad(model.coefficients, [(0, 0), (far + 1, far + 1), (far + 1, far + 1)], mode="edge")
@@ -143,7 +153,7 @@ def test_against_the_definition(tier):
         cut = far * f - context
         up = torch.from_numpy(up[:, cut : up.shape[1] - cut, cut : up.shape[2] - cut]).double()
         with torch.no_grad():
-            d = 0.5 * d + 0.5 * model.network.double()(features.double()[None], up[None])[0].numpy()
+            d = 0.5 * d + 0.5 * model.network.double()(features.double()[None, : len(FEATURES)], up[None])[0].numpy()
         cover = cover[context:-context, context:-context]
         model.network.float()
     expected = null_space(d * model.gate[:, None, None], f)

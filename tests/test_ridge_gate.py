@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
@@ -9,6 +11,7 @@ from scipy.ndimage import gaussian_filter
 from deepfere.measured.factors import factorise
 from deepfere.measured.operator import cell_means, expand, null_space, pad_edge, spline_coefficients
 from deepfere.model import gate as gates
+from deepfere.model.features import FEATURES
 from deepfere.model.fit import (
     RATIO,
     Evidence,
@@ -22,7 +25,17 @@ from deepfere.model.fit import (
 )
 from deepfere.model.network import FusionNetwork
 from deepfere.model.reduced import network_rows, reduced_detail, ridge_detail
-from deepfere.model.ridge import detail, detail_rows, fit_ridge, null_guides, phases, stain_detail, target_rows
+from deepfere.model.ridge import (
+    Chemistry,
+    detail,
+    detail_rows,
+    fit_average,
+    fit_ridge,
+    null_guides,
+    phases,
+    stain_detail,
+    target_rows,
+)
 from deepfere.model.transfer import SmoothingChoice
 from deepfere.model.uncertainty import NoiseModel, local_variance
 
@@ -30,7 +43,8 @@ SHAPE = (37, 34)
 
 
 def problem_of(features, *rest):
-    """`evidence` with the features as they are."""
+    """`evidence` with the features as they are, the first of the real ones; the others are constant."""
+    features = np.concatenate([features, np.zeros((len(FEATURES) - len(features), *features.shape[1:]))])
     return evidence(features[None], (0.25,), *rest, choice=SmoothingChoice(0.25, np.nan, np.nan))
 
 
@@ -252,17 +266,20 @@ def test_the_networks_rows_line_up_with_the_closed_forms():
     mask[10:13, 20] = False
     *_, problem, factors, fit = decide_for(features, cube, mask)
     k = fit.weights.shape[1]
-    network = FusionNetwork(4, k, width=4, depth=2).eval()
-    network.set_feature_scale(problem.features.mean((1, 2)), problem.features.std((1, 2)))
+    network = FusionNetwork(len(FEATURES), k, width=4, depth=2).eval()
+    network.set_feature_scale(problem.features.mean((1, 2)), np.maximum(problem.features.std((1, 2)), 1e-3))
+    plain = detail_rows(problem.features, problem.mask, problem.blocks, RATIO)
+    fit = fit_average(plain, problem.factor_rows)
     network.set_linear(fit.weights)
+    alone = replace(problem, chemistry=None)
     # The start of training is T1: same rows, same order, same numbers.
-    np.testing.assert_allclose(network_rows(network, problem, factors), problem.rows.stain @ fit.weights, atol=1e-5)
-    np.testing.assert_allclose(reduced_detail(network, problem, factors), ridge_detail(problem, fit.weights), atol=1e-5)
+    np.testing.assert_allclose(network_rows(network, problem, factors), plain.stain @ fit.weights, atol=1e-5)
+    np.testing.assert_allclose(reduced_detail(network, problem, factors), ridge_detail(alone, fit.weights), atol=1e-5)
     mirrored = problem.features[:, ::-1]
     rows = detail_rows(mirrored, problem.mask, problem.blocks, RATIO)
     found = network_rows(network, problem, factors, mirrored)
     np.testing.assert_allclose(found, rows.stain @ fit.weights, atol=1e-5)
-    assert not cell_means(ridge_detail(problem, fit.weights), RATIO).round(10).any()
+    assert not cell_means(ridge_detail(alone, fit.weights), RATIO).round(10).any()
 
 
 @pytest.mark.parametrize("case", ["checkerboard", "thin", "one row", "not covered", "few pixels", "tiny"])
@@ -286,7 +303,7 @@ def test_too_little_to_judge_by_gives_plain_interpolation(case):
     assert not factor.gate.any()
     assert not ion.gate.any()
     assert ion.gate.shape == (6,)
-    network = FusionNetwork(4, fit.weights.shape[1], 4, 2).eval()
+    network = FusionNetwork(len(FEATURES), fit.weights.shape[1], 4, 2).eval()
     assert network_rows(network, problem, factors).shape == fit.predicted.shape
     # Nor do rows that may not judge.
     _, shut = gate_ions(problem, factors.basis, fit.predicted, nulls, np.zeros(len(fit.predicted), bool))
@@ -398,7 +415,8 @@ def test_a_tier_needs_evidence_over_blocks():
     mask, blocks = np.ones(SHAPE, bool), blocks_of(SHAPE)
     rows, targets = detail_rows(images, mask, blocks, RATIO), target_rows(images, mask, RATIO)
     choice = SmoothingChoice(0.25, np.nan, np.nan)
-    problem = Evidence(choice, images, mask, blocks, rows, targets, targets)
+    nothing = Chemistry(np.zeros((0, *SHAPE)), np.zeros(3))
+    problem = Evidence(choice, images, mask, blocks, nothing, rows, targets, targets)
     weight, every = np.ones(2), np.ones(len(targets), bool)
     unit = targets.std(0)
     good, again, poor = (targets + s * unit * rng.normal(size=targets.shape) for s in (0.5, 0.5, 1.5))

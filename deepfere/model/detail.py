@@ -17,9 +17,10 @@ from torch import Tensor
 
 from deepfere.frame import Alignment
 from deepfere.measured.operator import cell_means, expand, pad_edge, take
-from deepfere.model.features import smooth_covered
+from deepfere.model.features import FEATURES, smooth_covered
 from deepfere.model.guide import Cells, GuideSpec, features_of
 from deepfere.model.network import NETWORK_SHARE, FusionNetwork
+from deepfere.model.ridge import DENSITIES, with_products
 
 COVERED = 0.99
 """A measured pixel gets detail only where the slide shows at least this share of its footprint."""
@@ -32,7 +33,8 @@ class DetailModel:
     Attributes:
         spec: Geometry of the section's guide.
         alignment: Section to slide.
-        weights: (F, K) T1 weights.
+        weights: (R, K) T1 weights on the regressors of `deepfere.model.ridge`.
+        centre: (3,) optical densities that products with the factors are taken from.
         network: The deep model, averaged with the closed form (T2), or None.
         gate: (K,) factor gates.
         coefficients: (K, ny, nx) spline coefficients of the factor images, holes filled (T2's input).
@@ -42,17 +44,18 @@ class DetailModel:
     spec: GuideSpec
     alignment: Alignment
     weights: NDArray[np.float64]
+    centre: NDArray[np.float64]
     network: FusionNetwork | None
     gate: NDArray[np.float64]
     coefficients: NDArray[np.float64]
     mask: NDArray[np.bool_]
 
-    def upsampled(self, cells: Cells, context_px: int) -> Tensor:
-        """P y_z over a window with high-resolution context, (K, H, W) float32."""
+    def upsampled(self, cells: Cells, context_px: int, count: int | None = None) -> Tensor:
+        """P y_z of the first ``count`` factors over a window with high-resolution context, (K, H, W) float32."""
         f = self.spec.factor
         extra = -(-context_px // f)
         wide = cells.grow(extra)
-        padded = take(self.coefficients, wide.i0 - 1, wide.i1 + 1, wide.j0 - 1, wide.j1 + 1)
+        padded = take(self.coefficients[:count], wide.i0 - 1, wide.i1 + 1, wide.j0 - 1, wide.j1 + 1)
         image = expand(padded, f)
         crop = extra * f - context_px
         return torch.from_numpy(image[:, crop : image.shape[1] - crop, crop : image.shape[2] - crop]).float()
@@ -71,10 +74,14 @@ class DetailModel:
         context = self.network.radius_px if self.network is not None else 0
         features, cover = features_of(self.spec, planes_at, self.alignment, wide, context)
         if self.network is not None:
-            deep = self.network(features[None], self.upsampled(wide, context)[None])[0]
+            stain = features[: len(FEATURES)]
+            deep = self.network(stain[None], self.upsampled(wide, context)[None])[0]
         inner = slice(context, cover.shape[0] - context), slice(context, cover.shape[1] - context)
         cover = cover[inner]
-        raw = torch.einsum("fyx,fk->kyx", features[:, *inner], torch.from_numpy(self.weights).float())
+        products = (len(self.weights) - self.spec.count) // len(DENSITIES)
+        centre = torch.from_numpy(self.centre).float()
+        regressors = with_products(features[:, *inner], self.upsampled(wide, 0, products), centre)
+        raw = torch.einsum("fyx,fk->kyx", regressors, torch.from_numpy(self.weights).float())
         if self.network is not None:
             raw = (1 - NETWORK_SHARE) * raw + NETWORK_SHARE * deep
         d = raw.double().numpy() * self.gate[:, None, None]
@@ -105,9 +112,9 @@ def pooled_window(
         smoothings_pitch: (S,) s.d. in measured pixels.
 
     Returns:
-        Features (S, F, h, w) and cover (h, w).
+        Features (S, F, h, w), with the shares of the types if the geometry has some, and cover (h, w).
     """
-    bare, f = replace(spec, smoothing_pitch=0.0), spec.factor
+    bare, f = replace(spec, smoothing_pitch=0.0, types=None), spec.factor
     reach = [replace(spec, smoothing_pitch=s).radius_px for s in smoothings_pitch]
     most = max(reach)
     with torch.inference_mode():
@@ -117,6 +124,6 @@ def pooled_window(
             spare = most - radius
             rows, cols = slice(spare, raw.shape[1] - spare), slice(spare, raw.shape[2] - spare)
             smoothed = smooth_covered(raw[None, :, rows, cols], cover[None, None, rows, cols], smoothing * f)
-            out.append(cell_means(smoothed[0].double().numpy(), f))
+            out.append(cell_means(spec.with_types(smoothed[0]).double().numpy(), f))
     cover = cover[most : cover.shape[0] - most, most : cover.shape[1] - most]
     return np.stack(out), cell_means(cover.double().numpy(), f)

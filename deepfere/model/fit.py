@@ -19,7 +19,18 @@ from deepfere.measured.operator import cell_means, fill_missing
 from deepfere.model import gate as gates
 from deepfere.model.decode import IonDecoder, positive
 from deepfere.model.guide import Cells
-from deepfere.model.ridge import DetailRows, RidgeFit, detail_rows, fit_average, null_guides, target_rows, usable
+from deepfere.model.ridge import (
+    DENSITIES,
+    LEADING,
+    Chemistry,
+    DetailRows,
+    RidgeFit,
+    detail_rows,
+    fit_average,
+    null_guides,
+    target_rows,
+    usable,
+)
 from deepfere.model.transfer import SmoothingChoice, choose_smoothing
 from deepfere.model.uncertainty import NoiseModel, local_variance, variance_model
 
@@ -34,7 +45,7 @@ class SectionFit:
     """What a section's reconstruction needs, and the evidence for it.
 
     Attributes:
-        weights: (F, K) T1 weights: detail = features @ weights.
+        weights: (R, K) T1 weights on features, types and products: detail = regressors @ weights.
         basis: (M, K) ions from factors (W).
         factor_gate: (K,) gates of the factors.
         factor_r2: (K,) held-out R2 of the factors' detail.
@@ -43,7 +54,7 @@ class SectionFit:
         ion_null_r2: (M,) its 95th percentile over null guides.
         positivity: (M,) positivity steps.
         uncertainty: (M, 5) rows of `deepfere.model.uncertainty.NoiseModel`.
-        feature_mean: (F,) mean of the features over the tissue.
+        feature_mean: (F,) mean of the features over the tissue, types included.
         feature_sd: (F,) s.d. of the features over the tissue.
     """
 
@@ -88,6 +99,7 @@ class Evidence:
         features: (F, ny, nx) footprint-averaged features at that smoothing, holes filled.
         mask: (ny, nx) measured pixels that the slide covers.
         blocks: (ny, nx) spatial block numbers.
+        chemistry: Leading factors, which the densities are multiplied with.
         rows: Stain detail rows.
         factor_rows: (R, K) measured detail of the factors.
         ion_rows: (R, M) measured detail of the ions.
@@ -97,6 +109,7 @@ class Evidence:
     features: Array
     mask: NDArray[np.bool_]
     blocks: NDArray[np.int64]
+    chemistry: Chemistry
     rows: DetailRows
     factor_rows: Array
     ion_rows: Array
@@ -114,7 +127,7 @@ def evidence(
     """Set up the reduced-scale problem.
 
     Args:
-        pooled: (S, F, ny, nx) footprint-averaged stain features at every smoothing.
+        pooled: (S, F, ny, nx) footprint-averaged stain features at every smoothing, perhaps with shares of types.
         smoothings: (S,) in measured pixels.
         mask: (ny, nx) measured pixels.
         covered: (ny, nx) pixels that the slide shows completely.
@@ -129,10 +142,11 @@ def evidence(
         choice = choose_smoothing(pooled, smoothings, inside, blocks, images, factor_weight(factors) ** 2)
     features = pooled[smoothings.index(choice.smoothing_pitch)]
     filled = fill_missing(features, inside) if inside.any() else features
-    rows = detail_rows(filled, inside, blocks, RATIO)
+    chemistry = Chemistry(images[:LEADING], filled[list(DENSITIES)][:, inside].mean(1) if inside.any() else np.zeros(3))
+    rows = detail_rows(filled, inside, blocks, RATIO, chemistry)
     ions = fill_missing(np.asarray(cube, np.float64), mask)
     targets = target_rows(images, inside, RATIO), target_rows(ions, inside, RATIO)
-    return Evidence(choice, filled, inside, blocks, rows, *targets)
+    return Evidence(choice, filled, inside, blocks, chemistry, rows, *targets)
 
 
 def gate_ions(
@@ -176,7 +190,7 @@ def fit_t1(problem: Evidence, null_count: int, seed: int) -> tuple[RidgeFit, lis
     fit = fit_average(problem.rows, problem.factor_rows)
     nulls = []
     for features in null_guides(problem.features, null_count, seed):
-        rows = detail_rows(features, problem.mask, problem.blocks, RATIO)
+        rows = detail_rows(features, problem.mask, problem.blocks, RATIO, problem.chemistry)
         nulls.append(fit_average(rows, problem.factor_rows).predicted)
     return fit, nulls
 

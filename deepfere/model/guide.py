@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from deepfere.frame import Alignment, Points, SectionGrid
-from deepfere.model.features import smoothing_radius, stain_features
+from deepfere.model.features import FEATURES, smoothing_radius, stain_features
 from deepfere.model.registration import plane_window, sample_window
+from deepfere.model.stain_types import StainTypes
 
 SUPERSAMPLE = 2
 """Sample points per high-resolution pixel and axis: plane pixels are at most half as large."""
@@ -47,6 +48,7 @@ class GuideSpec:
         planes_shape: Rows and columns of the whole plane grid.
         white: RGB of glass.
         smoothing_pitch: S.d. of the feature smoothing in measured pixels.
+        types: Stain types, whose shares are appended to the features; None = none.
     """
 
     grid: SectionGrid
@@ -55,6 +57,12 @@ class GuideSpec:
     planes_shape: tuple[int, int]
     white: tuple[float, float, float]
     smoothing_pitch: float
+    types: StainTypes | None = None
+
+    @property
+    def count(self) -> int:
+        """Features per pixel, with the shares of the types."""
+        return len(FEATURES) + (0 if self.types is None else len(self.types))
 
     @property
     def sigma_px(self) -> float:
@@ -103,7 +111,11 @@ class GuideSpec:
         on_slide = torch.nn.functional.avg_pool2d(on_slide[None, None], SUPERSAMPLE)[0, 0]
         cover = sampled[-1].detach() / 255 * on_slide
         features = stain_features(sampled[None], self.white, self.sigma_px, cover[None, None])[0]
-        return features, cover[r : h - r, r : w - r]
+        return self.with_types(features), cover[r : h - r, r : w - r]
+
+    def with_types(self, features: Tensor) -> Tensor:
+        """Smoothed features (F, H, W) with the shares of the types behind them."""
+        return features if self.types is None else torch.cat([features, self.types.shares(features)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the plan."""
@@ -115,6 +127,7 @@ class GuideSpec:
             "planes_shape": list(self.planes_shape),
             "white": list(self.white),
             "smoothing_pitch": self.smoothing_pitch,
+            "types": None if self.types is None else self.types.to_dict(),
         }
 
     @classmethod
@@ -128,6 +141,7 @@ class GuideSpec:
             (values["planes_shape"][0], values["planes_shape"][1]),
             (values["white"][0], values["white"][1], values["white"][2]),
             values["smoothing_pitch"],
+            StainTypes.from_dict(values.get("types")),
         )
 
 

@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 
 from deepfere.measured.factors import Factors
 from deepfere.measured.operator import cell_means, expand, fill_missing, null_space, pad_edge, spline_coefficients
+from deepfere.model.features import FEATURES
 from deepfere.model.fit import RATIO, Evidence
 from deepfere.model.network import FusionNetwork
-from deepfere.model.ridge import phases, usable
+from deepfere.model.ridge import phases, stain_detail, usable
 
 Array = NDArray[np.float64]
 
@@ -43,7 +44,7 @@ def network_rows(network: FusionNetwork, problem: Evidence, factors: Factors, fe
         factors: Its factors.
         features: Another guide (a null guide) in place of the section's.
     """
-    guide = problem.features if features is None else features
+    guide = (problem.features if features is None else features)[: len(FEATURES)]
     images = fill_missing(factors.images, _measured(factors, problem))
     out = []
     for phase in phases(RATIO):
@@ -64,10 +65,10 @@ def reduced_detail(network: FusionNetwork, problem: Evidence, factors: Factors) 
     """The network's detail (K, ny', nx') on the whole grid cropped to multiples of the ratio."""
     ny, nx = (n // RATIO * RATIO for n in problem.mask.shape)
     images = fill_missing(factors.images, _measured(factors, problem))
-    return _network_detail(network, problem.features[:, :ny, :nx], images[:, :ny, :nx], RATIO)
+    return _network_detail(network, problem.features[: len(FEATURES), :ny, :nx], images[:, :ny, :nx], RATIO)
 
 
 def ridge_detail(problem: Evidence, weights: Array) -> Array:
     """T1's detail (K, ny', nx') on the whole grid cropped to multiples of the ratio."""
-    ny, nx = (n // RATIO * RATIO for n in problem.mask.shape)
-    return null_space(np.einsum("fyx,fk->kyx", problem.features[:, :ny, :nx], weights), RATIO)
+    regressors = stain_detail(problem.features, RATIO, (0, 0), problem.chemistry)
+    return np.einsum("fyx,fk->kyx", regressors, weights)

@@ -9,8 +9,9 @@ and are compared with null guides: the same features mirrored, turned or shifted
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,17 +27,62 @@ def _names(*names: str) -> tuple[int, ...]:
     return tuple(FEATURES.index(name) for name in names)
 
 
-_DENSITIES = _names("od_red", "od_green", "od_blue")
+DENSITIES = _names("od_red", "od_green", "od_blue")
 FEATURE_SETS: dict[str, tuple[int, ...]] = {
-    "densities": _DENSITIES,
-    "and tissue": _DENSITIES + _names("tissue"),
-    "and nuclei, texture": _DENSITIES + _names("nuclear", "texture", "tissue"),
+    "densities": DENSITIES,
+    "and tissue": DENSITIES + _names("tissue"),
+    "and nuclei, texture": DENSITIES + _names("nuclear", "texture", "tissue"),
     "all": tuple(range(len(FEATURES))),
 }
 """From few to many, each holding the one before it. Their fits are averaged: few features miss relations, many find
 some that hold at the measured scale alone, and the mean is near the best of them on every section that was looked at.
 """
 RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+LEADING = 4
+"""Factors whose level may change the weights of the optical densities."""
+
+
+@dataclass(frozen=True)
+class Chemistry:
+    """What lets the weights of the stain follow the measurement.
+
+    Attributes:
+        images: (J, ny, nx) leading factors, holes filled.
+        centre: (3,) optical densities that the products are taken from: their mean over the covered tissue.
+    """
+
+    images: Array
+    centre: Array
+
+
+def with_products(features: Any, levels: Any, centre: Any) -> Any:
+    """Features (F, H, W), and behind them the densities times each of the levels (J, H, W): (F + 3 J, H, W).
+
+    The densities' weights then depend on the chemistry around: a dark pixel may mean one thing where one factor is
+    high and another where it is low. NumPy or torch.
+    """
+    if len(levels) == 0:
+        return features
+    densities = features[list(DENSITIES)] - centre[:, None, None]
+    products = (levels[:, None] * densities[None]).reshape(-1, *features.shape[1:])
+    if hasattr(features, "new_tensor"):
+        import torch
+
+        return torch.cat([features, products])
+    return np.concatenate([features, products])
+
+
+def regressor_sets(features: int, products: int) -> list[tuple[int, ...]]:
+    """Which regressors each of the averaged fits has.
+
+    Args:
+        features: Stain features, types included.
+        products: Products of densities and factors behind them.
+    """
+    types = tuple(range(len(FEATURES), features))
+    added = tuple(range(features, features + products))
+    families = {(), added, types, types + added}
+    return [tuple(used) + more for more in sorted(families) for used in FEATURE_SETS.values()]
 
 
 @dataclass(frozen=True)
@@ -44,11 +90,12 @@ class DetailRows:
     """Reduced-scale pairs: one row per measured pixel and phase.
 
     Attributes:
-        stain: (R, F) stain detail.
+        stain: (R, F) detail of the regressors.
         block: (R,) spatial block number.
         index: (R,) flat index of the measured pixel.
         phase: (R,) phase number of the degradation.
         ratio: Ratio r of the degradation.
+        products: How many of the regressors are products with factors: the last.
     """
 
     stain: Array
@@ -56,6 +103,7 @@ class DetailRows:
     index: NDArray[np.int64]
     phase: NDArray[np.int64]
     ratio: int
+    products: int = 0
 
 
 def phases(ratio: int) -> list[tuple[int, int]]:
@@ -79,10 +127,21 @@ def detail(images: Array, ratio: int, phase: tuple[int, int]) -> Array:
     return fine - expand_cells(pad_edge(coarse), ratio)
 
 
-def stain_detail(features: Array, ratio: int, phase: tuple[int, int]) -> Array:
-    """``(I - P A)`` of footprint-averaged features (F, ny, nx), by the local P of the reconstruction."""
+def stain_detail(features: Array, ratio: int, phase: tuple[int, int], chemistry: Chemistry | None = None) -> Array:
+    """``(I - P A)`` of the regressors, by the local P of the reconstruction.
+
+    Args:
+        features: (F, ny, nx) footprint-averaged.
+        ratio: Degradation; the factors of ``chemistry`` are seen as it leaves them.
+        phase: Its offset.
+        chemistry: Adds products.
+    """
     rows, cols = _crop(features.shape[-2:], ratio, phase)
-    return null_space(features[:, rows, cols], ratio)
+    regressors = features[:, rows, cols]
+    if chemistry is not None:
+        coarse = spline_coefficients(cell_means(chemistry.images[:, rows, cols], ratio))
+        regressors = with_products(regressors, expand_cells(pad_edge(coarse), ratio), chemistry.centre)
+    return null_space(regressors, ratio)
 
 
 def usable(mask: NDArray[np.bool_], ratio: int, phase: tuple[int, int]) -> NDArray[np.bool_]:
@@ -92,7 +151,13 @@ def usable(mask: NDArray[np.bool_], ratio: int, phase: tuple[int, int]) -> NDArr
     return np.repeat(np.repeat(whole, ratio, 0), ratio, 1)
 
 
-def detail_rows(features: Array, mask: NDArray[np.bool_], blocks: NDArray[np.int64], ratio: int) -> DetailRows:
+def detail_rows(
+    features: Array,
+    mask: NDArray[np.bool_],
+    blocks: NDArray[np.int64],
+    ratio: int,
+    chemistry: Chemistry | None = None,
+) -> DetailRows:
     """Stain detail of all phases at one ratio, as regression rows.
 
     Args:
@@ -100,7 +165,9 @@ def detail_rows(features: Array, mask: NDArray[np.bool_], blocks: NDArray[np.int
         mask: (ny, nx) measured pixels that the slide covers.
         blocks: (ny, nx) spatial block numbers.
         ratio: Degradation.
+        chemistry: Adds products.
     """
+    products = 0 if chemistry is None else len(DENSITIES) * len(chemistry.images)
     stain, block, index, phase_no = [], [], [], []
     numbers = np.arange(mask.size).reshape(mask.shape)
     for n, phase in enumerate(phases(ratio)):
@@ -108,16 +175,15 @@ def detail_rows(features: Array, mask: NDArray[np.bool_], blocks: NDArray[np.int
         if rows.stop - rows.start < 2 * ratio or cols.stop - cols.start < 2 * ratio:
             continue
         inside = usable(mask, ratio, phase)
-        stain.append(stain_detail(features, ratio, phase)[:, inside].T)
+        stain.append(stain_detail(features, ratio, phase, chemistry)[:, inside].T)
         block.append(blocks[rows, cols][inside])
         index.append(numbers[rows, cols][inside])
         phase_no.append(np.full(int(inside.sum()), n))
     if not stain:
         empty = np.zeros(0, np.int64)
-        return DetailRows(np.zeros((0, len(features))), empty, empty, empty, ratio)
-    return DetailRows(
-        np.concatenate(stain), np.concatenate(block), np.concatenate(index), np.concatenate(phase_no), ratio
-    )
+        return DetailRows(np.zeros((0, len(features) + products)), empty, empty, empty, ratio, products)
+    numbered = [np.concatenate(part) for part in (block, index, phase_no)]
+    return DetailRows(np.concatenate(stain), numbered[0], numbered[1], numbered[2], ratio, products)
 
 
 def target_rows(images: Array, mask: NDArray[np.bool_], ratio: int) -> Array:
@@ -142,7 +208,7 @@ class RidgeFit:
     """Ridge weights and their held-out predictions.
 
     Attributes:
-        weights: (F, K): detail = features @ weights.
+        weights: (F, K): detail = regressors @ weights.
         ridge: (K,) chosen penalty per factor (of an average: their geometric mean).
         predicted: (R, K) predictions of every row from blocks that exclude it.
     """
@@ -160,56 +226,71 @@ def fit_ridge(
     Args:
         rows: Stain detail.
         targets: (R, K) measured detail of the factors.
-        used: Features that may have a weight; None takes all.
-        ridges: Penalties tried, as shares of the number of rows, on features of unit variance.
+        used: Regressors that may have a weight; None takes all.
+        ridges: Penalties tried, as shares of the number of rows, on regressors of unit variance.
     """
-    scale = np.sqrt((rows.stain**2).mean(0)) if len(rows.stain) else np.ones(rows.stain.shape[1])
-    scale = np.where(scale > 1e-9, scale, np.inf)  # constant features get no weight
-    if used is not None:
-        scale[np.setdiff1d(np.arange(len(scale)), used)] = np.inf
-    x = rows.stain / scale
-    names = np.unique(rows.block)
-    members = [np.flatnonzero(rows.block == b) for b in names]
-    n, count = len(x), targets.shape[1]
-    if len(names) < 2:
-        zeros = np.zeros((x.shape[1], count))
-        return RidgeFit(zeros, np.full(count, np.inf), np.zeros_like(targets))
-    grams = np.stack([x[m].T @ x[m] for m in members])
-    crosses = np.stack([x[m].T @ targets[m] for m in members])
-    gram, cross, eye = grams.sum(0), crosses.sum(0), np.eye(x.shape[1])
-    best_error, best_ridge = np.full(count, np.inf), np.full(count, ridges[-1])
-    predicted = np.zeros_like(targets)
-    for ridge in ridges:
-        betas = np.linalg.solve(gram - grams + ridge * n * eye, cross - crosses)
-        trial = np.empty_like(targets)
-        for m, beta in zip(members, betas, strict=True):
-            trial[m] = x[m] @ beta
-        error = ((targets - trial) ** 2).sum(0)
-        better = error < best_error
-        best_error = np.where(better, error, best_error)
-        best_ridge = np.where(better, ridge, best_ridge)
-        predicted[:, better] = trial[:, better]
-    weights = np.empty((x.shape[1], count))
-    for ridge in np.unique(best_ridge):
-        chosen = best_ridge == ridge
-        weights[:, chosen] = np.linalg.solve(gram + ridge * n * eye, cross[:, chosen])
-    return RidgeFit(weights / scale[:, None], best_ridge, predicted)
+    return fit_average(rows, targets, [tuple(range(rows.stain.shape[1])) if used is None else used], ridges)
 
 
-def fit_average(rows: DetailRows, targets: Array, sets: Iterable[tuple[int, ...]] = FEATURE_SETS.values()) -> RidgeFit:
-    """The mean of ridges on growing sets of features.
+def fit_average(
+    rows: DetailRows,
+    targets: Array,
+    sets: Sequence[tuple[int, ...]] | None = None,
+    ridges: tuple[float, ...] = RIDGES,
+) -> RidgeFit:
+    """The mean of ridges on several sets of regressors, each with its own penalty for each factor.
 
     Args:
         rows: Stain detail.
         targets: (R, K) measured detail of the factors.
-        sets: Features of each fit.
+        sets: Regressors of each fit; all of `regressor_sets` by default.
+        ridges: Penalties tried, as shares of the number of rows, on regressors of unit variance.
     """
-    fits = [fit_ridge(rows, targets, used) for used in sets]
-    return RidgeFit(
-        np.mean([f.weights for f in fits], axis=0),
-        np.exp(np.mean([np.log(f.ridge) for f in fits], axis=0)),
-        np.mean([f.predicted for f in fits], axis=0),
-    )
+    count, factors = rows.stain.shape[1], targets.shape[1]
+    sets = regressor_sets(count - rows.products, rows.products) if sets is None else sets
+    names = np.unique(rows.block)
+    if len(names) < 2:
+        return RidgeFit(np.zeros((count, factors)), np.full(factors, np.inf), np.zeros_like(targets))
+    scale = np.sqrt((rows.stain**2).mean(0))
+    scale = np.where(scale > 1e-9, scale, np.inf)  # constant regressors get no weight
+    x = rows.stain / scale
+    # Everything but the predictions follows from second moments per block: all sets and penalties share one pass.
+    members = [np.flatnonzero(rows.block == b) for b in names]
+    grams = np.stack([x[m].T @ x[m] for m in members])
+    crosses = np.stack([x[m].T @ targets[m] for m in members])
+    weights, logs, predicted = np.zeros((count, factors)), np.zeros(factors), np.zeros_like(targets)
+    for used in sets:
+        columns = list(used)
+        one = _penalised(grams[:, columns][:, :, columns], crosses[:, columns], len(x), ridges)
+        weights[columns] += one.weights / len(sets)
+        logs += np.log(one.ridge) / len(sets)
+        for m, beta in zip(members, one.left_out, strict=True):
+            predicted[m] += x[m][:, columns] @ beta / len(sets)
+    return RidgeFit(weights / scale[:, None], np.exp(logs), predicted)
+
+
+@dataclass(frozen=True)
+class _Penalised:
+    weights: Array
+    ridge: Array
+    left_out: Array
+
+
+def _penalised(grams: Array, crosses: Array, rows: int, ridges: tuple[float, ...]) -> _Penalised:
+    """Ridge from second moments (B, F, F) and (B, F, K) of blocks, every block left out once: (B, F, K) weights."""
+    gram, cross, eye = grams.sum(0), crosses.sum(0), np.eye(grams.shape[1])
+    factors = crosses.shape[2]
+    best_error, best_ridge = np.full(factors, np.inf), np.full(factors, ridges[-1])
+    best, weights = np.zeros(crosses.shape), np.zeros(cross.shape)
+    for ridge in ridges:
+        betas = np.linalg.solve(gram - grams + ridge * rows * eye, cross - crosses)
+        # |t - x b|^2 of a left-out block, less |t|^2, which no penalty changes.
+        error = (betas * (grams @ betas - 2 * crosses)).sum((0, 1))
+        better = error < best_error
+        best_error, best_ridge = np.where(better, error, best_error), np.where(better, ridge, best_ridge)
+        best[:, :, better] = betas[:, :, better]
+        weights[:, better] = np.linalg.solve(gram + ridge * rows * eye, cross[:, better])
+    return _Penalised(weights, best_ridge, best)
 
 
 def null_guides(features: Array, count: int = 20, seed: int = 0) -> list[Array]:

@@ -15,10 +15,10 @@ from deepfere.frame import Alignment
 from deepfere.measured.factors import Factors
 from deepfere.measured.operator import fill_missing
 from deepfere.model.features import FEATURES
+from deepfere.model.fit import RATIO, gate_ions
 from deepfere.model.fit import Evidence as Problem
-from deepfere.model.fit import gate_ions
 from deepfere.model.network import FusionNetwork
-from deepfere.model.ridge import RidgeFit
+from deepfere.model.ridge import RidgeFit, detail_rows, fit_average
 from deepfere.pipeline.choose import feature_scale
 from deepfere.pipeline.prepare import Prepared, load_plan
 from deepfere.pipeline.workspace import Progress, Workspace
@@ -73,7 +73,7 @@ def train_network(
 ) -> tuple[Trained, tuple[FusionNetwork, list[Alignment]]]:
     """Train the joint model on Ray Train; returns the network and the refined alignments."""
     connect(config.ray)
-    mean, sd = feature_scale(problems)
+    mean, sd = feature_scale(problems, len(FEATURES))
     train = config.train
     radius = 2**config.model.depth - 1
     context = context_px(config.model.depth)
@@ -83,14 +83,15 @@ def train_network(
         spec = replace(load_plan(prep.folder), smoothing_pitch=smoothing)
         alignment = Alignment.load(prep.folder.alignment)
         gate, _ = gate_ions(problems[n], factors[n].basis, closed[n][0].predicted, closed[n][1])
-        tasks.append(
-            SectionTask(spec.to_dict(), alignment.to_dict(), gate.gate.tolist(), closed[n][0].weights.tolist())
-        )
+        # The network starts from what is linear in the stain alone, and finds its own way to bend.
+        plain = detail_rows(problems[n].features[: len(FEATURES)], problems[n].mask, problems[n].blocks, RATIO)
+        start = fit_average(plain, problems[n].factor_rows).weights
+        tasks.append(SectionTask(spec.to_dict(), alignment.to_dict(), gate.gate.tolist(), start.tolist()))
         weight = problems[n].mask & ~held[n][problems[n].blocks]
         np.savez(
             prep.folder.root / "training.npz",
             factors=fill_missing(factors[n].images, prep.measured.mask).astype(np.float32),
-            pooled=problems[n].features.astype(np.float32),
+            pooled=problems[n].features[: len(FEATURES)].astype(np.float32),
             weight=weight.astype(np.float32),
         )
         cells = plan_patches(prep.measured.grid, problems[n].mask, train.patch_px, context)

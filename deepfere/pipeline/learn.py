@@ -13,13 +13,17 @@ from deepfere.errors import InputError
 from deepfere.frame import Alignment
 from deepfere.measured.factors import Factors, factorise
 from deepfere.model.denoise import denoise
+from deepfere.model.fit import Evidence as Problem
 from deepfere.model.fit import fit_t1
+from deepfere.model.guide import GuideSpec
 from deepfere.model.network import FusionNetwork
+from deepfere.model.ridge import DENSITIES
 from deepfere.model.transfer import LEAST_PX
 from deepfere.pipeline.choose import Learned, choose, section_problem, without_guide
 from deepfere.pipeline.deep import held_out_blocks, train_network
 from deepfere.pipeline.given import GivenModel, given_factors
-from deepfere.pipeline.prepare import Prepared, smoothings_pitch
+from deepfere.pipeline.prepare import Prepared, pool, smoothings_pitch
+from deepfere.pipeline.types import typed_spec
 from deepfere.pipeline.workspace import Progress, Workspace, write_json
 
 
@@ -76,9 +80,11 @@ def learn_stage(
             facts["history"] = []
             return []
         smoothings = smoothings_pitch(config)
-        problems = [
-            section_problem(p, c, f, p.folder.pooled, smoothings) for p, c, f in zip(preps, cubes, factors, strict=True)
-        ]
+        problems, guides = [], []
+        for prep, cube, factor in zip(preps, cubes, factors, strict=True):
+            problem, guide = _typed(prep, cube, factor, smoothings, config)
+            problems.append(problem)
+            guides.append(guide)
         closed = [fit_t1(p, config.model.null_guides, config.seed) for p in problems]
         progress("learn", 0.1)
         trained, joint, held = None, None, [np.zeros(1, bool)] * len(preps)
@@ -99,7 +105,18 @@ def learn_stage(
             trained, joint = train_network(preps, problems, closed, factors, held, work, config, progress, run_name)
         for n, prep in enumerate(preps):
             learned = choose(
-                prep, cubes[n], factors[n], problems[n], closed[n], held[n], joint, n, config, progress, given is None
+                prep,
+                cubes[n],
+                factors[n],
+                problems[n],
+                guides[n],
+                closed[n],
+                held[n],
+                joint,
+                n,
+                config,
+                progress,
+                given is None,
             )
             _save(work, prep, factors[n], learned, joint[0] if joint else None)
             # The features are filled in where the slide shows nothing.
@@ -107,6 +124,25 @@ def learn_stage(
         facts["history"] = trained.history if trained else []
         progress("learn", 1.0)
         return facts["history"]
+
+
+def _typed(
+    prep: Prepared,
+    cube: NDArray[np.float32],
+    factors: Factors,
+    smoothings: tuple[float, ...],
+    config: Config,
+) -> tuple[Problem, GuideSpec]:
+    """A section's problem with its smoothing chosen and its stain types among the features, and its guide."""
+    folder = prep.folder
+    problem = section_problem(prep, cube, factors, folder.pooled, smoothings)
+    alignment = Alignment.load(folder.alignment)
+    guide = typed_spec(prep, problem, alignment, config.seed)
+    if guide.types is not None:
+        kept = (guide.smoothing_pitch,)
+        pool(prep, guide, alignment, lambda *_: None, folder.pooled_typed, kept)
+        problem = section_problem(prep, cube, factors, folder.pooled_typed, kept, problem.choice)
+    return problem, guide
 
 
 def _save(work: Workspace, prep: Prepared, factors: Factors, learned: Learned, network: FusionNetwork | None) -> None:
@@ -118,6 +154,7 @@ def _save(work: Workspace, prep: Prepared, factors: Factors, learned: Learned, n
         mask=prep.measured.mask,
         weights=learned.fit.weights,
         gate=learned.fit.factor_gate,
+        centre=learned.fit.feature_mean[list(DENSITIES)],
     )
     state = None
     if network is not None:
@@ -129,7 +166,7 @@ def _save(work: Workspace, prep: Prepared, factors: Factors, learned: Learned, n
         folder.model,
         {
             "tier": learned.tier,
-            "smoothing_pitch": learned.smoothing_pitch,
+            "guide": None if learned.guide is None else learned.guide.to_dict(),
             "alignment": learned.alignment.to_dict(),
             "network": network.settings if network is not None else None,
             "state": state,

@@ -27,7 +27,7 @@ from deepfere.measured.factors import factor_weight, factorise
 from deepfere.measured.ingest import ingest
 from deepfere.measured.store import Measured, open_measured
 from deepfere.model.artefacts import Artefacts, find_artefacts
-from deepfere.model.features import FEATURES, StainReference, base_planes, stain_reference
+from deepfere.model.features import StainReference, base_planes, stain_reference
 from deepfere.model.guide import GuideSpec
 from deepfere.model.transfer import SMOOTHINGS_PITCH
 from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace, write_json
@@ -314,11 +314,11 @@ def pool(
     out: Path,
     smoothings: tuple[float, ...],
 ) -> None:
-    """Footprint averages of the stain features under an alignment -> ``out`` (S F + 1, ny, nx)."""
+    """Footprint averages of the stain features, types included, under an alignment -> ``out`` (S F + 1, ny, nx)."""
     folder, grid = prep.folder, prep.measured.grid
     side = max(1, POOL_PX // spec.factor)
     group = open_group(out, "w")
-    count = len(smoothings) * len(FEATURES) + 1
+    count = len(smoothings) * spec.count + 1
     create_array(
         group,
         "pooled",
@@ -336,11 +336,11 @@ def pool(
     run_rows(rows, PoolWorker, arguments, what=what, on_done=counter.step, inline_up_to=2)
 
 
-def read_pooled(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Pooled features (S, F, ny, nx) at every smoothing, and cover (ny, nx)."""
+def read_pooled(path: Path, smoothings: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Pooled features (S, F, ny, nx) at every one of so many smoothings, and cover (ny, nx)."""
     array: Any = open_group(path, "r")["pooled"]
     values = np.asarray(array[:])
-    return values[:-1].reshape(-1, len(FEATURES), *values.shape[1:]), values[-1]
+    return values[:-1].reshape(smoothings, -1, *values.shape[1:]), values[-1]
 
 
 def load_plan(folder: SectionFolder) -> GuideSpec:

@@ -62,6 +62,7 @@ class SectionFolder:
         self.plan = root / "plan.json"
         self.planes = root / "planes.zarr"
         self.pooled = root / "pooled.zarr"
+        self.pooled_typed = root / "pooled-typed.zarr"
         self.pooled_joint = root / "pooled-joint.zarr"
         self.arrays = root / "arrays.npz"
         self.fit = root / "fit.npz"

@@ -19,7 +19,7 @@ from deepfere.evaluation.metrics import consistency
 from deepfere.frame import Alignment
 from deepfere.model.denoise import Denoised
 from deepfere.model.fit import SectionFit
-from deepfere.pipeline.prepare import Prepared, load_plan
+from deepfere.pipeline.prepare import Prepared
 from deepfere.pipeline.workspace import Progress, Workspace, write_json
 from deepfere.reconstruction.ome import AXIS_NAMES, level_shapes, multiscale
 from deepfere.reconstruction.pyramid import build_pyramid
@@ -98,7 +98,7 @@ def section_model(prep: Prepared, model: dict[str, Any]) -> SectionModel:
     """The fitted section as the workers need it."""
     deep = model["tier"] == "T2"
     return SectionModel(
-        replace(load_plan(prep.folder), smoothing_pitch=model["smoothing_pitch"]).to_dict(),
+        model["guide"],
         model["alignment"],
         str(prep.folder.arrays),
         str(prep.folder.planes),
@@ -129,7 +129,7 @@ def reconstruct_stage(
     power_of_two = f & (f - 1) == 0
     shapes = level_shapes(shards.shape_px, least=(f.bit_length() if power_of_two else 1))
     guided = config.guide and model["tier"] != "T0" and bool(fit.factor_gate.any())
-    parts = [model["alignment"], model["smoothing_pitch"], fit.weights.tolist(), fit.factor_gate.tolist()]
+    parts = [model["alignment"], model["guide"], fit.weights.tolist(), fit.factor_gate.tolist()]
     fingerprint = digest([depends, parts, shards.shard_px])
     journal = Journal(prep.folder.journal / "reconstruct", fingerprint)
     begun = _attributes(made).get("identity") == outcome.identity
@@ -389,7 +389,12 @@ def _provenance(
             "config": config.resolved(),
             "versions": {"deepfere": __version__, "python": platform.python_version()}
             | {name: version(name) for name in packages},
-            "model": {"tier": model["tier"], **outcome.model, "notes": model["notes"]},
+            "model": {
+                "tier": model["tier"],
+                **outcome.model,
+                "notes": model["notes"],
+                "stain_types": model["guide"] and model["guide"]["types"],
+            },
             "run": outcome.run,
             "threads_per_worker": 1,
             "uncovered_px": uncovered,

@@ -35,7 +35,7 @@ class SectionModel:
     Attributes:
         spec: `GuideSpec.to_dict`.
         alignment: `Alignment.to_dict`.
-        arrays: .npz with ``factors`` (K, ny, nx), ``mask``, ``weights`` (F, K) and ``gate`` (K,).
+        arrays: .npz with ``factors`` (K, ny, nx), ``mask``, ``weights`` (R, K), ``centre`` (3,) and ``gate`` (K,).
         cache: URL of the plane cache.
         network: Settings of the network, or None (T1).
         state: Path of its weights (safetensors), or None.
@@ -54,7 +54,7 @@ class SectionModel:
         with np.load(self.arrays) as data:
             mask, factors = data["mask"], data["factors"]
             coefficients = spline_coefficients(fill_missing(factors, mask))
-            weights, gate = data["weights"], data["gate"]
+            weights, gate, centre = data["weights"], data["gate"], data["centre"]
         network = None
         if self.network is not None:
             from safetensors.torch import load_file
@@ -62,7 +62,9 @@ class SectionModel:
             network = network_from_config(self.network)
             network.load_state_dict(load_file(str(self.state)))
             network.eval()
-        return DetailModel(spec, Alignment.from_dict(self.alignment), weights, network, gate, coefficients, mask)
+        return DetailModel(
+            spec, Alignment.from_dict(self.alignment), weights, centre, network, gate, coefficients, mask
+        )
 
 
 def tiles(cells: Cells, factor: int, tile_px: int = TILE_PX) -> list[Cells]:
