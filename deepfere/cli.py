@@ -150,7 +150,11 @@ def _targets(context: click.Context, parameter: click.Parameter, value: str | No
 @click.option("--pitch-um", help="Measured pixel size, micrometres: 50 or 50,40 (y,x).")
 @click.option("--slide-mpp-um", help="Slide pixel size, micrometres per pixel: 0.25 or 0.25,0.25 (y,x).")
 @click.option("--alignment", type=click.Path(), help="Alignment JSON to use as it is.")
-@click.option("--landmarks", type=click.Path(), help="CSV: section_y_um,section_x_um,slide_y_um,slide_x_um.")
+@click.option(
+    "--landmarks",
+    type=click.Path(),
+    help="CSV: section_y_um,section_x_um,slide_y_um,slide_x_um; or a flexImaging .mis.",
+)
 @click.option("--no-guide", is_flag=True, help="Without the stain: the baseline of everything.")
 @CONFIG
 @OVERWRITE

@@ -272,15 +272,28 @@ class Alignment:
                 where=path,
                 remedy=f"give a CSV with the columns {','.join(LANDMARK_COLUMNS)}",
             ) from error
+        return cls.through(table, path).with_evidence(source="landmarks")
+
+    @classmethod
+    def through(cls, table: NDArray[np.float64], where: str | Path) -> Alignment:
+        """Least-squares affine through pairs of points.
+
+        Args:
+            table: (n, 4) section y, x and slide y, x in micrometres; at least three pairs that do not lie on one line.
+            where: Where they come from, for errors.
+
+        Raises:
+            InputError: The pairs do not fix an affine.
+        """
         if len(table) < 3:
-            raise InputError(f"{len(table)} landmarks", where=path, remedy="give at least three pairs")
+            raise InputError(f"{len(table)} landmarks", where=where, remedy="give at least three pairs")
         section, slide = table[:, :2], table[:, 2:]
         if not np.isfinite(table).all():
-            raise InputError("landmarks must be finite numbers", where=path, remedy="correct the CSV")
+            raise InputError("landmarks must be finite numbers", where=where, remedy="correct the CSV")
         design = np.hstack([section - section.mean(0), np.ones((len(table), 1))])
         scales = np.linalg.svd(design[:, :2], compute_uv=False)
         if scales[1] < 1e-3 * max(scales[0], 1e-9):
-            raise InputError("the landmarks lie on one line", where=path, remedy="add one away from that line")
+            raise InputError("the landmarks lie on one line", where=where, remedy="add one away from that line")
         solution = np.linalg.lstsq(design, slide, rcond=None)[0]
         matrix = solution[:2].T
         offset = solution[2] - matrix @ section.mean(0)
@@ -288,12 +301,12 @@ class Alignment:
         if not 0.4 < scale < 2.5:
             raise InputError(
                 f"the landmarks say that a micrometre of the section is {scale:.3g} on the slide",
-                where=path,
+                where=where,
                 remedy="give both sides in micrometres, and check --pitch-um and --slide-mpp-um",
             )
         residual = np.hypot(*(slide - (section @ matrix.T + offset)).T)
         return cls(
             matrix,
             offset,
-            evidence={"source": "landmarks", "pairs": len(table), "residual_um": float(np.median(residual))},
+            evidence={"pairs": len(table), "residual_um": float(np.median(residual))},
         )

@@ -22,7 +22,7 @@ class Section(BaseModel):
         pitch_um: Measured pixel size (y, x) where the file does not state it (always wins).
         slide_mpp_um: Slide pixel size (y, x) where the file does not state it (always wins).
         alignment: Alignment JSON that is used as it is.
-        landmarks: Landmark CSV that fixes the affine.
+        landmarks: Landmark CSV, or sequence file with teaching points (.mis), that fixes the affine.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -16,7 +16,7 @@ __all__ = ["Description", "Region", "describe", "measured_regions", "render"]
 
 KNOWN_SUFFIXES = {
     *(".imzml", ".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".czi", ".dcm", ".vms", ".tif", ".tiff", ".qptiff"),
-    *(".png", ".jpg", ".jpeg", ".zarr", ".work", ".yaml", ".yml", ".csv"),
+    *(".png", ".jpg", ".jpeg", ".zarr", ".work", ".yaml", ".yml", ".csv", ".mis"),
 }
 
 
@@ -25,7 +25,7 @@ def describe(path: str | Path) -> Description:
 
     Args:
         path: An imzML, a slide or picture, a store (or its URL), a result, a ``.work`` folder, a study
-            manifest, settings, an alignment, landmarks, or a phantom's folder.
+            manifest, settings, an alignment, landmarks, teaching points, or a phantom's folder.
 
     Raises:
         InputError: It is absent, unreadable, refused by its reader, or nothing that deepfere knows.
@@ -74,6 +74,8 @@ def _file(path: Path) -> Description:
         if set(LANDMARK_COLUMNS) <= {name.strip() for name in first.split(",")}:
             return files.landmarks(path)
         return files.study(path)
+    if suffix == ".mis":
+        return files.teaching_points(path)
     if suffix in (".yaml", ".yml"):
         return files.study_or_settings(path)
     try:

@@ -63,6 +63,25 @@ def landmarks(path: Path) -> Description:
     return notes.done(path, "landmarks, section um to slide um", may_be_whole=False)
 
 
+def teaching_points(path: Path) -> Description:
+    """A flexImaging sequence: its picture, and what was measured where on it.
+
+    Raises:
+        InputError: See `deepfere.readers.mis.read_mis`.
+    """
+    from deepfere.readers.mis import read_mis
+
+    found, notes = read_mis(path), Notes()
+    notes.add("picture", f"{found.image}, {found.mpp_um:.4g} um per pixel")
+    for area in found.areas:
+        _, size = area.extent_um(found.matrix)
+        notes.add(
+            f"area, {area.name}",
+            f"{pair_text(round(float(s), 1) for s in size)} um, raster {pair_text(area.raster_um)} um (x, y)",
+        )
+    return notes.done(path, "teaching points", may_be_whole=False)
+
+
 def study_or_settings(path: Path) -> Description:
     """A YAML file: a study where it has ``sections``, else settings.
 

@@ -20,6 +20,7 @@ from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.pipeline.write import Outcome, claim_result, reconstruct_stage
 from deepfere.readers.digest import content_digest, tree_digest
 from deepfere.readers.imzml import msi_digest
+from deepfere.readers.mis import MIS, read_mis, teaching_points_beside
 from deepfere.readers.slide import open_slide
 from deepfere.reconstruction.result import Result, open
 from deepfere.section import Section, make_section
@@ -82,7 +83,21 @@ def check_files(section: Section) -> None:
     if section.alignment is not None:
         Alignment.load(section.alignment)
     if section.landmarks is not None:
-        Alignment.from_landmarks(section.landmarks)
+        if Path(section.landmarks).suffix.lower() == MIS:
+            read_mis(section.landmarks)
+        else:
+            Alignment.from_landmarks(section.landmarks)
+
+
+def with_teaching_points(section: Section) -> Section:
+    """The section, placed by the teaching points beside its measurement if they are for its slide.
+
+    An alignment or landmarks that were given win.
+    """
+    if section.slide is None or section.alignment is not None or section.landmarks is not None:
+        return section
+    found = teaching_points_beside(section.msi, section.slide)
+    return section if found is None else section.model_copy(update={"landmarks": str(found)})
 
 
 def check_resources(config: Config, on_ray: bool) -> None:
@@ -139,7 +154,7 @@ def fuse(
         pitch_um: Measured pixel size, where the file does not state it.
         slide_mpp_um: Slide pixel size, where the file does not state it.
         alignment: Alignment JSON to use as it is.
-        landmarks: Landmark CSV that fixes the affine.
+        landmarks: Landmark CSV, or sequence file with teaching points (.mis), that fixes the affine.
         guide: False reconstructs without the stain: the baseline of everything.
         config: Settings file (YAML) or object; what else is given here wins over it.
         overrides: ``section.key=value`` strings.
@@ -183,6 +198,7 @@ def fuse(
     )
     if alignment is not None and landmarks is not None:
         raise InputError("both an alignment and landmarks are given", remedy="give one of them")
+    section = with_teaching_points(section)
     target = Path(str(out).rstrip("/")).resolve()
     check_output(target)
     inputs = input_digests(section, settings)

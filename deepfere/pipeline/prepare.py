@@ -31,6 +31,7 @@ from deepfere.model.features import StainReference, base_planes, stain_reference
 from deepfere.model.guide import GuideSpec
 from deepfere.model.transfer import SMOOTHINGS_PITCH
 from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace, write_json
+from deepfere.readers.mis import MIS, read_mis
 from deepfere.readers.slide import Slide, open_slide, read_area
 from deepfere.reconstruction.shards import CacheWorker, PoolWorker
 from deepfere.section import Section
@@ -182,7 +183,7 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
         if section.alignment:
             found = Alignment.load(section.alignment).with_evidence(source="given")
         elif section.landmarks:
-            found = Alignment.from_landmarks(section.landmarks)
+            found = _placed_by_hand(section.landmarks, prep, slide.mpp_um)
         else:
             best, _ = search(
                 measured,
@@ -210,6 +211,12 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
         facts["reference"] = stain.reference.to_dict()
         facts["artefact_share"] = float(marks.sum() / max(1, marks.sum() + (stain.planes[5] > 127).sum()))
         progress("align", 1.0)
+
+
+def _placed_by_hand(landmarks: str, prep: Prepared, mpp_um: tuple[float, float]) -> Alignment:
+    if Path(landmarks).suffix.lower() == MIS:
+        return read_mis(landmarks).alignment(prep.measured.grid, str(prep.section.slide), mpp_um)
+    return Alignment.from_landmarks(landmarks)
 
 
 def guide_spec(prep: Prepared, inputs: dict[str, str], work: Workspace, config: Config) -> tuple[GuideSpec, CacheSpec]:

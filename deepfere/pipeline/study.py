@@ -15,7 +15,14 @@ from deepfere.errors import DeepfereError, InputError
 from deepfere.frame import Alignment
 from deepfere.model.network import network_from_config
 from deepfere.pipeline.deep import check_patches
-from deepfere.pipeline.fuse import check_files, check_output, check_resources, identity_of, input_digests
+from deepfere.pipeline.fuse import (
+    check_files,
+    check_output,
+    check_resources,
+    identity_of,
+    input_digests,
+    with_teaching_points,
+)
 from deepfere.pipeline.given import GivenModel
 from deepfere.pipeline.learn import learn_stage, same_ions
 from deepfere.pipeline.prepare import Prepared, align_stage, ingest_stage, prepared, tile_stage
@@ -109,6 +116,7 @@ def run_stage(
         sections = [s.model_copy(update={"slide": None}) for s in sections]
     target = Path(out).resolve()
     check_output(target)
+    sections = [with_teaching_points(s) for s in sections]
     inputs = [_digests(s, settings) for s in sections]
     given, named = given_model(model, settings) if model else (None, {})
     job = Job(stage, settings, sections, inputs, target, given, named, overwrite)
