@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from deepfere.evaluation.evaluate import apart_px, coverage, load_evaluation, scores_file
+from deepfere.evaluation.evaluate import coverage, load_evaluation, scores_file
 from deepfere.evaluation.metrics import keys_bicubic
+from deepfere.frame import apart_px
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -60,11 +61,12 @@ def test_evaluate_scores_and_shows_them(copied, cli, tmp_path, monkeypatch):
 
 
 def test_how_far_two_alignments_are_apart(fused):
-    assert apart_px(fused.alignment, fused.alignment, fused) == 0
+    grid, mask = fused.grid, fused.mask
+    assert apart_px(fused.alignment, fused.alignment, grid, mask) == 0
     found, pitch = fused.alignment, float(np.mean(fused.grid.pitch_um))
     size = np.sqrt(abs(np.linalg.det(found.matrix)))
     moved = replace(found, offset_um=found.offset_um + np.array([0.6, 0.8]) * size * pitch)
-    assert apart_px(moved, found, fused) == pytest.approx(1.0)
+    assert apart_px(moved, found, grid, mask) == pytest.approx(1.0)
 
 
 def test_the_bicubic_of_the_table_is_recomputed(copied, fused):

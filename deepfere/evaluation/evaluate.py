@@ -24,7 +24,7 @@ from deepfere.config import Config, IngestSettings, load_config
 from deepfere.errors import InputError
 from deepfere.evaluation.label_scores import label_scores, render_labels
 from deepfere.evaluation.metrics import degrade, ergas, keys_bicubic, pearson, psnr, rmse, sam_deg, ssim
-from deepfere.frame import Alignment
+from deepfere.frame import apart_px
 from deepfere.measured.store import write_measured
 from deepfere.pipeline.fuse import fuse, quiet
 from deepfere.pipeline.workspace import Progress, write_json
@@ -220,15 +220,8 @@ def _wald(
     if base.guide:
         out["coverage_80"] = coverage(truth, images["ours"], sd, inside)
     if state == "found" and ours.alignment is not None and result.alignment is not None:
-        out["alignment_apart_px"] = apart_px(ours.alignment, result.alignment, result)
+        out["alignment_apart_px"] = apart_px(ours.alignment, result.alignment, result.grid, result.mask)
     return out
-
-
-def apart_px(one: Alignment, other: Alignment, result: Result) -> float:
-    """Median distance over the measured pixels between where two alignments put them, in measured pixels."""
-    points = result.grid.centres_um()[result.mask]
-    size = np.sqrt(abs(np.linalg.det(other.matrix))) * float(np.mean(result.grid.pitch_um))
-    return float(np.median(np.linalg.norm(one.map(points) - other.map(points), axis=1)) / size)
 
 
 def _table(
