@@ -39,7 +39,7 @@ def make(path: Path, factor: int, gate: list[float], chunk_cells: int = 4, level
     write_measured(path / "measured", cube, mask, MZ, 50.0, {"tolerance_ppm": 5.0})
     zero = np.zeros(4)
     names = ("held_out_r2", "null_r2", "null_mean_r2", "consistency", "noise_share", "chi_square", "inferred_share")
-    basis: dict[str, Any] = {name: zero for name in names}
+    basis: dict[str, Any] = dict.fromkeys(names, zero)
     basis |= {"loadings": rng.normal(0, 2, (4, K)) * np.array([[3.0], [40.0], [0.5], [1.0]]), "gate": np.array(gate)}
     basis |= {"detail_scale": np.array([1.0, 0.5]), "positivity": zero.astype(int)}
     for name, values in basis.items():

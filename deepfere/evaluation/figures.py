@@ -29,6 +29,7 @@ RGB = NDArray[np.uint8]
 
 ION_MAP = "viridis"
 UNCERTAINTY_MAP = "magma"
+SHARE_MAP = "cividis"
 NOT_MEASURED = (0x8A, 0x8F, 0x96)
 """Grey of pixels that were not measured, readable on a light and on a dark page."""
 _GREY = "#8a8f96"

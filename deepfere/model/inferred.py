@@ -10,8 +10,10 @@ variance ``v_m`` over the section, at fine pixel x:
 
 0: all that can be seen here was measured (its noise included), or is interpolated between what was. 1: all of it was
 inferred. For one ion the sums have one term. The floor (a tenth of each ion's s.d.) is contrast that nobody sees:
-without it a share of next to nothing would be shown where a picture is flat. ``|(I - P A) s|^2 / |s|^2`` has the same numerator but for the
-corrections that keep s above zero; its denominator holds the ion's mean level, so that it shows where an ion is weak.
+without it a share of next to nothing would be shown where a picture is flat.
+
+``|(I - P A) s|^2 / |s|^2`` has much the same numerator (and in it the corrections that keep s above zero), but its
+denominator holds the ion's mean level: it would show where an ion is weak.
 """
 
 from __future__ import annotations
