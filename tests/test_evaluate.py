@@ -28,7 +28,9 @@ def copied(fused, place, tmp_path_factory):
 def test_evaluate_scores_and_shows_them(copied, cli, tmp_path, monkeypatch):
     monkeypatch.setattr("deepfere.evaluation.evaluate.LEAST_PX", 60)  # the shared section has 70 at half its scale
     (tmp_path / "closed.yaml").write_text("model:\n  tier: T1\n")
-    done = cli("evaluate", copied, "--ratio", 2, "--ratio", 4, "--config", tmp_path / "closed.yaml")
+    written = tmp_path / "scores.json"
+    given = ("--ratio", 4, "--ratio", 2, "--ratio", 40, "--config", tmp_path / "closed.yaml", "--json", written)
+    done = cli("evaluate", copied, *given)
     assert done.code == 0, done
     (tmp_path / "wrong.yaml").write_text("model:\n  tier: T9\n")
     wrong = cli("evaluate", copied, "--config", tmp_path / "wrong.yaml")
@@ -36,13 +38,15 @@ def test_evaluate_scores_and_shows_them(copied, cli, tmp_path, monkeypatch):
     assert "x2: alignment" in done.out and "bicubic" in done.out and "no_guide" in done.out
     assert "too few" in done.out
     scores = load_evaluation(copied)
-    two, four = scores["wald"]
-    assert two["ratio"] == 2 and four["ratio"] == 4
-    assert four["rows"] == [] and "too few" in four["note"]
+    two, four, forty = scores["wald"]
+    assert (two["ratio"], four["ratio"], forty["ratio"]) == (2, 4, 40)
+    assert four["rows"] == forty["rows"] == [] and "too few" in four["note"] and "leaves 0" in forty["note"]
     assert two["alignment"] in ("found", "refused")
     if two["alignment"] == "found":
         assert 0 <= two["alignment_apart_px"] < 1.5 and "from the one at full scale" in done.out
     assert 0.2 < two["coverage_80"] <= 1.0 and "80 % intervals hold" in done.out
+    assert two["coverage_80"] == pytest.approx(np.median([ion["coverage_80"] for ion in two["ions"]]))
+    assert two["consistency"] < 1e-5 and two["pixels"] == 70
     everything = two["rows"][0]
     assert everything["what"] == "all ions (24)" and len(two["ions"]) == 24
     for name in ("bicubic", "no_guide", "ours"):
@@ -56,7 +60,17 @@ def test_evaluate_scores_and_shows_them(copied, cli, tmp_path, monkeypatch):
     smooth = next(row for row in two["rows"] if row["what"].startswith("smooth"))
     assert smooth["ours_db"] == pytest.approx(smooth["no_guide_db"], abs=0.1)
     page = copied.with_suffix(".html").read_text()
-    assert "× 2" in page and "too few" in page
+    assert "× 2" in page and "too few" in page and 'href="copy.evaluation.html"' in page
+    every = copied.with_name("copy.evaluation.html").read_text()
+    assert 'href="copy.html"' in every and every.count('<tr><td class="n">') == 48
+    for name in ("bicubic", "no_guide", "ours"):
+        assert 0 < everything[f"{name}_sam_deg"] < 60 and 0 < everything[f"{name}_ergas"] < 200
+    assert "ERGAS" in done.out and "wrong stains" in done.out and "nested" in done.out
+    known = scores["evidence"]
+    assert known["null_guides"]["count"] == 8 and len(known["ions"]) == len(known["nested"]["ions"]) == 24
+    best = max(known["ions"], key=lambda ion: ion["gain_db"])
+    assert best["gain_db"] > best["null_p95_db"] + 0.5 and best["null_p95_db"] >= best["null_mean_db"]
+    assert json.loads(written.read_text())["wald"][0]["rows"] == two["rows"]
     assert json.loads(scores_file(copied).read_text())["identity"] == scores["identity"]
 
 
@@ -112,6 +126,20 @@ def test_scores_of_another_result_are_not_shown(copied):
     scores = json.loads(file.read_text())
     file.write_text(json.dumps({**scores, "identity": "other"}))
     assert load_evaluation(copied) is None
+
+
+def test_what_cannot_be_done_is_refused_before_work_starts(copied, cli, tmp_path, monkeypatch):
+    began = "evaluate: "
+    for options, words in (
+        (("--ratio", 1), "degrades nothing"),
+        (("--json", tmp_path / "gone" / "s.json"), "cannot be written"),
+        (("--json", tmp_path), "cannot be written"),
+    ):
+        done = cli("evaluate", copied, *options)
+        assert done.code == 2 and len(done.errors) == 1 and words in done.errors[0] and began not in done.err
+    monkeypatch.setattr("deepfere.evaluation.evaluate.os.access", lambda *_: False)
+    done = cli("evaluate", copied)
+    assert done.code == 2 and len(done.errors) == 1 and "beside it" in done.errors[0]
 
 
 def test_a_slide_that_is_gone_is_told(copied, cli):

@@ -20,7 +20,8 @@ from deepfere.config import Config, load_config
 from deepfere.errors import InputError
 from deepfere.evaluation.label_scores import label_scores, render_labels
 from deepfere.evaluation.metrics import degrade
-from deepfere.evaluation.trust import evidence_of
+from deepfere.evaluation.nested import nested_scores
+from deepfere.evaluation.trust import evidence_of, nested_medians
 from deepfere.evaluation.wald import METHODS, coverage, ion_scores, wald
 from deepfere.pipeline.fuse import quiet
 from deepfere.pipeline.workspace import Progress, write_json
@@ -171,7 +172,9 @@ def evaluate_result(
         measured.append(block | {"settings": base.digest()})
         # What took minutes is kept even if the next ratio is stopped.
         save_scores(result, wald=list(measured))
-    known = save_scores(result, evidence=evidence_of(result))
+    proof = evidence_of(result)
+    proof["nested"] = nested_scores(result, base, progress) if base.guide else None
+    known = save_scores(result, evidence=proof)
     return {key: known[key] for key in ("identity", "consistency", "evidence")} | {"wald": measured}
 
 
@@ -237,6 +240,12 @@ def render(scores: dict[str, Any]) -> str:
         lines.append(
             f"left-out blocks: {gain}{nulls['count']} wrong stains {nulls['null_mean_db']:.2f} dB, "
             f"their 95th percentile at most {nulls['null_p95_most_db']:.2f} dB"
+        )
+    nested = nested_medians(scores.get("evidence") or {})
+    if nested is not None:
+        lines.append(
+            f"held-out R2 of informed ions, median: {nested[0]:.3f} nested (alignment and factors without the block), "
+            f"{nested[1]:.3f} with both as they are"
         )
     lines += [render_labels(block) for block in scores.get("boundaries") or []]
     lines.append(f"consistency: {scores['consistency']:.1e}")

@@ -14,6 +14,7 @@ from deepfere.evaluation.report_alignment import evidence_rows
 from deepfere.evaluation.report_modes import percent
 from deepfere.evaluation.report_pictures import data_uri
 from deepfere.evaluation.report_tables import METHODS, RANK, number, score_tables, small
+from deepfere.evaluation.trust import nested_medians
 from deepfere.reconstruction.result import Result, beside
 
 SCORES = (("psnr", "PSNR, dB", ".2f"), ("pearson", "r", ".3f"), ("ssim", "SSIM", ".3f"), ("rmse", "RMSE", ".3g"))
@@ -135,6 +136,7 @@ def null_section(evidence: Mapping[str, Any]) -> dict[str, Any] | None:
     nulls, ions = evidence.get("null_guides"), evidence.get("ions") or []
     if not nulls or not ions:
         return None
+    nested = {ion["mz"]: ion["nested_r2"] for ion in (evidence.get("nested") or {}).get("ions") or []}
     ahead = sum(ion["gain_db"] > ion["null_p95_db"] for ion in ions)
     rows = [
         {
@@ -142,7 +144,9 @@ def null_section(evidence: Mapping[str, Any]) -> dict[str, Any] | None:
             "kind": ion["informed"],
             "rank": RANK.get(ion["informed"], 2),
             "texts": [
-                *(number(ion[key]) for key in ("gain_db", "null_p95_db", "null_mean_db", "held_out_r2", "gate")),
+                *(number(ion[key]) for key in ("gain_db", "null_p95_db", "null_mean_db", "held_out_r2")),
+                number(nested.get(ion["mz"])),
+                number(ion["gate"]),
                 percent(ion["inferred_share"]),
                 percent(ion["noise_share"]),
                 small(ion["consistency"]),
@@ -154,6 +158,7 @@ def null_section(evidence: Mapping[str, Any]) -> dict[str, Any] | None:
         "count": nulls["count"],
         "words": f"The right stain gains more than 95 % of the wrong ones in {ahead} of {len(ions)} ions; in "
         f"{nulls['informed_ions']} that and the blocks of the section are proof enough, and the stain is used.",
+        "nested": nested_words(evidence),
         "picture": _both(score_figures.right_and_wrong, evidence),
         "heads": [
             "m/z",
@@ -162,6 +167,7 @@ def null_section(evidence: Mapping[str, Any]) -> dict[str, Any] | None:
             "wrong stains, 95 %",
             "wrong stains, mean",
             "held-out R²",
+            "nested R²",
             "gate",
             "inferred",
             "noise taken out",
@@ -169,6 +175,20 @@ def null_section(evidence: Mapping[str, Any]) -> dict[str, Any] | None:
         ],
         "rows": rows,
     }
+
+
+def nested_words(evidence: Mapping[str, Any]) -> str:
+    """What the held-out scores lose when nothing has seen what is left out; empty where that was not asked."""
+    medians, nested = nested_medians(evidence), evidence.get("nested") or {}
+    if medians is None:
+        return ""
+    moved = [number(value) for value in nested.get("moved_px") or []]
+    again = f"the alignment refined anew (it moves by {', '.join(moved)} measured pixels)" if moved else "the factors"
+    return (
+        f"Nested: with a quarter of the section hidden, {again} and everything else fitted without it, the hidden part "
+        f"is predicted with a median R² of {number(medians[0], '.3f')} in informed ions; with alignment and factors as "
+        f"they are, {number(medians[1], '.3f')}."
+    )
 
 
 def alignment_rows(blocks: list[dict[str, Any]]) -> list[dict[str, str]]:

@@ -8,6 +8,7 @@ alone, would have gained.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,23 @@ def gain_db(r2: ArrayLike) -> NDArray[np.float64]:
     left = 1.0 - np.minimum(np.asarray(r2, np.float64), 1.0)
     with np.errstate(divide="ignore"):
         return np.asarray(-10.0 * np.log10(left), np.float64)
+
+
+def nested_medians(evidence: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Medians over the informed ions of the nested held-out R², and of that with alignment and factors as they are.
+
+    Args:
+        evidence: From `evidence_of`, with ``nested`` from `deepfere.evaluation.nested.nested_scores`.
+
+    Returns:
+        None where no ion is informed, or it was not done.
+    """
+    informed = {ion["mz"] for ion in evidence.get("ions") or [] if ion["informed"] != "smooth"}
+    ions = [ion for ion in (evidence.get("nested") or {}).get("ions") or [] if ion["mz"] in informed]
+    if not ions:
+        return None
+    both = (float(np.median([ion[key] for ion in ions])) for key in ("nested_r2", "left_out_r2"))
+    return next(both), next(both)
 
 
 def evidence_of(result: Result) -> dict[str, Any]:
