@@ -15,6 +15,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -362,5 +363,11 @@ def r2_histogram(
     for name, spine in axes.spines.items():
         spine.set_visible(name in ("left", "bottom"))
         spine.set_color(ink)
-    axes.legend(frameon=False, labelcolor=ink, fontsize=9)
+    legend_above(axes, ink)
     return figure
+
+
+def legend_above(axes: Axes, ink: str) -> None:
+    """A legend above the axes, in one row: looking for a free place within takes long where there is much to see."""
+    where = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0)}
+    axes.legend(**where, ncols=5, frameon=False, labelcolor=ink, fontsize=9, borderaxespad=0.0, columnspacing=1.2)

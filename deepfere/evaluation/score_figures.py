@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from deepfere.evaluation.figures import CLASS_COLOURS, CLASSES
+from deepfere.evaluation.figures import CLASS_COLOURS, CLASSES, legend_above
 
 LARGEST_DB = 30.0
 """Gains are drawn up to this: an ion that is predicted completely has an infinite one."""
@@ -54,7 +54,7 @@ def right_and_wrong(evidence: Mapping[str, Any], *, dark: bool = False) -> Figur
             axes.scatter(place[chosen], right[chosen], s=size, color=CLASS_COLOURS[kind], label=kind, zorder=3)
     axes.set_xlabel("ions, best first", color=ink)
     axes.set_ylabel("gain over interpolation, dB", color=ink)
-    axes.legend(frameon=False, labelcolor=ink, fontsize=9)
+    legend_above(axes, ink)
     return figure
 
 
@@ -89,5 +89,5 @@ def promised_and_measured(
             axes.scatter(x, y, s=size, color=CLASS_COLOURS[kind], label=kind, zorder=3)
     axes.set_xlabel("gain on left-out blocks at full scale, dB", color=ink)
     axes.set_ylabel(f"measured at × {block['ratio']}, dB", color=ink)
-    axes.legend(frameon=False, labelcolor=ink, fontsize=9)
+    legend_above(axes, ink)
     return figure
