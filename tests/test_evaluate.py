@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -137,7 +138,8 @@ def test_what_cannot_be_done_is_refused_before_work_starts(copied, cli, tmp_path
     ):
         done = cli("evaluate", copied, *options)
         assert done.code == 2 and len(done.errors) == 1 and words in done.errors[0] and began not in done.err
-    monkeypatch.setattr("deepfere.evaluation.evaluate.os.access", lambda *_: False)
+    access = os.access
+    monkeypatch.setattr("os.access", lambda path, mode, **more: mode != os.W_OK and access(path, mode, **more))
     done = cli("evaluate", copied)
     assert done.code == 2 and len(done.errors) == 1 and "beside it" in done.errors[0]
 
