@@ -369,5 +369,13 @@ def r2_histogram(
 
 def legend_above(axes: Axes, ink: str) -> None:
     """A legend above the axes, in one row: looking for a free place within takes long where there is much to see."""
-    where = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0)}
-    axes.legend(**where, ncols=5, frameon=False, labelcolor=ink, fontsize=9, borderaxespad=0.0, columnspacing=1.2)
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        ncols=5,
+        frameon=False,
+        labelcolor=ink,
+        fontsize=9,
+        borderaxespad=0.0,
+        columnspacing=1.2,
+    )

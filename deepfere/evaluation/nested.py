@@ -29,7 +29,8 @@ from deepfere.model import gate as gates
 from deepfere.model.detail import COVERED, pooled_window
 from deepfere.model.fit import Evidence, evidence
 from deepfere.model.guide import GuideSpec
-from deepfere.model.ridge import DetailRows, fit_average
+from deepfere.model.ridge import fit_average
+from deepfere.model.stain_types import StainTypes
 from deepfere.model.transfer import DEFAULT_SMOOTHING_PITCH, SmoothingChoice
 from deepfere.pipeline.prepare import stain_overview
 from deepfere.pipeline.workspace import Progress
@@ -56,6 +57,7 @@ class Scene:
         fold: (ny, nx) fold number of every pixel.
         stain: The slide, small.
         choice: Smoothing of the stain's features, as the result has it.
+        types: Its stain types; they were found on the stain alone.
     """
 
     cube: NDArray[np.float32]
@@ -63,6 +65,7 @@ class Scene:
     fold: NDArray[np.int64]
     stain: StainOverview
     choice: SmoothingChoice
+    types: StainTypes | None
 
 
 def folds_of(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -93,7 +96,8 @@ def nested_scores(result: Result, config: Config, progress: Progress) -> dict[st
     cube = np.nan_to_num(np.stack([result.measured(float(mz)) for mz in result.ions["mz"]]), nan=0.0)
     smoothing = result.provenance["model"]["notes"].get("smoothing_pitch", DEFAULT_SMOOTHING_PITCH)
     choice = SmoothingChoice(smoothing, float("nan"), float("nan"))
-    scene = Scene(cube, result.mask, folds_of(result.mask), stain, choice)
+    types = StainTypes.from_dict(result.provenance["model"].get("stain_types"))
+    scene = Scene(cube, result.mask, folds_of(result.mask), stain, choice, types)
     free = not (section.get("alignment") or section.get("landmarks"))
     (whole,) = factorise([cube], [result.mask], config.model.max_factors)
     plain = problem_at(scene, found, whole, result)
@@ -155,7 +159,7 @@ def problem_at(scene: Scene, alignment: Alignment, factors: Factors, result: Res
     """The reduced-scale problem of the section at an alignment."""
     stain, grid, smoothing = scene.stain, result.grid, scene.choice.smoothing_pitch
     shape, white = stain.planes.shape[1:], stain.reference.white
-    spec = GuideSpec(grid, POOL_FACTOR, stain.spacing_um, (shape[0], shape[1]), white, smoothing)
+    spec = GuideSpec(grid, POOL_FACTOR, stain.spacing_um, (shape[0], shape[1]), white, smoothing, scene.types)
 
     def planes_at(r0: int, r1: int, c0: int, c1: int) -> NDArray[np.uint8]:
         return stain.planes[:, r0:r1, c0:c1]
@@ -175,7 +179,7 @@ def hidden_errors(problem: Evidence, basis: Array, fold: NDArray[np.int64], numb
     rows = problem.rows
     hidden = fold.ravel()[rows.index] == number
     seen = ~hidden
-    part = DetailRows(rows.stain[seen], rows.block[seen], rows.index[seen], rows.phase[seen], rows.ratio)
+    part = replace(rows, stain=rows.stain[seen], block=rows.block[seen], index=rows.index[seen], phase=rows.phase[seen])
     fit = fit_average(part, problem.factor_rows[seen])
     factor = gates.gains(gates.moments(problem.factor_rows[seen], fit.predicted, part.block), np.eye(basis.shape[1]))
     loadings = basis * np.where(factor.r2 > gates.LEAST_FACTOR_R2, factor.gain, 0.0)
