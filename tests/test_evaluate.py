@@ -43,6 +43,8 @@ def test_evaluate_scores_and_shows_them(copied, cli, tmp_path, monkeypatch):
     assert (two["ratio"], four["ratio"], forty["ratio"]) == (2, 4, 40)
     assert four["rows"] == forty["rows"] == [] and "too few" in four["note"] and "leaves 0" in forty["note"]
     assert two["alignment"] in ("found", "refused")
+    # Blind at half the scale, or told: the slide is the right one, so that a placement of its own is near.
+    assert ("alignment_apart_px" in two) == (two["alignment"] == "found")
     if two["alignment"] == "found":
         assert 0 <= two["alignment_apart_px"] < 1.5 and "from the one at full scale" in done.out
     assert 0.2 < two["coverage_80"] <= 1.0 and "80 % intervals hold" in done.out
@@ -158,3 +160,28 @@ def test_coverage_by_hand():
     sd = np.array([[[1.0, 1.0, 1.0, 0.01]]])
     # On the edge (cut at zero): half; inside; outside; outside.
     assert coverage(truth, estimate, sd, np.ones((1, 4), bool)) == pytest.approx(1.5 / 4)
+
+
+def test_a_placement_of_its_own_is_compared_with_the_results(fused, place, monkeypatch):
+    """The run at reduced scale is made in a folder that is gone afterwards: what is known of it must be read before."""
+    from deepfere.evaluation import wald as module
+    from deepfere.evaluation.metrics import degrade
+
+    moved = replace(fused.alignment, offset_um=fused.alignment.offset_um + 25.0)
+    real = module.fuse
+
+    def placed(msi, slide, out, **given):
+        """As if the search had found the result's place, half a measured pixel off."""
+        if slide is not None:
+            moved.save(msi.with_name("place.json"))
+            given["alignment"] = msi.with_name("place.json")
+        return real(msi, slide, out, **given)
+
+    monkeypatch.setattr(module, "fuse", placed)
+    cube = np.stack([fused.measured(float(mz)) for mz in fused.ions["mz"]]).astype(np.float64)
+    coarse, mask = degrade(cube, fused.mask, 2)
+    config = place.config("model.tier=T1", "tracking.uri=none")
+    scores = module.wald(fused, config, cube, coarse, mask, 2, lambda *_: None)
+    assert scores["alignment"] == "found"
+    assert scores["alignment_apart_px"] == pytest.approx(apart_px(moved, fused.alignment, fused.grid, fused.mask))
+    assert scores["alignment_evidence"]["held_out_r2"] == fused.alignment.evidence["held_out_r2"]

@@ -44,8 +44,8 @@ def right_and_wrong(evidence: Mapping[str, Any], *, dark: bool = False) -> Figur
 
     wrong, mean = column("null_p95_db"), column("null_mean_db")
     axes.fill_between(place, np.zeros(len(ions)), wrong, step="mid", color=ink, alpha=0.25, linewidth=0)
-    axes.step(place, wrong, where="mid", color=ink, linewidth=1.2, label="wrong stains, 95 % of them below")
-    axes.step(place, mean, where="mid", color=ink, linewidth=1.0, linestyle=(0, (2, 2)), label="wrong stains, mean")
+    axes.step(place, wrong, where="mid", color=ink, linewidth=1.2, label="wrong stains, 95 %")
+    axes.step(place, mean, where="mid", color=ink, linewidth=1.0, linestyle=(0, (2, 2)), label="their mean")
     right = column("gain_db")
     size = float(np.clip(2000 / len(ions), 6, 40))
     for kind in CLASSES:

@@ -127,6 +127,8 @@ def wald(
                 ours = fuse(msi, section["slide"], out, config=settings, progress=tell("placed "), **given)
             images["ours"] = decoded(ours)
             sd = np.stack([ours.uncertainty(float(mz)).compute() for mz in ours.ions["mz"]])
+            # Read while its folder is there.
+            found = ours.alignment
     shape = images["no_guide"].shape[1:]
     truth = cube[:, : shape[0], : shape[1]]
     inside = result.mask[: shape[0], : shape[1]] & np.repeat(np.repeat(mask, ratio, 0), ratio, 1)
@@ -141,8 +143,8 @@ def wald(
         scored["coverage_80_present"] = float(np.median(held[present])) if present.any() else None
         for ion, share in zip(scored["ions"], held, strict=True):
             ion["coverage_80"] = float(share)
-        if state == "found" and ours.alignment is not None:
-            scored |= _alignment(ours.alignment, result)
+        if state == "found" and found is not None:
+            scored |= _alignment(found, result)
     return scored
 
 
