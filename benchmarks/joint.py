@@ -1,10 +1,10 @@
 """Registration frozen, and joint with the network: ``python benchmarks/joint.py [CASE ...] [--quick] [--json FILE]``.
 
 Case: ``displaced``. Generated sections are started from their true alignment, shifted by 0.05 and by 0.4 measured
-pixel, as if the search had found that. The deep tier is trained with the registration frozen, jointly with it at the default
-step, and jointly at five times that step. Compared are how far the alignment is off before and after, the held-out R2
-of the closed form that decides whether the joint alignment is kept, and PSNR against the truth by kind of ion, with the
-joint alignment kept whatever was decided. The truth scores, it never chooses.
+pixel, as if the search had found that. The deep tier is trained with the registration frozen, jointly with it at the
+default step, and jointly at five times that step. Compared are how far the alignment is off before and after, the
+held-out R2 of the closed form that decides whether the joint alignment is kept, and PSNR against the truth by
+kind of ion, with the joint alignment kept whatever was decided. The truth scores, it never chooses.
 """
 
 from __future__ import annotations
