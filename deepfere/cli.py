@@ -232,6 +232,9 @@ def report(result: str, out: str | None) -> None:
 )
 @click.option("--labels", type=click.Path(), help="Tissue labels (.npy, .png, .tif) to compare borders with.")
 @click.option("--against", multiple=True, metavar="NAME=RESULT", help="Another result to compare with the labels.")
+@click.option(
+    "--json", "json_path", type=click.Path(), help="Write all scores as JSON to this file too; - prints them."
+)
 @CONFIG
 def evaluate(
     result: str,
@@ -239,6 +242,7 @@ def evaluate(
     ratios: tuple[int, ...],
     labels: str | None,
     against: tuple[str, ...],
+    json_path: str | None,
     config: str | None,
 ) -> None:
     """Score a result's pipeline at reduced scale (Wald), and its images against tissue labels.
@@ -248,19 +252,29 @@ def evaluate(
     result's own; those that are given here replace theirs.
 
     With labels, the images of every method are segmented by one rule and their borders are compared; nothing runs
-    again. The scores go beside the result and into the report, and those of an earlier call stay.
+    again. The scores go beside the result (RESULT.evaluation.json, and .evaluation.html for every ion) and into the
+    report, and those of an earlier call stay.
 
     \b
     Example:
       deepfere evaluate result.zarr --ratio 2 --ratio 4
       deepfere evaluate result.zarr --labels labels.png
     """
-    from deepfere.evaluation.evaluate import evaluate_labels, evaluate_result, load_evaluation, render
+    from deepfere.evaluation.evaluate import (
+        check_json,
+        evaluate_labels,
+        evaluate_result,
+        load_evaluation,
+        render,
+        write_scores,
+    )
     from deepfere.evaluation.report import write_report
+    from deepfere.evaluation.scores_page import write_scores_page
     from deepfere.reconstruction.result import beside
     from deepfere.reconstruction.result import open as open_result
 
     opened = open_result(result)
+    check_json(json_path)
     if against and labels is None:
         raise click.UsageError("--against compares with labels: give --labels too")
     if labels is not None and not ratios and (config is not None or overrides):
@@ -272,9 +286,14 @@ def evaluate(
         if ratios or labels is None:
             ratios = ratios or (2, 4, 8)
             scores |= evaluate_result(opened, ratios=ratios, config=config, overrides=overrides, progress=progress)
-    click.echo(render(scores))
-    page = write_report(opened, beside(result, ".html"), evaluation=load_evaluation(result))
-    click.echo(f"report: {page}")
+    known, report = load_evaluation(result) or {}, beside(result, ".html")
+    pages = [write_scores_page(opened, known, report)] if "wald" in known else []
+    pages.append(write_report(opened, report, evaluation=known))
+    if json_path is not None:
+        write_scores(json_path, scores)
+    if json_path != "-":
+        click.echo(render(scores))
+        click.echo("\n".join(f"report: {page}" for page in pages))
 
 
 @main.command()

@@ -310,3 +310,17 @@ class Alignment:
             offset,
             evidence={"pairs": len(table), "residual_um": float(np.median(residual))},
         )
+
+
+def apart_px(one: Alignment, other: Alignment, grid: SectionGrid, mask: NDArray[np.bool_]) -> float:
+    """Median distance over the measured pixels between where two alignments put them, in measured pixels.
+
+    Args:
+        one: Section to slide.
+        other: Another; its scale says how large a measured pixel is on the slide.
+        grid: The measured grid.
+        mask: (ny, nx) pixels that count.
+    """
+    points = grid.centres_um()[mask]
+    size = np.sqrt(abs(np.linalg.det(other.matrix))) * float(np.mean(grid.pitch_um))
+    return float(np.median(np.linalg.norm(one.map(points) - other.map(points), axis=1)) / size)

@@ -221,6 +221,7 @@ def result(tmp_path):
     write_measured(path / "measured", np.ones((3, 2, 3)), mask, MZ, 10.0)
     columns = {"loadings": np.ones((3, 1)), "detail_scale": np.ones(1), "positivity": np.zeros(3, np.int64)}
     columns |= {"noise_share": np.zeros(3), "chi_square": np.full(3, np.nan)}
+    columns |= {"null_mean_r2": np.zeros(3), "inferred_share": np.zeros(3)}
     columns |= {name: np.full(3, 0.5) for name in ("gate", "held_out_r2", "null_r2")} | {"consistency": MZ * 1e-10}
     basis = group.create_group("basis")
     for name, values in columns.items():

@@ -58,7 +58,7 @@ def write_result(path: Path, *, gate: float = 1.0, guide: bool = True, mz=MZ, sc
     values = {"gate": np.full(IONS, gate), "loadings": np.eye(IONS), "detail_scale": np.ones(IONS)}
     values |= {"positivity": np.arange(IONS) % 3, "held_out_r2": np.full(IONS, 0.5), "null_r2": np.zeros(IONS)}
     values |= {"consistency": np.full(IONS, 1e-8), "noise_share": np.zeros(IONS)}
-    values["chi_square"] = np.ones(IONS)
+    values |= {"chi_square": np.ones(IONS), "null_mean_r2": np.zeros(IONS), "inferred_share": np.zeros(IONS)}
     for name, value in values.items():
         group.require_group("basis").create_array(name, data=value)
     detail = (truth - upsample(cell_means(truth, F), F)).astype(np.float16)

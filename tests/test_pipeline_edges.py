@@ -13,7 +13,7 @@ import zarr
 import deepfere
 from deepfere.cluster import RowWorker, one_thread, run_rows
 from deepfere.errors import DeepfereError, InputError
-from deepfere.pipeline import fuse, prepare, track, write
+from deepfere.pipeline import check, fuse, prepare, track, write
 from tests.conftest import FACTOR
 
 pytestmark = pytest.mark.ray
@@ -183,14 +183,14 @@ def test_overwriting_begins_anew(plain, monkeypatch):
 
 def test_consistency_in_windows_says_so(plain, monkeypatch):
     asked = []
-    real = write.consistency
+    real = check.consistency
 
     def spy(image, y, factor, seen):
         asked.append(float(y[seen].max()))
         return real(image, y, factor, seen)
 
-    monkeypatch.setattr(write, "CHECKED_PX", 0)
-    monkeypatch.setattr(write, "consistency", spy)
+    monkeypatch.setattr(check, "CHECKED_PX", 0)
+    monkeypatch.setattr(check, "consistency", spy)
     result = plain()
     assert result.provenance["consistency_checked"] == "windows"
     assert any("one window per ion" in note for note in result.provenance["warnings"])
@@ -215,8 +215,8 @@ class Coarse:
 
 
 def test_a_window_is_judged_against_the_whole_ion(fused, monkeypatch):
-    monkeypatch.setattr(write, "consistency", lambda image, y, factor, seen: 1.0)
-    found = write._check(Coarse(fused, 3), False, 0, lambda *_: None)
+    monkeypatch.setattr(check, "consistency", lambda image, y, factor, seen: 1.0)
+    found = check.check_ions(Coarse(fused, 3), False, 0, lambda *_: None)
     assert (found <= 1).all() and (found < 0.99).any()
 
 

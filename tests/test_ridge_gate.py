@@ -191,6 +191,7 @@ def test_decide_needs_both_nulls_and_blocks():
     assert gates.decide(gain(0.15, 5.0), nulls).gate[0] == 0
     assert gates.decide(gain(0.25, 1.9), nulls).gate[0] == 0
     assert gates.decide(gain(-0.1, 5.0), []).gate[0] == 0
+    assert gates.decide(gain(0.25, 5.0), nulls).null_mean[0] == pytest.approx(0.095)
     assert gates.decide(gain(0.25, 5.0), nulls).null_r2[0] == pytest.approx(np.quantile(np.linspace(0, 0.19, 20), 0.95))
     classes = gates.Gate(np.array([0.9, 0.5, 0.0]), np.array([0.3, 0.05, 0.4]), np.zeros(3)).informed()
     assert classes == ["stain-informed", "partly", "smooth"]
@@ -398,7 +399,7 @@ def test_a_fit_survives_its_file(tmp_path):
         "weights": rng.random((4, 2)), "basis": rng.random((5, 2)), "factor_gate": rng.random(2),
         "factor_r2": rng.random(2), "ion_gate": np.array([0.5, 0, 1, 0.2, 0]), "ion_r2": np.full(5, 0.05),
         "ion_null_r2": rng.random(5), "positivity": np.array([0, 1, 3, 5, 0]), "uncertainty": rng.random((5, 5)),
-        "feature_mean": rng.random(4), "feature_sd": rng.random(4),
+        "ion_null_mean": rng.random(5), "feature_mean": rng.random(4), "feature_sd": rng.random(4),
     }  # fmt: skip
     fit = SectionFit(**arrays)
     fit.save(tmp_path / "fit.npz")

@@ -1,34 +1,45 @@
 """``evaluate``: the pipeline judged at reduced scale (Wald's protocol), and images judged against tissue labels.
 
-The measurement is degraded by a ratio r (footprint means; a coarse pixel needs all of its pixels), the whole
-pipeline runs on the degraded data, blind, with factor r, and its output is compared with what was measured.
-Source: Wald, Ranchin and Mangolini, Photogramm. Eng. Remote Sens. 63, 691 (1997).
-
-Labels are compared in `deepfere.evaluation.label_scores`. All scores of a result lie in one file beside it; each part
-stays until it is measured again, or the result is another one.
+Wald's protocol is in `deepfere.evaluation.wald`, labels are compared in `deepfere.evaluation.label_scores`, and
+`deepfere.evaluation.trust` collects what the fit found out about itself. All scores of a result lie in one file beside
+it; each part stays until it is measured again, or the result is another one.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
+import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from deepfere.config import Config, IngestSettings, load_config
+from deepfere.config import Config, load_config
 from deepfere.errors import InputError
 from deepfere.evaluation.label_scores import label_scores, render_labels
-from deepfere.evaluation.metrics import degrade, ergas, keys_bicubic, pearson, psnr, rmse, sam_deg, ssim
-from deepfere.frame import Alignment
-from deepfere.measured.store import write_measured
-from deepfere.pipeline.fuse import fuse, quiet
+from deepfere.evaluation.metrics import degrade
+from deepfere.evaluation.nested import nested_scores
+from deepfere.evaluation.trust import evidence_of, nested_medians
+from deepfere.evaluation.wald import METHODS, coverage, ion_scores, wald
+from deepfere.pipeline.fuse import quiet
 from deepfere.pipeline.workspace import Progress, write_json
 from deepfere.reconstruction.result import Result, beside
+from deepfere.store import is_url
+
+__all__ = [
+    "check_json",
+    "coverage",
+    "evaluate_labels",
+    "evaluate_result",
+    "ion_scores",
+    "load_evaluation",
+    "render",
+    "save_scores",
+    "scores_file",
+    "write_scores",
+]
 
 LEAST_PX = 80
 """Degraded measured pixels below which a ratio is left out."""
@@ -49,10 +60,22 @@ def load_evaluation(path: str | Path) -> dict[str, Any] | None:
     return scores if scores.get("identity") == result.provenance["identity"] else None
 
 
+def check_writable(result: Result) -> None:
+    """Refuse a result beside which nothing can be written, before work starts.
+
+    Raises:
+        InputError: It is such a one.
+    """
+    folder = Path(result.path).parent
+    if is_url(result.path) or not os.access(folder, os.W_OK):
+        raise InputError("scores cannot be written beside it", where=result.path, remedy="copy it to a folder of yours")
+
+
 def save_scores(result: Result, **parts: Any) -> dict[str, Any]:
     """Put parts of the scores beside a result; what is known of the same result otherwise is kept.
 
-    ``boundaries`` is a list with one entry per label image; only those of the same images are replaced.
+    ``boundaries`` is a list with one entry per label image; only those of the same images are replaced. ``wald`` has
+    one per ratio; those of other ratios stay if they were measured with the same settings.
 
     Returns:
         All that is known.
@@ -62,6 +85,11 @@ def save_scores(result: Result, **parts: Any) -> dict[str, Any]:
         again = {block["labels"] for block in parts["boundaries"]}
         kept = [block for block in known.get("boundaries", []) if block["labels"] not in again]
         parts["boundaries"] = kept + parts["boundaries"]
+    if "wald" in parts:
+        again = {block["ratio"] for block in parts["wald"]}
+        settings = {block.get("settings") for block in parts["wald"]}
+        kept = [b for b in known.get("wald", []) if b["ratio"] not in again and b.get("settings") in settings]
+        parts["wald"] = sorted(kept + parts["wald"], key=lambda block: block["ratio"])
     known |= {
         "identity": result.provenance["identity"],
         "consistency": float(result.ions["consistency"].max()),
@@ -88,47 +116,10 @@ def evaluate_labels(
     Raises:
         InputError: The labels or another result do not fit.
     """
+    check_writable(result)
     found = [label_scores(result, labels, against, progress)]
     known = save_scores(result, boundaries=list(found))
     return {"identity": known["identity"], "boundaries": found, "consistency": known["consistency"]}
-
-
-def ion_scores(truth: NDArray[Any], estimate: NDArray[Any], mask: NDArray[np.bool_]) -> dict[str, NDArray[np.float64]]:
-    """Per ion: psnr (dB), pearson, ssim and rmse of (M, H, W) cubes on the mask."""
-    peaks = [float(np.nanmax(np.where(mask, t, np.nan))) for t in truth]
-    pairs = list(zip(truth, estimate, peaks, strict=True))
-    return {
-        "psnr": np.array([psnr(t, e, mask, p) if p > 0 else np.nan for t, e, p in pairs]),
-        "pearson": np.array([pearson(t, e, mask) for t, e, _ in pairs]),
-        "ssim": np.array([ssim(t, e, mask, p) if p > 0 else np.nan for t, e, p in pairs]),
-        "rmse": np.array([rmse(t, e, mask) for t, e, _ in pairs]),
-    }
-
-
-def coverage(
-    truth: NDArray[Any], estimate: NDArray[Any], sd: NDArray[Any], mask: NDArray[np.bool_], share: float = 0.8
-) -> float:
-    """Share of the pixels whose truth lies in the central interval of this share, median over ions.
-
-    Intervals are of a normal distribution, cut at zero; a truth on the edge of its interval counts half.
-
-    Args:
-        truth: (M, H, W) intensities.
-        estimate: (M, H, W).
-        sd: (M, H, W) standard deviations of the estimate.
-        mask: (H, W) pixels that count.
-        share: Nominal share of the interval.
-    """
-    half = NormalDist().inv_cdf(0.5 + share / 2) * sd[:, mask]
-    t, e = truth[:, mask], estimate[:, mask]
-    low, high = np.maximum(e - half, 0.0), e + half
-    held = ((t > low) & (t < high)).mean(1) + 0.5 * ((t == low) | (t == high)).mean(1)
-    return float(np.median(held))
-
-
-def decoded(result: Result) -> NDArray[np.float32]:
-    """All ions (M, H, W) of a small result."""
-    return np.stack([result.ion(float(mz)).compute() for mz in result.ions["mz"]])
 
 
 def evaluate_result(
@@ -139,7 +130,7 @@ def evaluate_result(
     overrides: Iterable[str] = (),
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Wald scores of the pipeline that made a result; written beside it.
+    """Wald scores of the pipeline that made a result, and its own evidence; written beside it, ratio by ratio.
 
     Args:
         result: A finished result; its slide must still be where it was.
@@ -149,113 +140,79 @@ def evaluate_result(
         progress: Called with (what, share).
 
     Returns:
-        ``{"identity", "wald": [{"ratio", "alignment", "rows": [...], "ions": [...]}], "consistency"}``: what was
-        measured now.
+        ``{"identity", "wald": [...], "evidence": {...}, "consistency"}``: what was measured now (`wald`,
+        `evidence_of`).
 
     Raises:
-        InputError: The slide is gone, or a setting is wrong.
+        InputError: The slide is gone, a ratio or a setting is wrong, or the scores cannot be written.
     """
+    wanted = sorted(set(ratios))
+    for ratio in wanted:
+        if ratio < 2:
+            raise InputError(f"a ratio of {ratio} degrades nothing", where="--ratio", remedy="give 2 or more")
+    check_writable(result)
     stored = dict(result.provenance["config"])
     stored["tracking"] = {"uri": "none"}
     base = Config.model_validate(stored)
     base = load_config(config, overrides, base=base)
-    section = result.provenance["section"]
-    if base.guide and not Path(section["slide"]).exists():
-        raise InputError("the slide of this result is gone", where=section["slide"], remedy="put it back")
+    slide = result.provenance["section"].get("slide")
+    if base.guide and (slide is None or not Path(slide).exists()):
+        raise InputError("the slide of this result is gone", where=slide or result.path, remedy="put it back")
     cube = np.stack([result.measured(float(mz)) for mz in result.ions["mz"]]).astype(np.float64)
-    wald = []
-    for ratio in ratios:
-        coarse, mask = degrade(cube, result.mask, ratio)
-        if mask.sum() < LEAST_PX:
-            note = f"x{ratio} leaves {int(mask.sum())} measured pixels: too few to say anything"
-            wald.append({"ratio": ratio, "alignment": "none", "note": note, "rows": [], "ions": []})
-            continue
-        wald.append(_wald(result, base, section, cube, coarse, mask, ratio, progress))
-    known = save_scores(result, wald=wald)
-    return {"identity": known["identity"], "wald": wald, "consistency": known["consistency"]}
+    measured: list[dict[str, Any]] = []
+    for ratio in wanted:
+        block: dict[str, Any] = {"ratio": ratio, "alignment": "none", "note": "", "rows": [], "ions": []}
+        coarse, mask = None, np.zeros(0, bool)
+        if min(result.grid.shape_px) >= ratio:
+            coarse, mask = degrade(cube, result.mask, ratio)
+        if coarse is None or mask.sum() < LEAST_PX:
+            block["note"] = f"x{ratio} leaves {int(mask.sum())} measured pixels: too few to say anything"
+        else:
+            block = wald(result, base, cube, coarse, mask, ratio, progress)
+        measured.append(block | {"settings": base.digest()})
+        # What took minutes is kept even if the next ratio is stopped.
+        save_scores(result, wald=list(measured))
+    proof = evidence_of(result)
+    proof["nested"] = nested_scores(result, base, progress) if base.guide else None
+    known = save_scores(result, evidence=proof)
+    return {key: known[key] for key in ("identity", "consistency", "evidence")} | {"wald": measured}
 
 
-def _wald(
-    result: Result,
-    base: Config,
-    section: dict[str, Any],
-    cube: NDArray[np.float64],
-    coarse: NDArray[np.float64],
-    mask: NDArray[np.bool_],
-    ratio: int,
-    progress: Progress,
-) -> dict[str, Any]:
-    pitch = (result.grid.pitch_um[0] * ratio, result.grid.pitch_um[1] * ratio)
-    label = f"wald x{ratio}"
-    # The degraded cube is measured data already: its ingestion and its normalisation are done.
-    settings = base.model_copy(update={"factor": ratio, "ingest": IngestSettings()})
-    with tempfile.TemporaryDirectory() as folder:
-        msi = Path(folder) / "measured.zarr"
-        attrs = {"tolerance_ppm": result._measured.tolerance_ppm}
-        write_measured(msi, np.nan_to_num(np.maximum(coarse, 0)), mask, result.ions["mz"], pitch, attrs)
-        plain = fuse(msi, None, Path(folder) / "plain.zarr", config=settings.model_copy(update={"guide": False}))
-        images = {"no_guide": decoded(plain)}
-        state, note = "none", ""
-        if base.guide:
-            given = {key: section[key] for key in ("slide_mpp_um", "alignment", "landmarks") if section.get(key)}
-            state = "given" if section.get("alignment") or section.get("landmarks") else "found"
-
-            def tell(stage: str, share: float) -> None:
-                progress(f"{label} {stage}", share)
-
-            try:
-                ours = fuse(msi, section["slide"], Path(folder) / "ours.zarr", config=settings, progress=tell, **given)
-            except InputError as error:
-                # The row says so, and shows what the full-scale alignment would have given.
-                state, note = "refused", f"blind: {error}; scored with the full-scale alignment"
-                given = {"slide_mpp_um": section.get("slide_mpp_um"), "alignment": Path(result.path) / "alignment.json"}
-                ours = fuse(msi, section["slide"], Path(folder) / "ours.zarr", config=settings, progress=tell, **given)
-            images["ours"] = decoded(ours)
-            sd = np.stack([ours.uncertainty(float(mz)).compute() for mz in ours.ions["mz"]])
-        shape = images["no_guide"].shape[1:]
-    truth = cube[:, : shape[0], : shape[1]]
-    inside = result.mask[: shape[0], : shape[1]] & np.repeat(np.repeat(mask, ratio, 0), ratio, 1)
-    images["bicubic"] = np.stack([keys_bicubic(c, ratio, mask) for c in coarse])
-    out = {"ratio": ratio, "alignment": state, "note": note, **_table(truth, images, inside, result, ratio)}
-    if base.guide:
-        out["coverage_80"] = coverage(truth, images["ours"], sd, inside)
-    if state == "found" and ours.alignment is not None and result.alignment is not None:
-        out["alignment_apart_px"] = apart_px(ours.alignment, result.alignment, result)
-    return out
+def plain(values: Any) -> Any:
+    """The same values as JSON has them: what is not finite becomes null."""
+    if isinstance(values, dict):
+        return {key: plain(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [plain(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
-def apart_px(one: Alignment, other: Alignment, result: Result) -> float:
-    """Median distance over the measured pixels between where two alignments put them, in measured pixels."""
-    points = result.grid.centres_um()[result.mask]
-    size = np.sqrt(abs(np.linalg.det(other.matrix))) * float(np.mean(result.grid.pitch_um))
-    return float(np.median(np.linalg.norm(one.map(points) - other.map(points), axis=1)) / size)
+def check_json(path: str | None) -> None:
+    """Refuse a file that scores cannot be written to, before work starts.
+
+    Raises:
+        InputError: It is such a one.
+    """
+    if path not in (None, "-") and (Path(path).is_dir() or not os.access(Path(path).resolve().parent, os.W_OK)):
+        raise InputError("cannot be written", where=path, remedy="give a file in a folder that you may write to")
 
 
-def _table(
-    truth: NDArray[Any], images: dict[str, NDArray[Any]], mask: NDArray[np.bool_], result: Result, ratio: int
-) -> dict[str, Any]:
-    """Medians over groups of ions, and every ion's scores."""
-    names = [n for n in ("bicubic", "no_guide", "ours") if n in images]
-    scores = {name: ion_scores(truth, images[name], mask) for name in names}
-    informed = np.asarray(result.ions["informed"])
-    groups = {"all ions": np.ones(len(truth), bool)}
-    groups |= {kind: informed == kind for kind in ("stain-informed", "partly", "smooth") if (informed == kind).any()}
-    rows = []
-    for what, chosen in groups.items():
-        row: dict[str, Any] = {"what": f"{what} ({int(chosen.sum())})"}
-        for name in names:
-            row[f"{name}_db"] = float(np.nanmedian(scores[name]["psnr"][chosen]))
-            row[f"{name}_r"] = float(np.nanmedian(scores[name]["pearson"][chosen]))
-            row[f"{name}_ssim"] = float(np.nanmedian(scores[name]["ssim"][chosen]))
-        rows.append(row)
-    for name in names:
-        rows[0][f"{name}_sam_deg"] = float(sam_deg(truth, images[name], mask))
-        rows[0][f"{name}_ergas"] = float(ergas(truth, images[name], ratio, mask))
-    ions = [
-        {"mz": float(mz)} | {f"{name}_{key}": float(scores[name][key][m]) for name in names for key in scores[name]}
-        for m, mz in enumerate(result.ions["mz"])
-    ]
-    return {"rows": rows, "ions": ions}
+def write_scores(path: str, scores: dict[str, Any]) -> None:
+    """Write scores as strict JSON to a file; "-" is standard output.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    text = json.dumps(plain(scores), indent=1, allow_nan=False)
+    if path == "-":
+        print(text)
+        return
+    try:
+        Path(path).write_text(text + "\n")
+    except OSError as error:
+        raise InputError(
+            f"cannot be written ({error.strerror})", where=path, remedy="give a file that you may write"
+        ) from error
 
 
 def render(scores: dict[str, Any]) -> str:
@@ -271,10 +228,29 @@ def render(scores: dict[str, Any]) -> str:
         for row in part["rows"]:
             cells = [f"{name} {row[f'{name}_db']:.2f} dB (r {row[f'{name}_r']:.3f})" for name in _methods(row)]
             lines.append(f"  {row['what']:<22} " + "   ".join(cells))
+        for row in part["rows"][:1]:
+            cells = [
+                f"{name} SAM {row[f'{name}_sam_deg']:.2f} deg, ERGAS {row[f'{name}_ergas']:.2f}"
+                for name in _methods(row)
+            ]
+            lines.append(f"  {'across ions':<22} " + "   ".join(cells))
+    nulls = (scores.get("evidence") or {}).get("null_guides")
+    if nulls:
+        gain = "" if nulls["gain_db"] is None else f"the stain gains {nulls['gain_db']:.2f} dB (informed ions), "
+        lines.append(
+            f"left-out blocks: {gain}{nulls['count']} wrong stains {nulls['null_mean_db']:.2f} dB, "
+            f"their 95th percentile at most {nulls['null_p95_most_db']:.2f} dB"
+        )
+    nested = nested_medians(scores.get("evidence") or {})
+    if nested is not None:
+        lines.append(
+            f"held-out R2 of informed ions, median: {nested[0]:.3f} nested (alignment and factors without the block), "
+            f"{nested[1]:.3f} with both as they are"
+        )
     lines += [render_labels(block) for block in scores.get("boundaries") or []]
     lines.append(f"consistency: {scores['consistency']:.1e}")
     return "\n".join(lines)
 
 
 def _methods(row: dict[str, Any]) -> list[str]:
-    return [name for name in ("bicubic", "no_guide", "ours") if f"{name}_db" in row]
+    return [name for name in METHODS if f"{name}_db" in row]

@@ -15,6 +15,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -29,6 +30,7 @@ RGB = NDArray[np.uint8]
 
 ION_MAP = "viridis"
 UNCERTAINTY_MAP = "magma"
+SHARE_MAP = "cividis"
 NOT_MEASURED = (0x8A, 0x8F, 0x96)
 """Grey of pixels that were not measured, readable on a light and on a dark page."""
 _GREY = "#8a8f96"
@@ -361,5 +363,19 @@ def r2_histogram(
     for name, spine in axes.spines.items():
         spine.set_visible(name in ("left", "bottom"))
         spine.set_color(ink)
-    axes.legend(frameon=False, labelcolor=ink, fontsize=9)
+    legend_above(axes, ink)
     return figure
+
+
+def legend_above(axes: Axes, ink: str) -> None:
+    """A legend above the axes, in one row: looking for a free place within takes long where there is much to see."""
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        ncols=5,
+        frameon=False,
+        labelcolor=ink,
+        fontsize=9,
+        borderaxespad=0.0,
+        columnspacing=1.2,
+    )

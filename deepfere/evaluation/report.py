@@ -24,6 +24,8 @@ from deepfere.evaluation import figures
 from deepfere.evaluation import report_pictures as pictures
 from deepfere.evaluation import report_tables as tables
 from deepfere.evaluation.report_alignment import alignment_section
+from deepfere.evaluation.report_modes import denoised_section, inferred_section
+from deepfere.reconstruction.result import beside
 
 PANEL_SIDES_PX = (640, 440, 300)
 MAX_BYTES = 7_500_000
@@ -60,7 +62,19 @@ def write_report(
     target = Path(path)
     if "://" in str(path) or target.is_dir():
         raise InputError("not a local file name", where=path, remedy="give a path such as report.html")
-    page = render_report(result, evaluation=evaluation, truth=truth)
+    scores = beside(result.path, ".evaluation.html")
+    linked = scores.parent == target.resolve().parent and report_identity(scores) == result.provenance.get("identity")
+    page = render_report(result, evaluation=evaluation, truth=truth, scores_page=scores.name if linked else None)
+    write_page(target, page)
+    return target
+
+
+def write_page(target: Path, page: str) -> None:
+    """Write a page, at once when it is complete.
+
+    Raises:
+        InputError: It cannot be written.
+    """
     partial = target.with_name(target.name + ".partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -68,9 +82,16 @@ def write_report(
         os.replace(partial, target)  # noqa: PTH105
     except OSError as error:
         raise InputError(
-            f"cannot be written ({error.strerror})", where=path, remedy="give a path you can write to"
+            f"cannot be written ({error.strerror})", where=target, remedy="give a path you can write to"
         ) from error
-    return target
+
+
+def environment() -> jinja2.Environment:
+    """Templates of this package; everything is escaped."""
+    loader = jinja2.FunctionLoader(
+        lambda name: resources.files("deepfere.evaluation").joinpath(name).read_text(encoding="utf-8")
+    )
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
 def report_identity(path: str | Path) -> str | None:
@@ -89,11 +110,17 @@ def render_report(
     *,
     evaluation: Mapping[str, Any] | None = None,
     truth: Mapping[float, Any] | None = None,
+    scores_page: str | None = None,
 ) -> str:
-    """The report as HTML text of less than 8 MB; arguments as in `write_report`."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    source = resources.files("deepfere.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
-    template = environment.from_string(source)
+    """The report as HTML text of less than 8 MB; arguments as in `write_report`.
+
+    Args:
+        result: The result.
+        evaluation: Scores.
+        truth: Known images.
+        scores_page: Name of the page with every ion's scores, which lies beside the report; None if there is none.
+    """
+    template = environment().get_template("report.html.j2")
     shape = figures.fit_shape(result.grid.extent_um, PANEL_SIDES_PX[0])
     most, least = pictures.pick_ions(result.ions)
     rows = result.ions.to_dict("records")
@@ -101,6 +128,7 @@ def render_report(
     stain = _stain(result)
     context = _context(result, rows, evaluation)
     context["zoom"] = pictures.zoom(result, rows[most[0]])
+    context["page"] = scores_page
     page = ""
     for side in PANEL_SIDES_PX:
         # Noisy pictures hardly compress: a smaller side keeps the file one that can be mailed.
@@ -111,6 +139,8 @@ def render_report(
             "frame": pictures.frame_of(result.grid.extent_um, shape),
             "most": [pictures.ion_row(loaded[row], shape) for row in most],
             "least": [pictures.ion_row(loaded[row], shape) for row in least],
+            "inferred": inferred_section(result, [rows[row] for row in most], shape) if stain is not None else None,
+            "denoised": denoised_section(result, shape),
             "alignment": alignment_section(result, stain, side) if stain is not None else None,
         }
         page = template.render(context)
@@ -178,7 +208,7 @@ def _context(result: Any, rows: list[dict[str, Any]], evaluation: Mapping[str, A
         "verdict": tables.verdict(ions),
         "counts": [(kind, n, round(100 * n / len(ions), 3)) for kind, n in counts.items()],
         "colours": figures.CLASS_COLOURS,
-        "ramps": {"ion": _ramp(figures.ION_MAP), "spread": _ramp(figures.UNCERTAINTY_MAP)},
+        "ramps": ramps(),
         "facts": facts,
         "warnings": [str(text) for text in provenance.get("warnings") or []],
         "exact": exact,
@@ -200,6 +230,12 @@ def _context(result: Any, rows: list[dict[str, Any]], evaluation: Mapping[str, A
 
 def _pixel(pitch_um: tuple[float, float]) -> str:
     return " × ".join(f"{side:.4g}" for side in dict.fromkeys(pitch_um)) + " µm"
+
+
+def ramps() -> dict[str, str]:
+    """CSS gradients of the colour maps that the pages use."""
+    maps = {"ion": figures.ION_MAP, "spread": figures.UNCERTAINTY_MAP, "share": figures.SHARE_MAP}
+    return {name: _ramp(colour_map) for name, colour_map in maps.items()}
 
 
 def _ramp(colour_map: str) -> str:

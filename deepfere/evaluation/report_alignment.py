@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,11 @@ def describe(alignment: Alignment, grid: SectionGrid, start: Alignment | None = 
     return sentences
 
 
+def evidence_rows(alignment: Alignment) -> list[tuple[str, str]]:
+    """The scores that an alignment was accepted on, as label and text."""
+    return _evidence(alignment)[0]
+
+
 def _evidence(alignment: Alignment) -> tuple[list[tuple[str, str]], list[dict[str, str]]]:
     """The scores that the alignment was accepted on, and its stages."""
     evidence = alignment.evidence
@@ -105,6 +110,20 @@ def _evidence(alignment: Alignment) -> tuple[list[tuple[str, str]], list[dict[st
         for stage in evidence.get("stages") or []
     ]
     return rows, stages
+
+
+def joint_words(model: Mapping[str, Any]) -> str:
+    """Whether registering jointly with the network was worth anything; empty where it was not tried."""
+    notes = model.get("notes") or {}
+    if notes.get("t1_left_joint") is None or notes.get("t1_left") is None:
+        return ""
+    frozen, joint = (1 - notes[key] for key in ("t1_left", "t1_left_joint"))
+    moved = number(notes.get("joint_moved_px"), ".2f")
+    verdict = "It is kept" if notes.get("joint_kept") else "It is not kept: that is not enough ahead"
+    return (
+        f"Registered jointly with the network, the section moved by {moved} measured pixels (median), and the held-out "
+        f"R² of the closed form is {joint:.4f} with it against {frozen:.4f} with the registration frozen. {verdict}."
+    )
 
 
 def _window(shapes: Sequence[Points], slide_um: tuple[float, float]) -> tuple[float, float, float, float]:
@@ -178,6 +197,7 @@ def alignment_section(result: Any, stain: NDArray[np.uint8], side_px: int) -> di
     rows, stages = _evidence(found)
     return {
         "words": describe(found, grid, start),
+        "joint": joint_words(result.provenance.get("model") or {}),
         "pictures": pictures,
         "evidence": rows,
         "stages": stages,

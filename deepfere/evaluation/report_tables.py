@@ -77,6 +77,7 @@ def table_row(row: Mapping[str, Any]) -> dict[str, str]:
         "held_out_r2": number(row["held_out_r2"]),
         "null_r2": number(row.get("null_r2")),
         "gate": number(row["gate"]),
+        "inferred": number(row.get("inferred_share")),
         "consistency": small(row.get("consistency")),
         "nonneg_steps": number(steps, ".0f"),
     }
@@ -161,6 +162,7 @@ def score_tables(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
                 + (f", {apart:.2f} measured pixels from the one at full scale" if apart is not None else ""),
                 "note": str(block.get("note") or ""),
                 "rows": rows,
+                "more": wald_words(block),
             }
         )
     truth = [
@@ -181,6 +183,24 @@ def score_tables(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "labels": [_label_table(block) for block in evaluation.get("boundaries") or []],
         "consistency": None if checked is None else small(checked),
     }
+
+
+def wald_words(block: Mapping[str, Any]) -> list[str]:
+    """What a ratio's scores say over all ions at once: angles between spectra, relative error, coverage."""
+    first = (block.get("rows") or [{}])[0]
+    out = []
+    spectra = [
+        f"{label} {number(first[f'{key}_sam_deg'])}° and {number(first.get(f'{key}_ergas'))}"
+        for key, label in METHODS.items()
+        if f"{key}_sam_deg" in first
+    ]
+    if spectra:
+        out.append(f"Angle between spectra (SAM) and relative error over all ions (ERGAS): {'; '.join(spectra)}.")
+    if block.get("coverage_80") is not None:
+        present = block.get("coverage_80_present")
+        rest = f", in ions present in over 30 % of the pixels {100 * present:.0f} %" if present is not None else ""
+        out.append(f"80 % intervals hold {100 * block['coverage_80']:.0f} % of the measured pixels (median ion){rest}.")
+    return out
 
 
 def _label_table(block: Mapping[str, Any]) -> dict[str, Any]:

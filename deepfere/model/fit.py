@@ -52,6 +52,7 @@ class SectionFit:
         ion_gate: (M,) gates of the ions.
         ion_r2: (M,) held-out R2 of each ion's detail, at reduced scale.
         ion_null_r2: (M,) its 95th percentile over null guides.
+        ion_null_mean: (M,) its mean over null guides.
         positivity: (M,) positivity steps.
         uncertainty: (M, 5) rows of `deepfere.model.uncertainty.NoiseModel`.
         feature_mean: (F,) mean of the features over the tissue, types included.
@@ -65,6 +66,7 @@ class SectionFit:
     ion_gate: Array
     ion_r2: Array
     ion_null_r2: Array
+    ion_null_mean: Array
     positivity: NDArray[np.int64]
     uncertainty: Array
     feature_mean: Array

@@ -7,7 +7,7 @@ spatial blocks beyond two standard errors. Where it is 0 the output is plain int
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,11 +93,13 @@ class Gate:
         gate: In [0, 1]; 0 where nothing is proven.
         r2: Held-out R2 of the detail at reduced scale.
         null_r2: The 95th percentile of the same over null guides.
+        null_mean: Its mean over null guides.
     """
 
     gate: Array
     r2: Array
     null_r2: Array
+    null_mean: Array = field(default_factory=lambda: np.zeros(0))
 
     def informed(self) -> list[str]:
         """Each target's class: "stain-informed", "partly" or "smooth"."""
@@ -124,4 +126,4 @@ def decide(found: Gain, nulls: list[Gain], least_r2: float = 0.0) -> Gate:
     everywhere = found.evidence > 2.0
     far_ahead = (found.evidence > 1.0) & (found.r2 > far) & (found.r2 > INFORMED_R2)
     proven = (found.r2 > np.maximum(bar, least_r2)) & (everywhere | far_ahead)
-    return Gate(np.where(proven, found.gain, 0.0), found.r2, bar)
+    return Gate(np.where(proven, found.gain, 0.0), found.r2, bar, r2.mean(0))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from deepfere.config import Config
 from deepfere.errors import InputError
-from deepfere.frame import Alignment
+from deepfere.frame import Alignment, apart_px
 from deepfere.measured.factors import Factors, factor_weight
 from deepfere.model.detail import COVERED
 from deepfere.model.features import FEATURES
@@ -112,6 +112,7 @@ def without_guide(cube: NDArray[np.float32], mask: NDArray[np.bool_], factors: F
         zero,
         zero,
         zero,
+        zero,
         steps,
         uncertainty,
         np.zeros(len(FEATURES)),
@@ -157,8 +158,10 @@ def choose(
         refit = fit_t1(other, config.model.null_guides, config.seed)
         left = tier_error(other, weight, refit[0].predicted, np.ones(len(other.rows.block), bool))
         notes["t1_left_joint"] = left
+        notes["joint_moved_px"] = apart_px(trial, alignment, prep.measured.grid, prep.measured.mask)
         # Losing rows must not look like a gain: the slide has to cover every pixel that it covered before.
         kept = left < notes["t1_left"] - ALIGNMENT_MARGIN and bool((other.mask >= problem.mask).all())
+        notes["joint_kept"] = kept
         stages.append({"stage": "joint with the network", "r2": 1 - left, "kept": kept})
         if kept:
             alignment, problem, closed = trial, other, refit
@@ -206,6 +209,7 @@ def choose(
         gate,
         ion_gate.r2,
         ion_gate.null_r2,
+        ion_gate.null_mean,
         steps,
         uncertainty,
         mean,

@@ -15,21 +15,19 @@ from deepfere import __version__
 from deepfere.cluster import Journal, connect, run_rows
 from deepfere.config import Config, digest
 from deepfere.errors import IdentityError, InputError
-from deepfere.evaluation.metrics import consistency
 from deepfere.frame import Alignment
 from deepfere.model.denoise import Denoised
 from deepfere.model.fit import SectionFit
+from deepfere.pipeline.check import check_ions, checked_whole
 from deepfere.pipeline.prepare import Prepared
 from deepfere.pipeline.workspace import Progress, Workspace, write_json
+from deepfere.reconstruction.inferred import section_shares
 from deepfere.reconstruction.ome import AXIS_NAMES, level_shapes, multiscale
 from deepfere.reconstruction.pyramid import build_pyramid
 from deepfere.reconstruction.result import FORMAT, FORMAT_VERSION, Result, sealing
 from deepfere.reconstruction.shards import DetailWorker, SectionModel
 from deepfere.store import create_array, open_group, remove, settle, sync
 from deepfere.tiling.plan import ShardGrid
-
-CHECKED_PX = 2_000_000_000
-"""Consistency is checked for every ion on all pixels up to this many decoded pixels, else on windows."""
 
 
 @dataclass(frozen=True)
@@ -269,6 +267,7 @@ def _seal(
         "gate": fit.ion_gate,
         "held_out_r2": fit.ion_r2,
         "null_r2": fit.ion_null_r2,
+        "null_mean_r2": fit.ion_null_mean,
         "positivity": fit.positivity,
         "factor_gate": fit.factor_gate,
         "factor_r2": fit.factor_r2,
@@ -277,6 +276,7 @@ def _seal(
         "noise_share": denoised.noise_share,
         "chi_square": denoised.chi_square,
         "consistency": np.zeros(len(fit.ion_gate)),
+        "inferred_share": np.zeros(len(fit.ion_gate)),
     }
     for name, values in arrays.items():
         _small(basis, name, values)
@@ -296,12 +296,14 @@ def _seal(
         "tier": model["tier"],
     }
     group.attrs.update(attrs)
-    whole = prep.measured.ions.size * prep.factor**2 <= CHECKED_PX
+    whole = checked_whole(prep.measured.ions.size * prep.factor**2)
     _provenance(prep, out, model, fit, outcome, work, config, whole)
     # Checked through the public reader, which otherwise refuses unfinished results.
     with sealing(out):
-        worst = _check(Result(out), whole, config.seed, progress)
+        worst = check_ions(Result(out), whole, config.seed, progress)
+        shares, group.attrs["inferred_share"] = section_shares(Result(out), shards.chunk_px)
     _small(basis, "consistency", worst)
+    _small(basis, "inferred_share", shares)
     settle(out)
     group.attrs["complete"] = True
     sync(out / "zarr.json")
@@ -314,37 +316,6 @@ def _small(group: Any, name: str, values: Any) -> None:
     shape = values.shape
     array = create_array(group, name, shape, values.dtype, tuple(max(1, n) for n in shape))
     array[...] = values
-
-
-def _check(result: Result, whole: bool, seed: int, progress: Progress) -> np.ndarray:
-    """Consistency (M,) of every ion: max |A s - y| / max |y|, decoded through the public reader.
-
-    Args:
-        result: The result.
-        whole: Decode every pixel; else one window per ion, around a pixel where there is signal.
-        seed: Of the choice of windows.
-        progress: Called with ("reconstruct", share).
-    """
-    mz, f = result.ions["mz"].to_numpy(), result.factor
-    side = max(1, 256 // f)
-    rng = np.random.default_rng(seed)
-    out = np.zeros(len(mz))
-    for m, value in enumerate(mz):
-        y, image = result.measured(float(value)), result.ion(float(value))
-        highest = float(np.nanmax(np.abs(y)))
-        if not whole:
-            cells = np.argwhere(y > 0) if highest > 0 else np.argwhere(result.mask)
-            i, j = cells[rng.integers(len(cells))]
-            i, j = max(0, int(i) - side // 2), max(0, int(j) - side // 2)
-            y = y[i : i + side, j : j + side]
-            image = image[i * f : (i + y.shape[0]) * f, j * f : (j + y.shape[1]) * f]
-        seen = np.isfinite(y)
-        found = consistency(image.compute(scheduler="threads"), y, f, seen)
-        # A window is judged against the ion's own maximum, not against what little the window holds.
-        out[m] = found if whole or highest == 0 else found * float(np.abs(y[seen]).max()) / highest
-        if m % 16 == 0:
-            progress("reconstruct", 0.85 + 0.14 * m / len(mz))
-    return out
 
 
 def _provenance(

@@ -4,7 +4,7 @@ Layout of the store (Zarr v3; root attributes hold ``format_version``; without `
 
 * ``measured/``: the measurement as ingested (`deepfere.measured.store`).
 * ``detail/``: OME multiscale, K detail planes (c, y, x), float16, times ``detail_scale`` each.
-* ``basis/``: W (M, K), gates, held-out R2, positivity steps.
+* ``basis/``: W (M, K), gates, held-out R2 (of null guides too), positivity steps, shares inferred from the stain.
 * ``denoised``: (ion, y, x), the measurement without its counting noise.
 * ``uncertainty/``: every ion's noise model.
 * ``stain/``: OME multiscale, the stain on the section grid, uint8 RGB.
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import dask.array
     import pandas
 
-FORMAT, FORMAT_VERSION = "deepfere-result", 2
+FORMAT, FORMAT_VERSION = "deepfere-result", 3
 
 _SEALING: set[str] = set()
 
@@ -126,8 +126,9 @@ class Result:
     def ions(self) -> pandas.DataFrame:
         """One row per ion.
 
-        Columns: mz, held_out_r2, gate, informed, null_r2, consistency, nonneg_steps, noise_share, chi_square (the
-        last two of the denoised mode, see `deepfere.model.denoise.Denoised`).
+        Columns: mz, held_out_r2, gate, informed, null_r2 and null_mean_r2 (95th percentile and mean over null guides),
+        consistency, nonneg_steps, noise_share, chi_square (both of the denoised mode, see
+        `deepfere.model.denoise.Denoised`), inferred_share (of its contrast, see `inferred`).
         """
         import pandas as pd
 
@@ -139,10 +140,12 @@ class Result:
                 "gate": basis["gate"],
                 "informed": [str(v) for v in self._attrs["informed"]],
                 "null_r2": basis["null_r2"],
+                "null_mean_r2": basis["null_mean_r2"],
                 "consistency": basis["consistency"],
                 "nonneg_steps": basis["positivity"],
                 "noise_share": basis["noise_share"],
                 "chi_square": basis["chi_square"],
+                "inferred_share": basis["inferred_share"],
             }
         )
 
@@ -230,7 +233,33 @@ class Result:
         factor = self.factor / 2**level
         return da.sqrt(self._lazy(self.index(mz, ppm), level, partial(_variance_block, factor=factor)))
 
-    def _lazy(self, ion: int, level: int, decode: Any) -> dask.array.Array:
+    def inferred(self, mz: float | None = None, *, ppm: float | None = None, level: int = 0) -> dask.array.Array:
+        """How much of the picture was inferred from the stain, 0 to 1 (H, W) float32; the rest was measured.
+
+        The energy of the detail that the stain adds, as a share of that and of the contrast between the measured
+        pixels around; see `deepfere.model.inferred`. 0 everywhere where the stain informs nothing.
+
+        Args:
+            mz: m/z of one ion; None takes all ions together, each in units of its own s.d. over the section.
+            ppm: How far the nearest ion may be; None takes the study's tolerance.
+            level: 0 is the finest; a pixel of level k is the mean of its pixels of level 0, as of `ion`.
+
+        Returns:
+            A lazy array; NaN where not measured.
+
+        Raises:
+            InputError: No such ion or level.
+        """
+        from deepfere.reconstruction.inferred import inferred_block
+
+        return self._lazy(None if mz is None else self.index(mz, ppm), level, inferred_block)
+
+    @property
+    def inferred_share(self) -> float:
+        """Share of all ions' contrast, over the whole section, that was inferred from the stain."""
+        return float(self._attrs["inferred_share"])
+
+    def _lazy(self, ion: int | None, level: int, decode: Any) -> dask.array.Array:
         import dask.array as da
 
         if level not in range(self.levels):

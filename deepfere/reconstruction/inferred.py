@@ -1,0 +1,102 @@
+"""What of a result was inferred from the stain: blocks of the map, and the share of every ion over the section."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepfere.model.guide import Cells
+from deepfere.model.inferred import contrast, detail_energy, energy_root, inferred_share
+from deepfere.reconstruction.result import Result, _at, _hide, _measured_image, _window
+
+Array = NDArray[np.float64]
+
+MOST_BLOCKS = 512
+"""Blocks of detail that the shares over the section are taken from; beyond that, so many spread over it."""
+
+_one_at_a_time = Lock()
+
+
+@lru_cache(maxsize=16)
+def _parts(path: str, stamp: float, ion: int | None) -> tuple[Array, Array]:
+    """Measured contrast (ny, nx) and `energy_root` of one ion, or summed over all."""
+    result = _at(path)
+    rows = range(len(result.ions)) if ion is None else [ion]
+    loadings = _loadings(result)[list(rows)]
+    around, variance = np.zeros(result.grid.shape_px), np.zeros(len(rows))
+    for n, row in enumerate(rows):
+        local, variance[n] = contrast(_measured_image(path, row), result.mask)
+        if variance[n] > 0:
+            around += local / variance[n]
+    return around, energy_root(loadings, variance)
+
+
+def _loadings(result: Result) -> Array:
+    basis = result._basis
+    return np.asarray(basis["gate"][:, None] * basis["loadings"] * basis["detail_scale"], np.float64)
+
+
+def inferred_block(*, path: str, ion: int | None, block_info: Any = None) -> NDArray[np.float32]:
+    """One block of `Result.inferred`."""
+    result = _at(path)
+    cells, f = _window(block_info, result.factor), result.factor
+    # All blocks need the same sums over all ions: the first makes them, the others wait.
+    with _one_at_a_time:
+        around, root = _parts(path, (Path(path) / "provenance.json").stat().st_mtime, ion)
+    if len(root):
+        ny, nx = result.grid.shape_px
+        wide = cells.grow(1)
+        wide = Cells(max(wide.i0, 0), min(wide.i1, ny), max(wide.j0, 0), min(wide.j1, nx))
+        inside = result.mask[wide.i0 : wide.i1, wide.j0 : wide.j1]
+        energy = detail_energy(result.detail(wide), root, inside, f)
+        top, left = (cells.i0 - wide.i0) * f, (cells.j0 - wide.j0) * f
+        energy = energy[top : top + cells.shape[0] * f, left : left + cells.shape[1] * f]
+    else:
+        energy = np.zeros((cells.shape[0] * f, cells.shape[1] * f))
+    return _hide(inferred_share(energy, around, cells, f), result, cells)
+
+
+def detail_power(result: Result, chunk_px: int) -> Array:
+    """(K, K) mean over measured fine pixels of the products of the detail planes."""
+    f, (ny, nx) = result.factor, result.grid.shape_px
+    side = max(1, chunk_px // f)
+    blocks = [(i, j) for i in range(0, ny, side) for j in range(0, nx, side)]
+    blocks = [b for b in blocks if result.mask[b[0] : b[0] + side, b[1] : b[1] + side].any()]
+    chosen = np.unique(np.linspace(0, len(blocks) - 1, min(len(blocks), MOST_BLOCKS)).round().astype(int))
+    power, count = np.zeros((0, 0)), 0
+    for i, j in (blocks[n] for n in chosen):
+        cells = Cells(i, min(i + side, ny), j, min(j + side, nx))
+        inside = result.mask[cells.i0 : cells.i1, cells.j0 : cells.j1]
+        planes = np.asarray(result.detail(cells), np.float64)[:, np.repeat(np.repeat(inside, f, 0), f, 1)]
+        power = planes @ planes.T + (power if power.size else 0.0)
+        count += planes.shape[1]
+    return power / max(count, 1)
+
+
+def section_shares(result: Result, chunk_px: int) -> tuple[Array, float]:
+    """Share inferred of every ion's contrast over the section (M,), and that of all ions together.
+
+    Energies are averaged over the measured pixels before they are divided.
+
+    Args:
+        result: The result.
+        chunk_px: Side of the blocks in which its detail is stored.
+    """
+    loadings = _loadings(result)
+    energy = np.zeros(len(loadings))
+    if loadings.any():
+        power = detail_power(result, chunk_px)
+        energy = np.maximum(np.einsum("mk,kl,ml->m", loadings, power, loadings), 0.0)
+    around, variance = np.zeros(len(loadings)), np.zeros(len(loadings))
+    for m in range(len(loadings)):
+        local, variance[m] = contrast(_measured_image(result.path, m), result.mask)
+        around[m] = local[result.mask].mean()
+    total, scale = energy + around, np.where(variance > 0, variance, np.inf)
+    shares = np.where(total > 0, energy / np.where(total > 0, total, 1.0), 0.0)
+    whole = float((total / scale).sum())
+    return shares, float((energy / scale).sum() / whole) if whole > 0 else 0.0
