@@ -37,7 +37,6 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path(__file__).resolve().parent / "kept"
 APART_PX = 0.1
 """Measured pixels (median) by which the alignment may have moved since."""
-THREADS = 2
 REPORT_S = 60.0
 
 
@@ -71,9 +70,8 @@ PUBLISHED = {p.case: p for p in (Published("example-x2", 505.0, 16), Published("
 
 
 def preset(seed: int = 0) -> Config:
-    """The settings of the kept runs: those of ``configs/paper.yaml``, two threads."""
-    overrides = [f"seed={seed}", f"paper.threads={THREADS}", "tracking.uri=none"]
-    return load_config(ROOT / "configs" / "paper.yaml", overrides)
+    """The settings of the kept runs: those of ``configs/paper.yaml``."""
+    return load_config(ROOT / "configs" / "paper.yaml", [f"seed={seed}", "tracking.uri=none"])
 
 
 def code_digest(source: str) -> str:
@@ -87,7 +85,7 @@ def code_digest(source: str) -> str:
                 for part in body
                 if not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))
             ]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
 
 
 def ion_of(case: Case, one: Published) -> NDArray[np.float32]:
@@ -209,6 +207,6 @@ def describe(about: dict[str, Any]) -> str:
     notes, seconds = about["model"]["notes"], about["seconds"]["learn"]
     return (
         f"paper: kept from {about['date']} (hash {about['hash'][:12]}): m/z {about['mz']:g} alone, {height} x {width} "
-        f"pixels averaged, {notes['iterations']} iterations in {seconds / 60:.0f} min on {about['threads']} threads, beside "
+        f"pixels averaged, {notes['iterations']} iterations in {seconds / 60:.0f} min on {about['threads']} thread, beside "
         f"other work; at its own resolution {100 * about['consistency']:.0f} % of the maximum off the measurement"
     )
