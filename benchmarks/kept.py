@@ -1,8 +1,8 @@
 """Images of the published model that are computed once and kept: its training takes longer than all other methods.
 
-Kept are the image averaged to the case's grid (``kept/NAME.npy``) and what it was made from (``kept/NAME.json``), with a
-hash. An image whose hash does not fit any more is not used. It also does not stand for a section that is found
-elsewhere on the slide now.
+Kept are the image averaged to the case's grid (``kept/NAME.npy``) and what it was made from (``kept/NAME.json``), with
+a hash. An image whose hash does not fit any more is not used, nor one of a section that is found elsewhere on the slide
+now.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Published:
         return self.image.with_suffix(".json")
 
 
-# The example as published has 16 x 40 x 36 pixels for each measured one; these are half its side, 320 x 288 pixels.
-PUBLISHED = {p.case: p for p in (Published("example-x2", 505.0, 16), Published("example-x4", 505.0, 32))}
+# At the magnification of the published example: 320 x 288 and 160 x 144 pixels.
+PUBLISHED = {p.case: p for p in (Published("example-x2", 505.0, 16), Published("example-x4", 505.0, 16))}
 
 
 def preset(seed: int = 0) -> Config:
@@ -81,9 +81,7 @@ def code_digest(source: str) -> str:
         body = getattr(node, "body", None)
         if isinstance(body, list):
             node.body = [  # type: ignore[attr-defined]
-                part
-                for part in body
-                if not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))
+                part for part in body if not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))
             ]
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
 
@@ -119,9 +117,7 @@ def compute(case: Case, one: Published, alignment: Alignment, folder: Path) -> N
     measured = open_measured(case.msi)
     msi, place = folder / f"{case.name}-ion.zarr", folder / f"{case.name}-paper-alignment.json"
     mask = np.asarray(measured.mask)
-    write_measured(
-        msi, np.nan_to_num(ion_of(case, one))[None], mask, [one.mz], measured.grid.pitch_um, overwrite=True
-    )
+    write_measured(msi, np.nan_to_num(ion_of(case, one))[None], mask, [one.mz], measured.grid.pitch_um, overwrite=True)
     alignment.save(place)
     tell = _teller(f"{case.name}: published model")
     target = folder / f"{case.name}-paper.zarr"
@@ -184,17 +180,17 @@ def kept_image(case: Case, found: Result) -> tuple[NDArray[np.float64] | None, s
         case: The case.
         found: A result of it at the alignment that is found now.
     """
-    one = PUBLISHED[case.name]
+    one, again = PUBLISHED[case.name], "(--recompute-paper)"
     if not (one.image.exists() and one.about.exists()):
-        return None, "paper: no kept image (--recompute-paper makes one)"
+        return None, f"paper: no image is kept {again}"
     about: dict[str, Any] = json.loads(one.about.read_text())
     alignment = Alignment.from_dict(about["alignment"])
     if about["hash"] != hash_of(case, one, preset(), alignment):
-        return None, "paper: the kept image is stale: inputs, preset or code have changed (--recompute-paper)"
+        return None, f"paper: the kept image is stale: inputs, preset or code have changed {again}"
     assert found.alignment is not None
     apart = apart_px(alignment, found.alignment, found)
     if apart > APART_PX:
-        return None, f"paper: the kept image is stale: the alignment has moved by {apart:.2f} pixels (--recompute-paper)"
+        return None, f"paper: the kept image is stale: the alignment has moved by {apart:.2f} measured pixels {again}"
     image = np.asarray(np.load(one.image), np.float64)
     out = np.full(case.truth.shape, np.nan)
     out[int(np.abs(case.mz - one.mz).argmin())] = image[: out.shape[1], : out.shape[2]]
@@ -203,10 +199,11 @@ def kept_image(case: Case, found: Result) -> tuple[NDArray[np.float64] | None, s
 
 def describe(about: dict[str, Any]) -> str:
     """A kept image in words."""
-    height, width = about["pixels"]
-    notes, seconds = about["model"]["notes"], about["seconds"]["learn"]
+    (height, width), threads = about["pixels"], about["threads"]
+    iterations, minutes = about["model"]["notes"]["iterations"], about["seconds"]["learn"] / 60
     return (
         f"paper: kept from {about['date']} (hash {about['hash'][:12]}): m/z {about['mz']:g} alone, {height} x {width} "
-        f"pixels averaged, {notes['iterations']} iterations in {seconds / 60:.0f} min on {about['threads']} thread, beside "
-        f"other work; at its own resolution {100 * about['consistency']:.0f} % of the maximum off the measurement"
+        f"pixels, averaged; {iterations} iterations in {minutes:.0f} min on {threads} "
+        f"thread{'s' if threads > 1 else ''} of a machine with other work; at its own resolution "
+        f"{100 * about['consistency']:.0f} % of the maximum off the measurement"
     )

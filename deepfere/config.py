@@ -83,20 +83,28 @@ class TrainSettings(_Settings):
     use_gpu: bool = False
 
 
-class PaperTraining(_Settings):
-    """One training of the published model."""
+class PaperEmbedding(_Settings):
+    """Training of the published model on several channels."""
 
-    warm_up: int = Field(ge=0, description="iterations of registration and mapping alone")
-    iterations: int = Field(ge=1, description="iterations of all parts")
-    rate: float = Field(gt=0, description="learning rate")
+    warm_up: int = Field(1000, ge=0, description="iterations of registration and mapping alone")
+    iterations: int = Field(5000, ge=1, description="iterations of all parts")
+    rate: float = Field(2e-5, gt=0, description="learning rate")
+
+
+class PaperIon(PaperEmbedding):
+    """Its training on a single ion."""
+
+    warm_up: int = Field(0, ge=0, description="published: 1000, whose networks are then discarded")
+    iterations: int = Field(500, ge=1, description="iterations of all parts")
+    rate: float = Field(2e-4, gt=0, description="learning rate")
 
 
 class PaperSettings(_Settings):
     """The published model (model.tier=paper)."""
 
     channels: int = Field(3, ge=1, le=16, description="leading factors that it works on")
-    embedding: PaperTraining = PaperTraining(warm_up=1000, iterations=5000, rate=2e-5)
-    ion: PaperTraining = PaperTraining(warm_up=0, iterations=500, rate=2e-4)
+    embedding: PaperEmbedding = PaperEmbedding()
+    ion: PaperIon = PaperIon()
     patches: int = Field(800, ge=1, description="windows of the correlation loss per iteration")
     patch_px: int = Field(16, ge=2, le=64, description="side of such a window in high-resolution pixels")
     max_px: int = Field(400_000, ge=1, description="most high-resolution pixels of a section")

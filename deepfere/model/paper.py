@@ -75,7 +75,7 @@ class Mapping(nn.Module):
         super().__init__()
         sizes = [3, *[MAPPING_WIDTH] * (MAPPING_DEPTH + 1), channels]
         layers: list[nn.Module] = []
-        for entering, leaving in zip(sizes[:-1], sizes[1:], strict=True):
+        for entering, leaving in zip(sizes[:-1], sizes[1:], strict=True):  # noqa: RUF007
             layers += [nn.Conv2d(entering, leaving, 3, padding=1), nn.LeakyReLU(SLOPE)]
         self.layers = nn.Sequential(*layers)
 
@@ -92,9 +92,7 @@ class Scale(nn.Module):
         self.past = nn.Sequential(nn.Conv2d(entering, SKIP, 1), nn.LeakyReLU(SLOPE))
         self.down = nn.Sequential(*_convolution(entering, WIDTH, 2), *_convolution(WIDTH, WIDTH))
         self.below = Scale(WIDTH, below - 1) if below else nn.Identity()
-        self.join = nn.Sequential(
-            *_convolution(SKIP + WIDTH, WIDTH), nn.Conv2d(WIDTH, WIDTH, 1), nn.LeakyReLU(SLOPE)
-        )
+        self.join = nn.Sequential(*_convolution(SKIP + WIDTH, WIDTH), nn.Conv2d(WIDTH, WIDTH, 1), nn.LeakyReLU(SLOPE))
 
     def forward(self, x: Tensor) -> Tensor:
         """(1, C, H, W) -> (1, `WIDTH`, H, W)."""
@@ -187,7 +185,7 @@ class _Distances(torch.autograd.Function):
     CHUNK = 16
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, guide: Tensor, starts: Tensor, size: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, image: Tensor, guide: Tensor, starts: Tensor, size: int) -> Tensor:
         channels, height, width = image.shape
         step = torch.arange(size, device=image.device)
         inside = (step[:, None] * width + step).reshape(-1)
@@ -213,7 +211,7 @@ class _Distances(torch.autograd.Function):
         return total.to(image.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (slope,) = ctx.saved_tensors
         return grad * slope, None, None, None
 
@@ -242,7 +240,7 @@ def correlation_loss(image: Tensor, guide: Tensor, starts: Tensor, size: int) ->
         `PATCHES_PER_UNIT`.
     """
     scale = PATCHES_PER_UNIT / (len(starts) * size**4)
-    return _Distances.apply(image, guide.detach(), starts, size) * scale  # type: ignore[no-any-return]
+    return _Distances.apply(image, guide.detach(), starts, size) * scale
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,7 @@ def recipe(config: Config, channels: int) -> Recipe:
     """The published training for so many channels: its single ion mode for one, its embedding mode for several."""
     one, paper = channels == 1, config.paper
     chosen = paper.ion if one else paper.embedding
-    return Recipe(
-        chosen.warm_up, chosen.iterations, chosen.rate, paper.patches, paper.patch_px, not one, config.seed
-    )
+    return Recipe(chosen.warm_up, chosen.iterations, chosen.rate, paper.patches, paper.patch_px, not one, config.seed)
 
 
 @contextmanager
@@ -95,7 +93,7 @@ def train(
 def _checkpoint(path: Path) -> dict[str, Any] | None:
     """What `train` saved; None if it is absent or torn."""
     try:
-        return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
+        return torch.load(path, weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError):
         return None
 

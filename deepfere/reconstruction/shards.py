@@ -38,7 +38,7 @@ class SectionModel:
         cache: URL of the plane cache.
         network: Settings of the network, or None (T1).
         state: Path of its weights (safetensors), or None.
-        known: .npz with the ``detail`` (K, H, W) of the whole section and its ``cover``, where that is computed already.
+        known: .npz with ``detail`` (K, H, W) and ``cover`` of the whole section, where they are computed already.
     """
 
     spec: dict[str, Any]
