@@ -86,6 +86,11 @@ def code_digest(source: str) -> str:
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
 
 
+def model_digest() -> str:
+    """Hash of the published model's code."""
+    return code_digest(Path(paper.__file__).read_text())
+
+
 def ion_of(case: Case, one: Published) -> NDArray[np.float32]:
     """The ion (ny, nx) as the case measured it."""
     measured = open_measured(case.msi)
@@ -100,8 +105,7 @@ def hash_of(case: Case, one: Published, config: Config, alignment: Alignment) ->
     place = {key: value for key, value in alignment.to_dict().items() if key != "evidence"}
     ion = np.ascontiguousarray(ion_of(case, one))
     parts = [hashlib.sha256(ion.tobytes()).hexdigest(), list(ion.shape), content_digest(case.slide), case.slide_mpp_um]
-    code = code_digest(Path(paper.__file__).read_text())
-    return digest([parts, one.factor, settings, place, code])
+    return digest([parts, one.factor, settings, place, model_digest()])
 
 
 def compute(case: Case, one: Published, alignment: Alignment, folder: Path) -> None:
@@ -139,6 +143,7 @@ def compute(case: Case, one: Published, alignment: Alignment, folder: Path) -> N
         "factor": one.factor,
         "pixels": list(image.shape),
         "hash": hash_of(case, one, config, alignment),
+        "code": model_digest(),
         "config": {name: config.resolved()[name] for name in ("seed", "paper")},
         "model": provenance["model"],
         "consistency": float(result.ions["consistency"].iloc[0]),
