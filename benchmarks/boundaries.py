@@ -1,8 +1,9 @@
-"""Borders between tissues: ``python benchmarks/boundaries.py [CASE ...] [--quick] [--json FILE] [--work DIR]``.
+"""Borders between tissues: ``python benchmarks/boundaries.py [CASE ...] [--quick] [--paper] [--json FILE]``.
 
 Case ``phantom``: the tissue classes of generated sections, and the infiltrate against all else, compared with
 segmentations of every method's images by one rule that was learned on measured pixels. Beside them what the rule makes
-of the oracle's images (the same stain features regressed on the truth) and of the true ones.
+of the oracle's images (the same stain features regressed on the truth) and of the true ones. ``--paper`` adds the
+published model, at the alignment found: hours for each section, with ``--work`` resumable.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from deepfere.evaluation.label_scores import label_scores
 from deepfere.evaluation.segmentation import Images
 from deepfere.phantom import Phantom, PhantomSpec
 
-OURS, PLAIN = "ours", "no-guide run"
+OURS, PLAIN, PAPER = "ours", "no-guide run", "paper"
+PRESET = Path(__file__).resolve().parents[1] / "configs" / "paper.yaml"
 SEEDS = (0, 1)
 
 
@@ -38,8 +40,8 @@ def known_images(case: Case, cube: NDArray[np.float64]) -> Callable[[NDArray[np.
     return of
 
 
-def phantom(folder: Path, quick: bool) -> list[Row]:
-    """Boundary F1, Hausdorff-95 and Dice of generated sections."""
+def phantom(folder: Path, quick: bool, preset: Path | None = None) -> list[Row]:
+    """Boundary F1, Hausdorff-95 and Dice of generated sections; with the settings of ``preset`` as one more method."""
     rows: list[Row] = []
     specs = [PhantomSpec(seed=0, slide_mpp_um=3.0)] if quick else [PhantomSpec(seed=seed) for seed in SEEDS]
     tier = "T1" if quick else "auto"
@@ -49,6 +51,12 @@ def phantom(folder: Path, quick: bool) -> list[Row]:
         plain = fused(case, folder / f"{case.name}-no-guide.zarr", [], guide=False)
         ours = fused(case, folder / f"{case.name}-{tier}.zarr", [f"model.tier={tier}"], **case.given())
         assert ours.alignment is not None
+        against = [f"{PLAIN}={plain.path}"]
+        if preset is not None:
+            place = folder / f"{case.name}-alignment.json"
+            ours.alignment.save(place)
+            told = {**case.given(), "alignment": place, "config": preset}
+            against.append(f"{PAPER}={fused(case, folder / f'{case.name}-paper.zarr', [], **told).path}")
         oracle = np.nan_to_num(oracle_images(case, plain, ours, *stain_features(case, ours, ours.alignment)))
         more = {"oracle": known_images(case, oracle), "true images": known_images(case, case.truth)}
         classes, names = source.labels(), source.class_names()
@@ -57,7 +65,7 @@ def phantom(folder: Path, quick: bool) -> list[Row]:
         for what, labels, called in (("tissues", classes, names), ("infiltrate", two, ["", "infiltrate", "the rest"])):
             path = folder / f"{case.name}-{what}.npy"
             np.save(path, labels)
-            block = label_scores(ours, path, [f"{PLAIN}={plain.path}"], more=more)
+            block = label_scores(ours, path, against, more=more)
             rows += _rows(f"{case.name}, {what}", block, called)
     return rows
 
@@ -74,7 +82,7 @@ def _rows(name: str, block: dict, classes: list[str]) -> list[Row]:
     print("\n" + table(f"{name}: Dice of every class", ["images", *names], lines))
     print("\n".join(f"  {note}" for note in block["notes"]))
     rows = []
-    for method in ("bicubic", OURS, "oracle", "true images"):
+    for method in [name for name in ("bicubic", PAPER, OURS, "oracle", "true images") if name in found]:
         for k, what in enumerate(head):
             rows.append(Row.of(f"{name}: {what}, {method}", found[method][k], PLAIN, found[PLAIN][k]))
     return rows
@@ -89,13 +97,14 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument(
         "--work", metavar="DIR", help="keep files and results here, and take finished ones as they are"
     )
+    command.add_argument("--paper", action="store_true", help="the published model as one method more: hours")
     given = command.parse_args(arguments)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="deepfere-boundaries-") as scratch:
         folder = Path(given.work or scratch).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         for name in chosen(given, CASES, "phantom"):
-            rows += CASES[name](folder, given.quick)
+            rows += CASES[name](folder, given.quick, PRESET if given.paper else None)
     return finish(rows, given.json)
 
 

@@ -87,7 +87,9 @@ def agreement(case: Case, runs: Runs) -> dict[str, float]:
             out[name] = float(runs.results[name].ions["consistency"].max())
         else:
             pairs = zip(runs.images[name], cells, strict=True)
-            out[name] = max(consistency(s, y, case.factor) for s, y in pairs if np.isfinite(y).any())
+            out[name] = max(
+                consistency(s, y, case.factor) for s, y in pairs if np.isfinite(y).any() and np.isfinite(s).any()
+            )
     return out
 
 
@@ -332,6 +334,9 @@ def example_scores(case: Case, runs: Runs, ratio: int) -> Scores:
         given = runs.refused and name in STAINED
         for part, index in parts.items():
             value = score(name, index)
+            if not np.isfinite(value):  # the method was run on the ion alone
+                cells += ["", ""]
+                continue
             cells += [f"{value:.2f}", "" if plain else signed(value - base[part], 2)]
             where = ", full-scale alignment" if given else ""
             goal = f" (aim >= {aim})" if part == "ion 505" else ""

@@ -198,6 +198,7 @@ def fuse(msi: str, slide: str | None, overrides: tuple[str, ...], out: str, no_g
     click.echo(
         f"{counts.get('stain-informed', 0)} ions are informed by the stain, {counts.get('partly', 0)} partly, "
         f"{counts.get('smooth', 0)} are plain interpolation"
+        + (f", {counts['not judged']} were not judged" if "not judged" in counts else "")
     )
     for warning in result.provenance["warnings"]:
         click.echo(f"warning: {warning}", err=True)

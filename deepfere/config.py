@@ -60,7 +60,7 @@ class ModelSettings(_Settings):
     """The fusion model."""
 
     max_factors: int = Field(16, ge=1, le=64)
-    tier: Literal["auto", "T0", "T1", "T2"] = "auto"
+    tier: Literal["auto", "T0", "T1", "T2", "paper"] = "auto"
     smoothing_pitch: float | None = Field(None, ge=0, le=1, description="s.d. of the features' smoothing in pixels")
     width: int = Field(32, ge=4, le=256)
     depth: int = Field(3, ge=1, le=5)
@@ -81,6 +81,34 @@ class TrainSettings(_Settings):
     held_out: float = Field(0.2, gt=0, lt=0.9, description="share of the spatial blocks kept from training")
     workers: int = Field(1, ge=1)
     use_gpu: bool = False
+
+
+class PaperEmbedding(_Settings):
+    """Training of the published model on several channels."""
+
+    warm_up: int = Field(1000, ge=0, description="iterations of registration and mapping alone")
+    iterations: int = Field(5000, ge=1, description="iterations of all parts")
+    rate: float = Field(2e-5, gt=0, description="learning rate")
+
+
+class PaperIon(PaperEmbedding):
+    """Its training on a single ion."""
+
+    warm_up: int = Field(0, ge=0, description="published: 1000, whose networks are then discarded")
+    iterations: int = Field(500, ge=1, description="iterations of all parts")
+    rate: float = Field(2e-4, gt=0, description="learning rate")
+
+
+class PaperSettings(_Settings):
+    """The published model (model.tier=paper)."""
+
+    channels: int = Field(3, ge=1, le=16, description="leading factors that it works on")
+    embedding: PaperEmbedding = PaperEmbedding()
+    ion: PaperIon = PaperIon()
+    patches: int = Field(800, ge=1, description="windows of the correlation loss per iteration")
+    patch_px: int = Field(16, ge=2, le=64, description="side of such a window in high-resolution pixels")
+    max_px: int = Field(400_000, ge=1, description="most high-resolution pixels of a section")
+    threads: int = Field(1, ge=1, description="threads of its training")
 
 
 class ReconstructSettings(_Settings):
@@ -116,6 +144,7 @@ class Config(_Settings):
     align: AlignSettings = AlignSettings()
     model: ModelSettings = ModelSettings()
     train: TrainSettings = TrainSettings()
+    paper: PaperSettings = PaperSettings()
     reconstruct: ReconstructSettings = ReconstructSettings()
     ray: RaySettings = RaySettings()
     tracking: TrackingSettings = TrackingSettings()

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -177,7 +177,7 @@ def finished_run(**changes: object) -> dict[str, object]:
     case = {
         "tables": [table, {**table, "title": "made-up long table", "long": True}],
         "overview": {
-            "made-up, dB": {"auto": 1.234, "nearest": -0.5, "PLS": 1.3, "oracle": 9.0},
+            "made-up, dB": {"auto": 1.234, "nearest": -0.5, "PLS": 1.3, "paper": 1.4, "oracle": 9.0},
             "made-up, mean r": {"auto": 0.01234},
         },
         "figures": [row["what"] for row in rows],
@@ -204,8 +204,8 @@ def test_the_page_holds_what_the_json_holds() -> None:
     assert "data were absent: bladder." in text
     # Only what was run is described.
     assert "| `nearest` |" in text and "| `ridge` |" not in text
-    # A baseline that is ahead is named; a ceiling is none.
-    assert "- made-up, dB: `PLS`" in lines
+    # A baseline that is ahead is named, the published model as one of them; a ceiling is none.
+    assert "- made-up, dB: `paper`, `PLS`" in lines
 
 
 @pytest.mark.usefixtures("programs")
@@ -240,5 +240,127 @@ def test_methods_are_either_a_function_or_a_run_and_have_a_name_of_their_own() -
     assert all((m.images is None) != (m.settings is None) for m in methods.METHODS)
     assert len({m.name for m in methods.ROWS}) == len(methods.ROWS)
     assert {"no-guide", "T1", "auto"} <= {m.name for m in methods.METHODS if m.settings is not None}
-    assert {"guided filter", "ridge", "T1", "oracle"} <= methods.STAINED
+    assert {"guided filter", "ridge", "T1", "oracle", "paper"} <= methods.STAINED
     assert not {"nearest", "P", "no-guide"} & methods.STAINED
+
+
+@pytest.fixture
+def kept_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A case of two ions, an image of the second that fits it, and a result at the alignment that it was made at."""
+    import numpy as np
+
+    from deepfere.frame import Alignment, SectionGrid
+    from deepfere.measured.store import write_measured
+
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.delitem(sys.modules, "kept", raising=False)
+    kept = load("kept")
+    monkeypatch.setattr(kept, "FOLDER", tmp_path / "kept")
+    kept.FOLDER.mkdir()
+    one = kept.Published("invented", 200.0, 8)
+    monkeypatch.setattr(kept, "PUBLISHED", {one.case: one})
+    rng, slide = np.random.default_rng(0), tmp_path / "slide.png"
+    slide.write_bytes(b"a picture")
+    cube = rng.random((2, 3, 4), np.float32)
+    write_measured(tmp_path / "msi.zarr", cube, None, [100.0, 200.0], 50.0)
+    whole = np.ones((6, 8), bool)
+    case = SimpleNamespace(
+        name="invented",
+        msi=tmp_path / "msi.zarr",
+        slide=slide,
+        slide_mpp_um=2.0,
+        factor=2,
+        truth=np.zeros((2, 6, 8)),
+        mz=np.array([100.0, 200.0]),
+        inside=whole,
+    )
+    place = Alignment.identity()
+    result = SimpleNamespace(alignment=place, grid=SectionGrid((3, 4), (50.0, 50.0)), mask=np.ones((3, 4), bool))
+    image = rng.random((6, 8)).astype(np.float32)
+    np.save(one.image, image)
+    about = {
+        "hash": kept.hash_of(case, one, kept.preset(), place),
+        "alignment": place.to_dict(),
+        "date": "2001-02-03",
+        "mz": one.mz,
+        "pixels": [24, 32],
+        "threads": 1,
+        "model": {"notes": {"iterations": 500}},
+        "seconds": {"learn": 600.0},
+        "consistency": 0.123,
+    }
+    one.about.write_text(json.dumps(about))
+    return SimpleNamespace(kept=kept, case=case, one=one, result=result, image=image)
+
+
+def test_a_kept_image_stands_for_its_ion_alone(kept_case) -> None:
+    import numpy as np
+
+    images, note = kept_case.kept.kept_image(kept_case.case, kept_case.result)
+    assert np.isnan(images[0]).all() and np.array_equal(images[1], kept_case.image)
+    assert "2001-02-03" in note and "500 iterations in 10 min" in note and "24 x 32" in note and "12 %" in note
+
+
+def test_a_kept_image_of_something_else_is_not_used(kept_case, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from deepfere.measured.store import open_measured, write_measured
+
+    kept, case, one = kept_case.kept, kept_case.case, kept_case.one
+
+    def refused(word: str) -> bool:
+        images, note = kept.kept_image(case, kept_case.result)
+        return images is None and word in note and "--recompute-paper" in note
+
+    assert not refused("")
+    # Another slide, another measurement, another preset, other code, another magnification, another place.
+    case.slide.write_bytes(b"another picture")
+    assert refused("stale")
+    case.slide.write_bytes(b"a picture")
+    cube = open_measured(case.msi).cube()
+    write_measured(case.msi, cube * [[[1.0]], [[1.001]]], None, [100.0, 200.0], 50.0, overwrite=True)
+    assert refused("stale")
+    write_measured(case.msi, cube * [[[1.001]], [[1.0]]], None, [100.0, 200.0], 50.0, overwrite=True)
+    assert not refused("")  # the other ion has no say
+    with monkeypatch.context() as patch:
+        preset = kept.preset(seed=1)
+        patch.setattr(kept, "preset", lambda: preset)
+        assert refused("stale")
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "model_digest", lambda: "other")
+        assert refused("stale")
+    with monkeypatch.context() as patch:
+        patch.setitem(kept.PUBLISHED, one.case, replace(one, factor=16))
+        assert refused("stale")
+    start = kept_case.result.alignment
+    kept_case.result.alignment = replace(start, offset_um=start.offset_um + 3.0)  # 4.2 um of 50
+    assert not refused("")
+    kept_case.result.alignment = replace(start, offset_um=start.offset_um + 5.0)
+    assert refused("moved by 0.14")
+    one.image.unlink()
+    assert refused("no image is kept")
+
+
+@pytest.mark.usefixtures("programs")
+def test_comments_are_no_code_and_numbers_are() -> None:
+    digest = load("kept").code_digest
+    plain = "RATE = 0.1\ndef f(x):\n    return RATE * x\n"
+    told = (
+        '"""About."""\nRATE = 0.1\n"""Of learning."""\ndef f(x):  # noqa\n    """Times x."""\n    return (RATE * x)\n'
+    )
+    assert digest(plain) == digest(told)
+    assert digest(plain) != digest(plain.replace("0.1", "0.2")) and digest(plain) != digest(plain.replace("*", "+"))
+
+
+@pytest.mark.usefixtures("programs")
+def test_the_kept_images_are_of_this_code_and_preset() -> None:
+    import numpy as np
+
+    kept = load("kept")
+    for one in kept.PUBLISHED.values():
+        about, image = json.loads(one.about.read_text()), np.load(one.image)
+        assert image.dtype == np.float32 and image.shape == (40, 36) and np.isfinite(image).all()
+        assert about["code"] == kept.model_digest(), f"{one.about.name} is stale: fidelity.py --recompute-paper"
+        assert about["config"] == {name: kept.preset().resolved()[name] for name in about["config"]}
+        assert (about["mz"], about["factor"]) == (one.mz, one.factor)
+        assert about["model"]["notes"]["iterations"] == 500

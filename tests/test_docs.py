@@ -140,7 +140,7 @@ def test_option_names_in_the_text_exist(page):
     known = {option for command in main.commands.values() for p in command.params for option in p.opts}
     foreign = {"--working-dir", "--backend-store-uri", "--quick", "--json", "--help"}
     foreign |= {"--seed", "--shape"}  # of the phantom's own program
-    foreign |= {"--write-docs", "--from", "--work"}  # of the benchmarks
+    foreign |= {"--write-docs", "--from", "--work", "--recompute-paper", "--paper"}  # of the benchmarks
     foreign |= {"--address", "--generate", "--head", "--no-wait", "--port"}  # Ray
     foreign |= {"--build-arg", "--cpus-per-task", "--gpus-per-node", "--nodes", "--time", "--version"}  # others
     named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", page.read_text()))
@@ -153,7 +153,7 @@ def test_setting_names_in_the_text_exist(page):
     sections = [name for name, value in resolved.items() if isinstance(value, dict)]
     for section, key in re.findall(rf"\b({'|'.join(sections)})\.([a-z_]+)\b(?!\()", page.read_text()):
         # Ray's own function, and files called like a section, are no settings.
-        assert key in resolved[section] or key in ("init", "py", "sbatch", "zarr"), f"{section}.{key}"
+        assert key in resolved[section] or key in ("init", "npz", "py", "sbatch", "yaml", "zarr"), f"{section}.{key}"
 
 
 @every_page

@@ -343,13 +343,14 @@ def r2_histogram(
     figure = Figure(figsize=(7.2, 2.7), layout="constrained", facecolor="none")
     axes = figure.add_subplot(facecolor="none")
     present = [kind for kind in CLASSES if (kinds == kind).any()]
-    axes.hist(
-        [scores[finite & (kinds == kind)] for kind in present],
-        bins=list(edges),
-        stacked=True,
-        color=[CLASS_COLOURS[kind] for kind in present],
-        label=present,
-    )
+    if present:
+        axes.hist(
+            [scores[finite & (kinds == kind)] for kind in present],
+            bins=list(edges),
+            stacked=True,
+            color=[CLASS_COLOURS[kind] for kind in present],
+            label=present,
+        )
     if null_r2 is not None:
         wrong = np.asarray(null_r2, dtype=np.float64)
         wrong = np.clip(wrong[np.isfinite(wrong)], edges[0], edges[-1])
@@ -363,7 +364,10 @@ def r2_histogram(
     for name, spine in axes.spines.items():
         spine.set_visible(name in ("left", "bottom"))
         spine.set_color(ink)
-    legend_above(axes, ink)
+    if present:
+        legend_above(axes, ink)
+    else:
+        axes.set_title("no ion was judged on held-out tissue", color=ink, fontsize=9)
     return figure
 
 

@@ -57,6 +57,8 @@ def verdict(ions: pd.DataFrame) -> str:
     total = len(ions)
     counts = {kind: int((ions["informed"] == kind).sum()) for kind in RANK}
     full, partly, smooth = (counts[kind] for kind in RANK)
+    if not sum(counts.values()):
+        return "No ion was judged on held-out tissue: the images are those of the published model, as they come."
     noun = "ion" if total == 1 else "ions"
     if smooth == total:
         subject = "The one ion is not" if total == 1 else f"None of the {total} ions is"
@@ -108,6 +110,8 @@ def exactness(ions: pd.DataFrame) -> dict[str, Any]:
 def nonnegative(ions: pd.DataFrame) -> str:
     """In how many ions non-negativity is imposed, in words."""
     count, total = int((ions["nonneg_steps"].fillna(0) > 0).sum()), len(ions)
+    if (ions["informed"] == "not judged").all():
+        return "Nothing keeps the images from falling below zero: they are those of the published model, as they come."
     if count == total:
         return "No value is below zero: the non-negative correction is on for every ion."
     rest = (

@@ -146,7 +146,8 @@ def _result(path: str, attrs: dict[str, Any]) -> Description:
     notes.add("levels", result.levels)
     notes.add("m/z", f"{count_text(len(ions), 'ion')}, {ions['mz'].min():.4f} to {ions['mz'].max():.4f}")
     counts = Counter(ions["informed"])
-    notes.add("informed", ", ".join(f"{counts[name]} {name}" for name in ("stain-informed", "partly", "smooth")))
+    named = ["stain-informed", "partly", "smooth", *(["not judged"] if counts["not judged"] else [])]
+    notes.add("informed", ", ".join(f"{counts[name]} {name}" for name in named))
     notes.add("consistency", f"{ions['consistency'].max():.1e} of an ion's maximum at worst")
     notes.add("normalisation", result.normalisation)
     add_mask(notes, result.mask, grid.pitch_um)

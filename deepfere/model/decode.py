@@ -58,6 +58,7 @@ class IonDecoder:
         loadings: (K,) gate times row of W; zeros where the stain does not inform the ion.
         factor: f.
         steps: Positivity steps.
+        exact: Take each measured pixel's mean off the detail, so that the ion agrees with the measurement.
     """
 
     cells: Array
@@ -65,11 +66,12 @@ class IonDecoder:
     loadings: Array
     factor: int
     steps: int
+    exact: bool = True
 
     @classmethod
-    def build(cls, cells: Array, loadings: Array, factor: int, steps: int) -> IonDecoder:
+    def build(cls, cells: Array, loadings: Array, factor: int, steps: int, exact: bool = True) -> IonDecoder:
         """Solve for the coefficients once."""
-        return cls(cells, spline_coefficients(cells), loadings, factor, steps)
+        return cls(cells, spline_coefficients(cells), loadings, factor, steps, exact)
 
     def window(self, cells: Cells, detail: Callable[[Cells], NDArray[np.floating]] | None) -> Array:
         """The ion (h f, w f) float64 over a window of measured pixels inside the grid.
@@ -87,7 +89,9 @@ class IonDecoder:
             used = np.flatnonzero(self.loadings)
             planes = np.asarray(detail(wide)[used], np.float64)
             added = np.tensordot(self.loadings[used], planes, axes=1)
-            out += added - np.repeat(np.repeat(cell_means(added, f), f, 0), f, 1)
+            if self.exact:
+                added -= np.repeat(np.repeat(cell_means(added, f), f, 0), f, 1)
+            out += added
         inside = self.cells[wide.i0 : wide.i1, wide.j0 : wide.j1]
         out = positive(out, inside, f, self.steps)
         top, left = (cells.i0 - wide.i0) * f, (cells.j0 - wide.j0) * f

@@ -99,6 +99,33 @@ class DetailModel:
         return detail.astype(np.float32), cover[rows, cols].numpy()
 
 
+@dataclass(frozen=True)
+class KnownDetail:
+    """Detail planes that are computed already, for the whole section: neither projected nor gated any more.
+
+    Attributes:
+        spec: Geometry of the section's guide.
+        alignment: Section to slide.
+        gate: (K,) factor gates; they are in the detail.
+        mask: (ny, nx) measured pixels.
+        detail: (K, H, W).
+        cover: (H, W) share of each pixel that the slide shows.
+    """
+
+    spec: GuideSpec
+    alignment: Alignment
+    gate: NDArray[np.float64]
+    mask: NDArray[np.bool_]
+    detail: NDArray[np.float32]
+    cover: NDArray[np.float32]
+
+    def window(self, planes_at: Any, cells: Cells) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Detail (K, h f, w f) and cover (h f, w f) over a window, as `DetailModel.window` gives them."""
+        f = self.spec.factor
+        at = (slice(cells.i0 * f, cells.i1 * f), slice(cells.j0 * f, cells.j1 * f))
+        return self.detail[:, *at], self.cover[at]
+
+
 def pooled_window(
     spec: GuideSpec, alignment: Alignment, planes_at: Any, cells: Cells, smoothings_pitch: Sequence[float]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -102,11 +102,12 @@ class Gate:
     null_mean: Array = field(default_factory=lambda: np.zeros(0))
 
     def informed(self) -> list[str]:
-        """Each target's class: "stain-informed", "partly" or "smooth"."""
-        return [
-            "smooth" if g <= 0 else ("stain-informed" if r >= INFORMED_R2 else "partly")
-            for g, r in zip(self.gate, self.r2, strict=True)
-        ]
+        """Each target's class: "stain-informed", "partly" or "smooth"; "not judged" where nothing was held out."""
+        classes = []
+        for gate, r2 in zip(self.gate, self.r2, strict=True):
+            opened = "not judged" if np.isnan(r2) else ("stain-informed" if r2 >= INFORMED_R2 else "partly")
+            classes.append("smooth" if gate <= 0 else opened)
+        return classes
 
 
 def decide(found: Gain, nulls: list[Gain], least_r2: float = 0.0) -> Gate:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepfere.frame import Alignment, Points, SectionGrid
-from deepfere.model.features import FEATURES, smoothing_radius, stain_features
+from deepfere.model.features import FEATURES, PLANES, smoothing_radius, stain_features
 from deepfere.model.registration import plane_window, sample_window
 from deepfere.model.stain_types import StainTypes
 
@@ -105,17 +105,19 @@ class GuideSpec:
         """
         sampled = sample_window(planes, origin_px, self.spacing_um, slide_um, SUPERSAMPLE)
         r, (h, w) = self.radius_px, sampled.shape[-2:]
-        # Sampling repeats the edge pixel beyond the slide: positions there are not covered.
-        high = slide_um.new_tensor([n * s for n, s in zip(self.planes_shape, self.spacing_um, strict=True)])
-        on_slide = ((slide_um >= 0) & (slide_um <= high)).all(-1).float()
-        on_slide = torch.nn.functional.avg_pool2d(on_slide[None, None], SUPERSAMPLE)[0, 0]
-        cover = sampled[-1].detach() / 255 * on_slide
+        cover = sampled[-1].detach() / 255 * self.on_slide(slide_um)
         features = stain_features(sampled[None], self.white, self.sigma_px, cover[None, None])[0]
         return self.with_types(features), cover[r : h - r, r : w - r]
 
     def with_types(self, features: Tensor) -> Tensor:
         """Smoothed features (F, H, W) with the shares of the types behind them."""
         return features if self.types is None else torch.cat([features, self.types.shares(features)])
+
+    def on_slide(self, slide_um: Tensor) -> Tensor:
+        """Share (H, W) of each pixel's sample points that lie on the slide: beyond it sampling repeats its edge."""
+        high = slide_um.new_tensor([n * s for n, s in zip(self.planes_shape, self.spacing_um, strict=True)])
+        inside = ((slide_um >= 0) & (slide_um <= high)).all(-1).float()
+        return torch.nn.functional.avg_pool2d(inside[None, None], SUPERSAMPLE)[0, 0]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the plan."""
@@ -161,3 +163,24 @@ def features_of(
     r0, r1, c0, c1 = spec.window(slide_um)
     planes = torch.from_numpy(np.ascontiguousarray(planes_at(r0, r1, c0, c1).transpose(1, 2, 0))).float()
     return spec.features(planes, (r0, c0), torch.from_numpy(slide_um))
+
+
+def stain_of(spec: GuideSpec, planes_at: Any, alignment: Alignment, cells: Cells) -> tuple[Tensor, Tensor]:
+    """Colours (3, H, W) from 0 to 255 of a window, white where the slide ends, and cover (H, W) in [0, 1].
+
+    Args:
+        spec: The section's geometry.
+        planes_at: Called with (r0, r1, c0, c1), returns (7, h, w) uint8.
+        alignment: Section to slide.
+        cells: Window of measured pixels.
+    """
+    slide_um, r = alignment.map(spec.points_um(cells, 0)), spec.radius_px
+    r0, r1, c0, c1 = spec.window(slide_um)
+    planes = torch.from_numpy(np.ascontiguousarray(planes_at(r0, r1, c0, c1).transpose(1, 2, 0))).float()
+    with torch.inference_mode():
+        points = torch.from_numpy(slide_um)
+        sampled = sample_window(planes, (r0, c0), spec.spacing_um, points, SUPERSAMPLE)
+        cover = sampled[PLANES.index("coverage")] / 255 * spec.on_slide(points)
+    inner = sampled[:, r : sampled.shape[1] - r, r : sampled.shape[2] - r]
+    cover = cover[r : cover.shape[0] - r, r : cover.shape[1] - r]
+    return inner[:3] * cover + 255 * (1 - cover), cover

@@ -22,6 +22,7 @@ from deepfere.model.transfer import LEAST_PX
 from deepfere.pipeline.choose import Learned, choose, section_problem, without_guide
 from deepfere.pipeline.deep import held_out_blocks, train_network
 from deepfere.pipeline.given import GivenModel, given_factors
+from deepfere.pipeline.paper import published
 from deepfere.pipeline.prepare import Prepared, pool, smoothings_pitch
 from deepfere.pipeline.types import typed_spec
 from deepfere.pipeline.workspace import Progress, Workspace, write_json
@@ -33,8 +34,10 @@ def same_ions(one: Prepared, other: Prepared) -> bool:
     return len(mz) == len(axis) and bool((np.abs(mz - axis) <= axis * other.measured.tolerance_ppm * 1e-6).all())
 
 
-def study_factors(preps: list[Prepared], cubes: list[NDArray[np.float32]], config: Config) -> list[Factors]:
-    """Factors that all sections share.
+def study_factors(
+    preps: list[Prepared], cubes: list[NDArray[np.float32]], config: Config, most: int | None = None
+) -> list[Factors]:
+    """Factors that all sections share; as many as the settings say, or ``most``.
 
     Raises:
         InputError: The sections do not share their ions.
@@ -46,7 +49,7 @@ def study_factors(preps: list[Prepared], cubes: list[NDArray[np.float32]], confi
                 where=prep.section.msi,
                 remedy="ingest the study with one target list (ingest.mz, or --mz)",
             )
-    return factorise(cubes, [p.measured.mask for p in preps], config.model.max_factors)
+    return factorise(cubes, [p.measured.mask for p in preps], most or config.model.max_factors)
 
 
 def learn_stage(
@@ -76,6 +79,14 @@ def learn_stage(
         if not config.guide:
             for prep, cube, factor in zip(preps, cubes, factors, strict=True):
                 _save(work, prep, factor, without_guide(cube, prep.measured.mask, factor), None)
+                denoise(cube, prep.measured.mask, None, config.seed).save(prep.folder.denoised)
+            facts["history"] = []
+            return []
+        if config.model.tier == "paper":
+            factors = study_factors(preps, cubes, config, config.paper.channels)
+            for n, (prep, cube, factor) in enumerate(zip(preps, cubes, factors, strict=True)):
+                tell = lambda share, n=n: progress("learn", (n + share) / len(preps))  # noqa: E731
+                _save(work, prep, factor, published(prep, cube, factor, config, tell), None)
                 denoise(cube, prep.measured.mask, None, config.seed).save(prep.folder.denoised)
             facts["history"] = []
             return []
@@ -168,6 +179,7 @@ def _save(work: Workspace, prep: Prepared, factors: Factors, learned: Learned, n
             "tier": learned.tier,
             "guide": None if learned.guide is None else learned.guide.to_dict(),
             "alignment": learned.alignment.to_dict(),
+            "known": str(folder.paper) if learned.tier == "paper" else None,
             "network": network.settings if network is not None else None,
             "state": state,
             "notes": learned.notes,

@@ -29,6 +29,7 @@ from deepfere.measured.store import Measured, open_measured
 from deepfere.model.artefacts import Artefacts, find_artefacts
 from deepfere.model.features import StainReference, base_planes, stain_reference
 from deepfere.model.guide import GuideSpec
+from deepfere.model.paper import check_size
 from deepfere.model.transfer import SMOOTHINGS_PITCH
 from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace, write_json
 from deepfere.readers.mis import MIS, read_mis
@@ -130,7 +131,10 @@ def prepared(section: Section, work: Workspace, config: Config) -> Prepared:
     if section.slide and config.guide:
         with closing(open_slide(section.slide, section.slide_mpp_um)) as slide:
             mpp = slide.mpp_um
-    return Prepared(section, folder, measured, check_factor(config.factor, measured.grid, mpp))
+    factor = check_factor(config.factor, measured.grid, mpp)
+    if config.guide and config.model.tier == "paper":
+        check_size(measured.grid.refine(factor).shape_px, config.paper.max_px)
+    return Prepared(section, folder, measured, factor)
 
 
 def stain_overview(slide: Slide, pitch_um: float) -> tuple[StainOverview, NDArray[np.uint8]]:
@@ -269,7 +273,9 @@ def tile_stage(
     alignment = Alignment.load(folder.alignment)
     spec, cache = guide_spec(prep, inputs, work, config)
     margin = reach_um(spec, alignment, 2 ** (depth or config.model.depth) - 1)
-    shards = needed_shards(cache.planes, alignment, prep.measured.grid, prep.measured.mask, margin)
+    # The published model looks at everything, measured or not.
+    wanted = np.ones_like(prep.measured.mask) if config.model.tier == "paper" else prep.measured.mask
+    shards = needed_shards(cache.planes, alignment, prep.measured.grid, wanted, margin)
     depends = [inputs, spec.to_dict(), cache.fingerprint, alignment.to_dict(), shards.tolist()]
     with work.stage("tile", depends, name) as facts:
         if facts is None:

@@ -45,6 +45,12 @@ def given_model(uri: str, config: Config) -> tuple[GivenModel, dict[str, str]]:
     Raises:
         InputError: There is no such model.
     """
+    if config.model.tier == "paper":
+        raise InputError(
+            "a registered model takes the place of training, and the published model is trained anew",
+            where="model.tier=paper",
+            remedy="leave one of them out",
+        )
     from safetensors.torch import load_file
 
     from deepfere.training.tracking import load_registered

@@ -68,6 +68,8 @@ class SectionFolder:
         self.fit = root / "fit.npz"
         self.denoised = root / "denoised.npz"
         self.model = root / "model.json"
+        self.paper_state = root / "paper.pt"
+        self.paper = root / "paper.npz"
         self.journal = root / "journal"
 
 

@@ -102,6 +102,7 @@ def section_model(prep: Prepared, model: dict[str, Any]) -> SectionModel:
         str(prep.folder.planes),
         model["network"] if deep else None,
         model["state"] if deep else None,
+        model.get("known"),
     )
 
 
@@ -294,6 +295,7 @@ def _seal(
         "normalisation": config.ingest.normalisation,
         "informed": fit.informed(),
         "tier": model["tier"],
+        "exact": not model.get("known"),
     }
     group.attrs.update(attrs)
     whole = checked_whole(prep.measured.ions.size * prep.factor**2)
@@ -344,6 +346,12 @@ def _provenance(
         )
     if not whole:
         notes.append("agreement with the measurement was checked in one window per ion, not on all pixels")
+    if model.get("known"):
+        notes.append(
+            "images of the published model (model.tier=paper): averaged over measured pixels they are not the "
+            "measurement (ions: consistency says how far off they are), no held-out tissue judged them, and the "
+            "uncertainty is that of plain interpolation"
+        )
     forced = prep.section.alignment or prep.section.landmarks
     if config.guide and not fit.ion_gate.any():
         notes.append(

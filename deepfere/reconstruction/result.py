@@ -79,6 +79,7 @@ class Result:
         factor: High-resolution pixels per measured pixel and axis.
         grid: The measured grid.
         levels: Resolution levels; level 0 is the finest.
+        exact: Whether images agree with the measurement; those of the published model (tier "paper") do not.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -99,6 +100,7 @@ class Result:
         self._attrs = attrs
         self.factor = int(attrs["factor"])
         self.levels = int(attrs["levels"])
+        self.exact = attrs.get("exact", True) is True
         self.normalisation: str = attrs["normalisation"]
         self._measured: Measured = open_measured(f"{self.path}/measured")
         self.grid: SectionGrid = self._measured.grid
@@ -288,7 +290,7 @@ class Result:
         cells = fill_missing(np.asarray(image, np.float64), self.mask)
         basis = self._basis
         loadings = basis["gate"][ion] * basis["loadings"][ion] * basis["detail_scale"]
-        return IonDecoder.build(cells, loadings, self.factor, int(basis["positivity"][ion]))
+        return IonDecoder.build(cells, loadings, self.factor, int(basis["positivity"][ion]), self.exact)
 
     def detail(self, cells: Cells) -> NDArray[np.float16]:
         """The detail planes (K, h f, w f) as stored, over a window of measured pixels inside the grid."""

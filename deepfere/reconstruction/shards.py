@@ -16,9 +16,8 @@ import torch
 from deepfere.cluster import Journal, RowWorker
 from deepfere.frame import Alignment
 from deepfere.measured.operator import fill_missing, spline_coefficients
-from deepfere.model.detail import DetailModel, pooled_window
-from deepfere.model.features import PLANES
-from deepfere.model.guide import Cells, GuideSpec
+from deepfere.model.detail import DetailModel, KnownDetail, pooled_window
+from deepfere.model.guide import Cells, GuideSpec, stain_of
 from deepfere.model.network import network_from_config
 from deepfere.store import open_group, shard_object, sync_shard
 from deepfere.tiling.cache import CacheSpec, PlaneReader, write_shard
@@ -39,6 +38,7 @@ class SectionModel:
         cache: URL of the plane cache.
         network: Settings of the network, or None (T1).
         state: Path of its weights (safetensors), or None.
+        known: .npz with ``detail`` (K, H, W) and ``cover`` of the whole section, where they are computed already.
     """
 
     spec: dict[str, Any]
@@ -47,14 +47,19 @@ class SectionModel:
     cache: str
     network: dict[str, int] | None
     state: str | None
+    known: str | None = None
 
-    def build(self) -> DetailModel:
+    def build(self) -> DetailModel | KnownDetail:
         """Load everything into memory."""
         spec = GuideSpec.from_dict(self.spec)
         with np.load(self.arrays) as data:
             mask, factors = data["mask"], data["factors"]
             coefficients = spline_coefficients(fill_missing(factors, mask))
             weights, gate, centre = data["weights"], data["gate"], data["centre"]
+        alignment = Alignment.from_dict(self.alignment)
+        if self.known is not None:
+            with np.load(self.known) as data:
+                return KnownDetail(spec, alignment, gate, mask, data["detail"], data["cover"])
         network = None
         if self.network is not None:
             from safetensors.torch import load_file
@@ -62,9 +67,7 @@ class SectionModel:
             network = network_from_config(self.network)
             network.load_state_dict(load_file(str(self.state)))
             network.eval()
-        return DetailModel(
-            spec, Alignment.from_dict(self.alignment), weights, centre, network, gate, coefficients, mask
-        )
+        return DetailModel(spec, alignment, weights, centre, network, gate, coefficients, mask)
 
 
 def tiles(cells: Cells, factor: int, tile_px: int = TILE_PX) -> list[Cells]:
@@ -159,17 +162,5 @@ class DetailWorker(RowWorker):
 
     def _stain(self, cells: Cells) -> np.ndarray:
         """RGB of the stain (3, h f, w f) uint8 on the section grid; white where the slide ends."""
-        from deepfere.model.guide import SUPERSAMPLE
-        from deepfere.model.registration import sample_window
-
-        model, r = self._model, self._model.spec.radius_px
-        slide_um = model.alignment.map(model.spec.points_um(cells, 0))
-        r0, r1, c0, c1 = model.spec.window(slide_um)
-        planes = self._planes(r0, r1, c0, c1)
-        hwc = torch.from_numpy(np.ascontiguousarray(planes.transpose(1, 2, 0))).float()
-        with torch.inference_mode():
-            sampled = sample_window(hwc, (r0, c0), model.spec.spacing_um, torch.from_numpy(slide_um), SUPERSAMPLE)
-        inner = sampled[:, r : sampled.shape[1] - r, r : sampled.shape[2] - r] if r else sampled
-        cover = inner[PLANES.index("coverage")] / 255
-        rgb = inner[:3] * cover + 255 * (1 - cover)
+        rgb, _ = stain_of(self._model.spec, self._planes, self._model.alignment, cells)
         return rgb.round().clamp(0, 255).to(torch.uint8).numpy()
