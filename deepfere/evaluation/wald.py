@@ -22,6 +22,7 @@ from deepfere.frame import Alignment, apart_px
 from deepfere.measured.store import write_measured
 from deepfere.pipeline.fuse import fuse
 from deepfere.pipeline.workspace import Progress
+from deepfere.readers.mis import MIS
 from deepfere.reconstruction.result import Result
 
 METHODS = ("bicubic", "no_guide", "ours")
@@ -118,6 +119,9 @@ def wald(
             out = Path(folder) / "ours.zarr"
             given = {key: section[key] for key in ("slide_mpp_um", "alignment", "landmarks") if section.get(key)}
             state = "given" if section.get("alignment") or section.get("landmarks") else "found"
+            if Path(given.get("landmarks") or "").suffix.lower() == MIS:
+                # Teaching points know the grid that was measured, not one that was degraded.
+                given = {"slide_mpp_um": section.get("slide_mpp_um"), "alignment": Path(result.path) / "alignment.json"}
             try:
                 ours = fuse(msi, section["slide"], out, config=settings, progress=tell(""), **given)
             except InputError as error:
