@@ -167,3 +167,28 @@ def test_detail_of_a_regressor_averages_to_nothing():
     rows = detail_rows(features, mask, np.zeros(SHAPE, int), 2, Chemistry(factor, np.zeros(3)))
     first = rows.stain[rows.phase == 0].T.reshape(-1, *SHAPE)
     np.testing.assert_allclose(null_space(first, 2), first, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (40, 36), (5, 4)])
+def test_samples_come_from_all_over_the_section(monkeypatch, shape):
+    from deepfere.frame import Alignment, SectionGrid
+    from deepfere.model.guide import GuideSpec
+    from deepfere.pipeline import types
+
+    looked = []
+
+    def features_of(spec, planes, alignment, cells):
+        looked.append((cells.i0, cells.j0))
+        return torch.rand(len(FEATURES), spec.factor, spec.factor), None
+
+    monkeypatch.setattr(types, "features_of", features_of)
+    spec = GuideSpec(SectionGrid(shape, (50.0, 50.0)), 4, (6.0, 6.0), (100, 100), (240.0, 240.0, 240.0), 0.25)
+    mask = np.ones(shape, bool)
+    mask[0, 0] = False
+    found = types._samples(spec, Alignment.identity(), None, mask, 0)
+    assert found.shape[1] == len(FEATURES)
+    assert len(looked) == len(set(looked)) == min(types.SAMPLED_CELLS, mask.sum())
+    assert (0, 0) not in looked
+    rows, cols = np.array(looked).T
+    # A stride would see two columns of the first shape.
+    assert len(set(cols)) > 0.5 * shape[1] and len(set(rows)) > 0.9 * shape[0]

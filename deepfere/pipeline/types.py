@@ -16,7 +16,7 @@ from deepfere.pipeline.prepare import Prepared, load_plan
 from deepfere.tiling.cache import PlaneReader
 
 SAMPLED_CELLS = 256
-"""Measured pixels whose fine pixels are looked at, spread evenly over those that the slide covers."""
+"""Measured pixels whose fine pixels are looked at, drawn from those that the slide covers."""
 SAMPLED_PX = 16_384
 """Fine pixels that are kept of them."""
 
@@ -34,16 +34,18 @@ def typed_spec(prep: Prepared, problem: Evidence, alignment: Alignment, seed: in
     count = type_count(int(problem.mask.sum()))
     if count == 0:
         return spec
-    samples = _samples(spec, alignment, PlaneReader(str(prep.folder.planes), spec), problem.mask)
+    samples = _samples(spec, alignment, PlaneReader(str(prep.folder.planes), spec), problem.mask, seed)
     return replace(spec, types=StainTypes.find(samples, count, seed))
 
 
 def _samples(
-    spec: GuideSpec, alignment: Alignment, planes: PlaneReader, mask: NDArray[np.bool_]
+    spec: GuideSpec, alignment: Alignment, planes: PlaneReader, mask: NDArray[np.bool_], seed: int
 ) -> NDArray[np.float64]:
     """Features (N, F) of fine pixels inside some covered measured pixels."""
     where = np.argwhere(mask)
-    chosen = where[:: max(1, len(where) // SAMPLED_CELLS)]
+    # Drawn, not every n-th: on a full grid a stride that divides its width would look at a few columns alone.
+    drawn = np.random.default_rng([seed, 12]).permutation(len(where))[:SAMPLED_CELLS]
+    chosen = where[np.sort(drawn)]
     each = max(1, SAMPLED_PX // len(chosen))
     step = max(1, spec.factor**2 // each)
     out = []
