@@ -193,7 +193,7 @@ def test_decide_needs_both_nulls_and_blocks():
     assert gates.decide(gain(-0.1, 5.0), []).gate[0] == 0
     assert gates.decide(gain(0.25, 5.0), nulls).null_mean[0] == pytest.approx(0.095)
     assert gates.decide(gain(0.25, 5.0), nulls).null_r2[0] == pytest.approx(np.quantile(np.linspace(0, 0.19, 20), 0.95))
-    classes = gates.Gate(np.array([0.9, 0.5, 0.0]), np.array([0.3, 0.05, 0.4]), np.zeros(3)).informed()
+    classes = gates.Gate(np.array([0.9, 0.5, 0.0]), np.array([0.3, 0.05, 0.4]), np.zeros(3), np.zeros(3)).informed()
     assert classes == ["stain-informed", "partly", "smooth"]
 
 
@@ -239,7 +239,7 @@ def test_gates_open_for_what_follows_the_stain_and_only_for_that(seed):
     assert (ion.r2[0::2] > 0.5).all()
     assert (ion.gate[1::2] < 0.02).all(), "an ion that the stain does not inform got detail"
     assert (ion.null_r2 < 0.1).all()
-    assert gates.Gate(ion.gate, ion.r2, ion.null_r2).informed()[0] == "stain-informed"
+    assert ion.informed()[0] == "stain-informed"
 
 
 @pytest.mark.parametrize("wrong", ["mirrored", "turned", "shifted", "foreign"])

@@ -79,7 +79,7 @@ class SectionFit:
 
     def informed(self) -> list[str]:
         """Each ion's class: "stain-informed", "partly" or "smooth"."""
-        return gates.Gate(self.ion_gate, self.ion_r2, self.ion_null_r2).informed()
+        return gates.Gate(self.ion_gate, self.ion_r2, self.ion_null_r2, self.ion_null_mean).informed()
 
     def save(self, path: Any) -> None:
         """Write all arrays to one .npz."""

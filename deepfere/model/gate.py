@@ -7,7 +7,7 @@ spatial blocks beyond two standard errors. Where it is 0 the output is plain int
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,7 +99,7 @@ class Gate:
     gate: Array
     r2: Array
     null_r2: Array
-    null_mean: Array = field(default_factory=lambda: np.zeros(0))
+    null_mean: Array
 
     def informed(self) -> list[str]:
         """Each target's class: "stain-informed", "partly" or "smooth"; "not judged" where nothing was held out."""
