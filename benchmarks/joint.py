@@ -86,7 +86,7 @@ def attempt(case: Case, target: Path, start: Alignment, step: float, more: list[
     assert result.alignment is not None
     off = [apart_px(found, case.alignment, result.grid, result.mask) for found in (start, result.alignment)]
     left, joint = notes["t1_left"], notes.get("t1_left_joint", notes["t1_left"])
-    return Trial(off[0], off[1], 1 - left, 1 - joint, _psnr(case, result), joint < left - 0.001)
+    return Trial(off[0], off[1], 1 - left, 1 - joint, _psnr(case, result), joint < left - choosing.ALIGNMENT_MARGIN)
 
 
 def _psnr(case: Case, result: Result) -> NDArray[np.float64]:

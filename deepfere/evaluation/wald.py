@@ -117,18 +117,18 @@ def wald(
         state, note = "none", ""
         if base.guide:
             out = Path(folder) / "ours.zarr"
+            placed = {"slide_mpp_um": section.get("slide_mpp_um"), "alignment": Path(result.path) / "alignment.json"}
             given = {key: section[key] for key in ("slide_mpp_um", "alignment", "landmarks") if section.get(key)}
             state = "given" if section.get("alignment") or section.get("landmarks") else "found"
             if Path(given.get("landmarks") or "").suffix.lower() == MIS:
                 # Teaching points know the grid that was measured, not one that was degraded.
-                given = {"slide_mpp_um": section.get("slide_mpp_um"), "alignment": Path(result.path) / "alignment.json"}
+                given = placed
             try:
                 ours = fuse(msi, section["slide"], out, config=settings, progress=tell(""), **given)
             except InputError as error:
                 # The row says so, and shows what the full-scale alignment would have given.
                 state, note = "refused", f"blind: {error}; scored with the full-scale alignment"
-                given = {"slide_mpp_um": section.get("slide_mpp_um"), "alignment": Path(result.path) / "alignment.json"}
-                ours = fuse(msi, section["slide"], out, config=settings, progress=tell("placed "), **given)
+                ours = fuse(msi, section["slide"], out, config=settings, progress=tell("placed "), **placed)
             images["ours"] = decoded(ours)
             sd = np.stack([ours.uncertainty(float(mz)).compute() for mz in ours.ions["mz"]])
             # Read while its folder is there.
