@@ -233,9 +233,7 @@ def report(result: str, out: str | None) -> None:
 )
 @click.option("--labels", type=click.Path(), help="Tissue labels (.npy, .png, .tif) to compare borders with.")
 @click.option("--against", multiple=True, metavar="NAME=RESULT", help="Another result to compare with the labels.")
-@click.option(
-    "--json", "json_path", type=click.Path(), help="Write all scores as JSON to this file too; - prints them."
-)
+@click.option("--json", "json_path", type=click.Path(), help="Write all scores as JSON here too; - prints them.")
 @CONFIG
 def evaluate(
     result: str,

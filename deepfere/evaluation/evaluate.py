@@ -173,7 +173,9 @@ def evaluate_result(
         # What took minutes is kept even if the next ratio is stopped.
         save_scores(result, wald=list(measured))
     proof = evidence_of(result)
-    proof["nested"] = nested_scores(result, base, progress) if base.guide else None
+    # Nested scores are the closed form's: they say nothing of images that it did not make.
+    judged = base.guide and base.model.tier != "paper"
+    proof["nested"] = nested_scores(result, base, progress) if judged else None
     known = save_scores(result, evidence=proof)
     return {key: known[key] for key in ("identity", "consistency", "evidence")} | {"wald": measured}
 
