@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from deepfere.errors import InputError
 from deepfere.readers import imzml_head as head
 from deepfere.readers.digest import content_digest
+from deepfere.readers.imzml_scan import Unsure, scan
 
 # Metres and friends in micrometres, by Unit Ontology accession or by name.
 UNITS_UM = {
@@ -229,8 +230,20 @@ def msi_digest(path: str | Path) -> str:
 
 
 def _walk(path: Path) -> head.Walk:
-    problem: expat.ExpatError | None = None
     # Files that declare UTF-8 but hold Latin-1 text ("µm") exist; all that is kept is ASCII either way.
+    for encoding in (None, "iso-8859-1"):
+        try:
+            return scan(path, encoding)
+        except (expat.ExpatError, LookupError):
+            continue
+        except (Unsure, InputError, OSError):
+            break
+    return _walk_all(path)
+
+
+def _walk_all(path: Path) -> head.Walk:
+    """Every tag through the parser: the reference, which words all errors."""
+    problem: expat.ExpatError | None = None
     for encoding in (None, "iso-8859-1"):
         walk = head.Walk(path)
         try:

@@ -75,14 +75,29 @@ class Walk:
         self._kinds: dict[tuple[str, ...], tuple[str, tuple[str, ...], bool]] = {}
         self._z: str | None = None
 
-    def run(self, encoding: str | None = None) -> None:
-        """Walk the file; ``encoding`` overrides what the XML declares."""
+    def __len__(self) -> int:
+        return len(self.columns["x"])
+
+    def parser(self, encoding: str | None = None) -> expat.XMLParserType:
+        """A parser that tells this walk what it meets; ``encoding`` overrides what the XML declares."""
         parser = expat.ParserCreate(encoding)
         parser.buffer_text = True
         parser.StartElementHandler = self._start
         parser.EndElementHandler = self._end
+        return parser
+
+    def run(self, encoding: str | None = None) -> None:
+        """Walk the file; ``encoding`` overrides what the XML declares."""
         with self.path.open("rb") as handle:
-            parser.ParseFile(handle)
+            self.parser(encoding).ParseFile(handle)
+
+    def group(self, name: str) -> Terms:
+        """Terms of a referenceableParamGroup; none where it is not defined."""
+        return self._groups.get(name, {})
+
+    def describe(self, terms: Terms) -> tuple[str, tuple[str, ...]]:
+        """Kind ("mz", "int" or empty) of an array with these terms, and the number types that it states."""
+        return self._describe(terms, len(self) + 1)[:2]
 
     def _refuse(self, what: str, remedy: str) -> InputError:
         return InputError(what, where=self.path, remedy=remedy)
@@ -139,7 +154,7 @@ class Walk:
         self._late.clear()
 
     def _integer(self, terms: Terms, accession: str, what: str) -> int:
-        number = len(self.columns["x"]) + 1
+        number = len(self) + 1
         if accession not in terms:
             raise self._refuse(f"spectrum {number} has no {what} ({accession})", "export the imzML again")
         text = terms[accession][0]
@@ -156,7 +171,7 @@ class Walk:
         raise self._refuse(f"spectrum {number}: {what} is {text!r}, not a whole number", "export the imzML again")
 
     def _keep(self, spectrum: Terms) -> None:
-        number = len(self.columns["x"]) + 1
+        number = len(self) + 1
         row = {
             "x": self._integer(spectrum, POSITION_X, "position x"),
             "y": self._integer(spectrum, POSITION_Y, "position y"),
