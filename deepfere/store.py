@@ -14,13 +14,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import zarr
-from zarr.codecs import ZstdCodec
+from zarr.codecs import BloscCodec, ZstdCodec
 from zarr.storage import FsspecStore, LocalStore
 
 from deepfere.errors import InputError
 
 StorageOptions = Mapping[str, Any]
+Codec = Literal["zstd", "blosc"]
 
 
 def is_url(url: object) -> bool:
@@ -84,8 +86,9 @@ def create_array(
     fill_value: Any = 0,
     dimension_names: Sequence[str] | None = None,
     level: int = 1,
+    codec: Codec = "zstd",
 ) -> zarr.Array:
-    """Create one array with explicit chunks and shards, zstd-compressed.
+    """Create one array with explicit chunks and shards, compressed.
 
     Args:
         group: Where to create it.
@@ -97,7 +100,11 @@ def create_array(
         fill_value: Value of what was never written; a shard of nothing else gives no object at all.
         dimension_names: One name per axis.
         level: zstd level.
+        codec: "zstd", or "blosc": zstd in blosc, the bits of the numbers shuffled before.
     """
+    compressor: ZstdCodec | BloscCodec = ZstdCodec(level=level)
+    if codec == "blosc":
+        compressor = BloscCodec(cname="zstd", clevel=level, shuffle="bitshuffle", typesize=np.dtype(dtype).itemsize)
     return group.create_array(
         name,
         shape=tuple(shape),
@@ -106,7 +113,7 @@ def create_array(
         shards=None if shards is None else tuple(shards),
         fill_value=fill_value,
         dimension_names=None if dimension_names is None else list(dimension_names),
-        compressors=[ZstdCodec(level=level)],
+        compressors=[compressor],
     )
 
 

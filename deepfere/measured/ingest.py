@@ -22,11 +22,11 @@ from deepfere.measured.peaks import PeakSpec, centroid_peaks, profile_peaks, sam
 from deepfere.measured.raster import Raster, plan_raster
 from deepfere.measured.store import FACTORS, Measured, MeasuredWriter, refuse_occupied, spectrum_factors
 from deepfere.measured.windows import Windows
-from deepfere.readers.imzml import ImzmlIndex, read_arrays, read_index
-from deepfere.store import StorageOptions
+from deepfere.readers.imzml import ImzmlIndex, read_arrays, read_flat, read_index
+from deepfere.store import Codec, StorageOptions
 
 BAND_BYTES = 512 << 20
-BATCH_VALUES = 1 << 23
+BATCH_VALUES = 1 << 18  # what a batch holds stays in the processor's cache
 
 
 @dataclass
@@ -51,6 +51,7 @@ def ingest(
     duplicates: str = "error",
     overwrite: bool = False,
     storage_options: StorageOptions | None = None,
+    codec: Codec = "zstd",
 ) -> Measured:
     """Ingest an imzML pair.
 
@@ -70,6 +71,7 @@ def ingest(
         duplicates: What to do where a pixel has several spectra: "error", "sum" or "mean".
         overwrite: Replace a finished store.
         storage_options: For URLs.
+        codec: How the ions are compressed: "zstd", or "blosc" (bits shuffled first).
 
     Returns:
         The finished store, opened.
@@ -105,6 +107,7 @@ def ingest(
             band_rows=rows,
             overwrite=overwrite,
             storage_options=storage_options,
+            codec=codec,
         )
         try:
             tally = _write_bands(index, ibd, raster, reduce, writer, duplicates, progress)
@@ -298,14 +301,11 @@ class _Reducer:
 
     def __call__(self, ibd: IO[bytes], rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float64], int]:
         """Ions (n, M), factors (3, n) and the number of negative intensities of some spectra."""
-        values = [v.astype(np.float32) for v in read_arrays(self.index, ibd, rows, "int")]
+        lengths = self.index.int_length[rows]
         if self.axis is not None:
-            block = np.stack(values)
-            if not np.isfinite(block).all():
-                _refuse_values(self.index, int(rows[int((~np.isfinite(block).all(axis=1)).argmax())]))
-            negatives = int((block < 0).sum())
-            if negatives:
-                np.maximum(block, 0, out=block)
+            block = read_flat(self.index, ibd, rows, ("int",))[0].astype(np.float32, copy=False)
+            block, negatives = self._not_negative(block, rows, lengths)
+            block = block.reshape(len(rows), len(self.axis))
             factors = spectrum_factors(block)
             if self.order is not None:
                 block = block[:, self.order]
@@ -314,25 +314,49 @@ class _Reducer:
             reduce = self.windows.sum_shared if self.kind == "centroid" else self.windows.area
             return reduce(self.axis, block), factors, negatives
         assert self.windows is not None
-        mzs = read_arrays(self.index, ibd, rows, "mz")
-        negatives = 0
-        factors = np.zeros((3, len(rows)))
-        for k, (i, m, v) in enumerate(zip(rows, mzs, values, strict=True)):
-            if not np.isfinite(v).all():
-                _refuse_values(self.index, int(i))
-            _check_axis(self.index, m, int(i))
-            below = v < 0
-            if below.any():
-                negatives += int(below.sum())
-                v[below] = 0
-            factors[:, k] = spectrum_factors(v[None])[:, 0]
+        mz, values = read_flat(self.index, ibd, rows)
+        values, negatives = self._not_negative(values.astype(np.float32, copy=False), rows, lengths)
+        if len(mz) and not (mz.min() > 0 and mz.max() < np.inf):
+            for i, m in zip(rows, np.split(mz, np.cumsum(lengths)[:-1]), strict=True):
+                _check_axis(self.index, m, int(i))
+        factors = _ragged_factors(values, lengths)
         if self.kind == "centroid":
-            return self.windows.sum_ragged(mzs, values), factors, negatives
+            return self.windows.sum_ragged(mz, values, lengths), factors, negatives
         areas = np.zeros((len(rows), len(self.ions)), dtype=np.float32)
-        for k, (m, v) in enumerate(zip(mzs, values, strict=True)):
-            m64, ordered = _ascending(m.astype(np.float64), v)
+        ends = np.cumsum(lengths)
+        for k, (first, last) in enumerate(zip(ends - lengths, ends, strict=True)):
+            m64, ordered = _ascending(mz[first:last].astype(np.float64), values[first:last])
             areas[k] = self.windows.area(m64, ordered[None])[0]
         return areas, factors, negatives
+
+    def _not_negative(
+        self, values: NDArray[np.float32], rows: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], int]:
+        """The intensities of some spectra with zero for what is below it, and how many were; all are finite."""
+        if not len(values):
+            return values, 0
+        least, most = values.min(), values.max()  # not a number wherever one of them is none
+        if not (least > -np.inf and most < np.inf):
+            first = int(np.isfinite(values).argmin())
+            _refuse_values(self.index, int(rows[int(np.searchsorted(np.cumsum(lengths), first, side="right"))]))
+        if least >= 0:
+            return values, 0
+        return np.maximum(values, 0), int((values < 0).sum())
+
+
+def _ragged_factors(values: NDArray[np.float32], lengths: NDArray[np.int64]) -> NDArray[np.float64]:
+    """`spectrum_factors` of spectra that lie one behind the other."""
+    ends = np.cumsum(lengths)
+    out = np.zeros((3, len(lengths)))
+    longest = int(lengths.max(initial=0))
+    # Of similar length they are put side by side, zeros behind the shorter ones; else each is alone.
+    step = len(lengths) if longest * len(lengths) <= 4 * len(values) + 4096 else 1
+    for k in range(0, len(lengths), step):
+        part = lengths[k : k + step]
+        block = np.zeros((len(part), int(part.max())), dtype=np.float32)
+        block[np.arange(block.shape[1]) < part[:, None]] = values[ends[k] - part[0] : ends[k + len(part) - 1]]
+        out[:, k : k + step] = spectrum_factors(block, part)
+    return out
 
 
 def _write_bands(
@@ -350,25 +374,26 @@ def _write_bands(
     row_starts = np.searchsorted(raster.row[by_row], np.arange(ny + 1))
     repeated = bool(raster.counts.max() > 1)
     bands = writer.bands
+    images = np.empty((len(reduce.ions), writer.band_rows, nx), dtype=np.float32)  # one band, used again for the next
     for done, (begin, end) in enumerate(bands):
-        block = np.zeros((end - begin, nx, len(reduce.ions)), dtype=np.float32)
+        flat = images.reshape(len(images), -1)
+        counts = raster.counts[begin:end]
+        if repeated or not counts.all():
+            flat[:] = 0
         rows = np.sort(by_row[row_starts[begin] : row_starts[end]])
         for batch in _batches(index, rows, len(reduce.ions)):
             values, factors, negatives = reduce(ibd, batch)
             tally.negatives += negatives
             tally.positive = tally.positive or bool(values.any())
-            at = (raster.row[batch] - begin, raster.col[batch])
-            if repeated:
-                np.add.at(block, at, values)
-            else:
-                block[at] = values
+            _put(flat, (raster.row[batch] - begin) * nx + raster.col[batch], values, repeated)
             for name, factor in zip(FACTORS, factors, strict=True):
                 np.add.at(tally.factors[name], (raster.row[batch], raster.col[batch]), factor)
-        counts = raster.counts[begin:end]
+        block = images[:, : end - begin]
         if repeated and duplicates == "mean":
-            block /= np.maximum(counts, 1)[..., None]
-        block[counts == 0] = np.nan
-        writer.write_band(begin, block)
+            block /= np.maximum(counts, 1)
+        if not counts.all():
+            block[:, counts == 0] = np.nan
+        writer.write_images(begin, block)
         if progress is not None:
             progress(done + 1, len(bands))
     for image in tally.factors.values():
@@ -376,3 +401,13 @@ def _write_bands(
             image /= np.maximum(raster.counts, 1)
         image[raster.counts == 0] = np.nan
     return tally
+
+
+def _put(images: NDArray[np.float32], at: NDArray[np.int64], values: NDArray[np.float32], repeated: bool) -> None:
+    """Spectra (n, M) into the pixels (n,) of images (M, pixels), added where a pixel has several."""
+    if repeated:
+        np.add.at(images.T, at, values)
+    elif (np.diff(at) == 1).all():
+        images[:, at[0] : at[0] + len(at)] = values.T
+    else:
+        images[:, at] = values.T

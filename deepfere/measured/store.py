@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from deepfere.errors import InputError
 from deepfere.frame import SectionGrid
-from deepfere.store import StorageOptions, create_array, exists, open_group, remove
+from deepfere.store import Codec, StorageOptions, create_array, exists, open_group, remove
 
 FORMAT, FORMAT_VERSION = "deepfere-measured", 1
 CHUNK_IONS, CHUNK_PX = 64, 64
@@ -194,6 +194,7 @@ class MeasuredWriter:
         band_rows: Image rows per band; above 64 it is rounded up to a multiple of 64.
         overwrite: Replace a finished store too.
         storage_options: For URLs.
+        codec: How the ions are compressed; see `create_array`.
 
     Raises:
         InputError: Something stands at the path.
@@ -208,6 +209,7 @@ class MeasuredWriter:
         band_rows: int = CHUNK_PX,
         overwrite: bool = False,
         storage_options: StorageOptions | None = None,
+        codec: Codec = "zstd",
     ) -> None:
         self.path, self._options = path, storage_options
         refuse_occupied(path, overwrite, storage_options)
@@ -233,6 +235,7 @@ class MeasuredWriter:
             (self.shard_ions, self.band_rows, across),
             fill_value=np.nan,
             dimension_names=("ion", "y", "x"),
+            codec=codec,
         )
         axis = create_array(self.group, "mz", (m,), np.float64, (m,), dimension_names=("ion",))
         axis[:] = np.asarray(mz, dtype=np.float64)
@@ -254,6 +257,12 @@ class MeasuredWriter:
         for first in range(0, block.shape[2], self.shard_ions):
             part = block[:, :, first : first + self.shard_ions]
             self.ions[first : first + part.shape[2], begin:end, :] = np.ascontiguousarray(part.transpose(2, 0, 1))
+
+    def write_images(self, begin: int, images: NDArray[np.float32]) -> None:
+        """As `write_band`, of (M, rows, nx)."""
+        for first in range(0, len(images), self.shard_ions):
+            part = images[first : first + self.shard_ions]
+            self.ions[first : first + len(part), begin : begin + part.shape[1], :] = part
 
     def finish(
         self,
@@ -312,17 +321,24 @@ def refuse_occupied(path: str | Path, overwrite: bool = False, storage_options: 
         raise InputError("exists already", where=path, remedy="choose another path or overwrite it")
 
 
-def spectrum_factors(values: NDArray[np.float32]) -> NDArray[np.float64]:
-    """TIC, RMS and median of the positive values of each row of (n, M): (3, n) float64."""
+def spectrum_factors(values: NDArray[np.float32], lengths: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
+    """TIC, RMS and median of the positive values of each row of (n, M): (3, n) float64.
+
+    Args:
+        values: Spectra, not negative.
+        lengths: (n,) how many values of a row are the spectrum's, the others being zero; all by default.
+    """
     values = np.asarray(values)
     n, m = values.shape
     out = np.zeros((3, n))
     if m == 0:
         return out
-    out[0] = values.sum(axis=1, dtype=np.float64)
-    out[1] = np.sqrt(np.einsum("ij,ij->i", values, values, dtype=np.float64) / m)
+    count = np.full(n, m) if lengths is None else np.maximum(lengths, 1)
+    wide = values.astype(np.float64)
+    out[0] = wide.sum(axis=1)
+    out[1] = np.sqrt(np.einsum("ij,ij->i", wide, wide) / count)
     ordered = np.sort(values, axis=1)
-    positive = (values > 0).sum(axis=1)
+    positive = np.count_nonzero(values > 0, axis=1)
     rows = np.flatnonzero(positive)
     # The positive values are the last ones of each sorted row.
     low = m - positive[rows] + (positive[rows] - 1) // 2

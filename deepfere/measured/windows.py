@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 GAP_RATIO = 8.0
+TABLE_BINS = 1 << 17
 
 
 class Windows:
@@ -32,21 +32,27 @@ class Windows:
                     break
             else:
                 groups.append([k])
-        self.groups = [np.array(group) for group in groups]
+        self.groups = [_Apart(np.array(group), self.low, self.high) for group in groups]
 
-    def sum_ragged(self, mzs: Sequence[NDArray[Any]], values: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
-        """Sums (n, M) of n centroid spectra, each with its own m/z; their order does not matter."""
-        n = len(mzs)
+    def sum_ragged(self, mz: NDArray[Any], values: NDArray[Any], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Sums (n, M) of n centroid spectra, one behind the other; the order of their centroids does not matter.
+
+        Args:
+            mz: (P,) m/z of all of them, positive.
+            values: (P,) intensities.
+            lengths: (n,) how many are whose.
+        """
+        n = len(lengths)
         out = np.zeros((n, len(self.mz)), dtype=np.float32)
-        mz = np.concatenate(mzs).astype(np.float64, copy=False)
-        value = np.concatenate(values)
-        owner = np.repeat(np.arange(n), [len(m) for m in mzs])
+        mz = mz.astype(np.float64, copy=False)
+        owner = np.repeat(np.arange(n), lengths)
         for group in self.groups:
-            found = np.searchsorted(self.low[group], mz, side="right") - 1
-            inside = (found >= 0) & (mz <= self.high[group][found])
-            cell = owner[inside] * len(group) + found[inside]
-            sums = np.bincount(cell, weights=value[inside], minlength=n * len(group))
-            out[:, group] = sums.reshape(n, len(group))
+            at, window = group.find(mz)
+            width = len(group.members)
+            sums = np.bincount(owner[at] * width + window, weights=values[at], minlength=n * width)
+            if len(self.groups) == 1:
+                return sums.reshape(n, width).astype(np.float32)
+            out[:, group.members] = sums.reshape(n, width)
         return out
 
     def sum_shared(self, axis: NDArray[np.float64], values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -78,6 +84,51 @@ class Windows:
             return total[:, k] + part * (first[:, k] + 0.5 * slope * (last[:, k] - first[:, k]))
 
         return np.maximum(upto(self.high) - upto(self.low), 0.0).astype(np.float32)
+
+
+class _Apart:
+    """Windows that do not overlap, so that an m/z lies in one of them at most.
+
+    A table over equal bins of m/z says where to look: the first window that may reach up to a bin's m/z, or that
+    none lies in the bin. It only spares comparisons; which window holds an m/z is decided by the windows' edges.
+
+    Args:
+        members: Which windows, ascending.
+        low: Lower edges of all windows.
+        high: Their upper edges.
+    """
+
+    def __init__(self, members: NDArray[np.int64], low: NDArray[np.float64], high: NDArray[np.float64]) -> None:
+        self.members, self.low, self.high = members, low[members], high[members]
+        self.origin = float(self.low[0])
+        self.scale = (TABLE_BINS - 1) / max(float(self.high[-1]) - self.origin, 1e-9)
+        first, last = self._bin(self.low), self._bin(self.high)
+        self.table = np.full(TABLE_BINS + 2, -1, dtype=np.int32)
+        for k in range(len(members) - 1, -1, -1):
+            self.table[first[k] : last[k] + 1] = k
+
+    def _bin(self, mz: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Bins, 0 below all windows; they never fall as m/z rises."""
+        at = (mz - self.origin) * self.scale
+        np.clip(at, -1.0, TABLE_BINS, out=at)
+        at += 1.0
+        return at.astype(np.intp)
+
+    def find(self, mz: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Which of some m/z lie in a window, and in which of the members."""
+        window = self.table[self._bin(mz)]
+        at = np.flatnonzero(window >= 0)
+        window, here = window[at].astype(np.intp), mz[at]
+        late = np.flatnonzero(here > self.high[window])
+        while len(late):
+            window[late] += 1
+            late = late[window[late] < len(self.members)]
+            late = late[here[late] > self.high[window[late]]]
+        inside = window < len(self.members)
+        inside[inside] = here[inside] >= self.low[window[inside]]
+        if not inside.all():
+            at, window = at[inside], window[inside]
+        return at, window
 
 
 def _gaps(step: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -126,7 +126,7 @@ def read_index(path: str | Path, *, check_ibd: bool = True) -> ImzmlIndex:
     if len(modes) != 1:
         stated = "both continuous and processed" if modes else "neither continuous nor processed"
         raise InputError(f"states {stated}", where=path, remedy="correct its fileContent (IMS:1000030 or 31)")
-    columns = {name: np.array(values, dtype=np.int64) for name, values in walk.columns.items()}
+    columns = {name: np.frombuffer(values, dtype=np.int64) for name, values in walk.columns.items()}
     uuid, matches = None, None
     if check_ibd:
         ibd_path = _find_ibd(path)
@@ -198,26 +198,62 @@ def read_arrays(index: ImzmlIndex, ibd: IO[bytes], rows: NDArray[np.int64], kind
     Returns:
         One read-only array per entry of ``rows``, in its order.
     """
-    offsets = (index.mz_offset if kind == "mz" else index.int_offset)[rows]
-    sizes = (index.mz_bytes if kind == "mz" else index.int_bytes)[rows]
-    out: list[NDArray[Any]] = [np.empty(0)] * len(rows)
-    order = np.argsort(offsets, kind="stable")
-    start = 0
-    while start < len(order):
-        begin = end = int(offsets[order[start]])
-        stop = start
-        while stop < len(order):
-            at, size = int(offsets[order[stop]]), int(sizes[order[stop]])
-            if stop > start and (at - end > COALESCE_GAP_BYTES or at + size - begin > COALESCE_READ_BYTES):
-                break
-            end = max(end, at + size)
-            stop += 1
-        block = _cut(ibd, begin, end - begin)
-        for k in order[start:stop]:
-            at = int(offsets[k]) - begin
-            out[k] = _decode(index, kind, block[at : at + int(sizes[k])], int(rows[k]))
-        start = stop
+    return [_decode(index, kind, raw, int(i)) for i, raw in zip(rows, _read(index, ibd, rows, (kind,))[0], strict=True)]
+
+
+def read_flat(
+    index: ImzmlIndex, ibd: IO[bytes], rows: NDArray[np.int64], kinds: tuple[str, ...] = ("mz", "int")
+) -> list[NDArray[Any]]:
+    """As `read_arrays`, every kind in the same pass over the bytes, and the arrays of all spectra as one.
+
+    Args:
+        index: Of the file.
+        ibd: The .ibd, opened for binary reading.
+        rows: Which spectra.
+        kinds: Of "mz" and "int".
+
+    Returns:
+        Per kind one read-only array: those of ``rows`` in its order, one behind the other.
+    """
+    out: list[NDArray[Any]] = []
+    for kind, parts in zip(kinds, _read(index, ibd, rows, kinds), strict=True):
+        dtype, packed, lengths, sizes = _layout(index, kind)
+        missing = int(sizes[rows].sum()) != sum(map(len, parts))
+        if missing or (packed and lengths[rows].any()):
+            arrays = [_decode(index, kind, raw, int(i)) for i, raw in zip(rows, parts, strict=True)]
+            out.append(np.concatenate(arrays) if arrays else np.empty(0, dtype))
+        else:
+            out.append(np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), dtype=dtype))
     return out
+
+
+def _layout(index: ImzmlIndex, kind: str) -> tuple[np.dtype[Any], bool, NDArray[np.int64], NDArray[np.int64]]:
+    if kind == "mz":
+        return index.mz_dtype, index.mz_compressed, index.mz_length, index.mz_bytes
+    return index.int_dtype, index.int_compressed, index.int_length, index.int_bytes
+
+
+def _read(index: ImzmlIndex, ibd: IO[bytes], rows: NDArray[np.int64], kinds: tuple[str, ...]) -> list[list[memoryview]]:
+    """The bytes of each kind and spectrum; byte ranges that nearly touch are read as one, whatever their kind."""
+    offsets = np.concatenate([(index.mz_offset if kind == "mz" else index.int_offset)[rows] for kind in kinds])
+    sizes = np.concatenate([_layout(index, kind)[3][rows] for kind in kinds])
+    order = np.argsort(offsets, kind="stable")
+    begins = offsets[order]
+    ends = np.maximum.accumulate(begins + sizes[order])
+    cuts = np.flatnonzero(begins[1:] - ends[:-1] > COALESCE_GAP_BYTES) + 1
+    out = [memoryview(b"")] * len(offsets)
+    for first, last in zip([0, *cuts.tolist()], [*cuts.tolist(), len(order)], strict=True):
+        start = first
+        while start < last:
+            origin = int(begins[start])
+            stop = max(start + 1, start + int(np.searchsorted(ends[start:last], origin + COALESCE_READ_BYTES, "right")))
+            block = _cut(ibd, origin, int(ends[stop - 1]) - origin)
+            where = order[start:stop]
+            at = offsets[where] - origin
+            for k, a, b in zip(where.tolist(), at.tolist(), (at + sizes[where]).tolist(), strict=True):
+                out[k] = block[a:b]
+            start = stop
+    return [out[k * len(rows) : (k + 1) * len(rows)] for k in range(len(kinds))]
 
 
 def msi_digest(path: str | Path) -> str:
@@ -381,11 +417,7 @@ def _cut(ibd: Any, offset: int, size: int) -> memoryview:
 
 
 def _decode(index: ImzmlIndex, kind: str, raw: memoryview, i: int) -> NDArray[Any]:
-    dtype, compressed, lengths = (
-        (index.mz_dtype, index.mz_compressed, index.mz_length)
-        if kind == "mz"
-        else (index.int_dtype, index.int_compressed, index.int_length)
-    )
+    dtype, compressed, lengths, _ = _layout(index, kind)
     length = int(lengths[i])
     data: bytes | memoryview = raw
     if compressed and length:
