@@ -407,7 +407,8 @@ def _put(images: NDArray[np.float32], at: NDArray[np.int64], values: NDArray[np.
     """Spectra (n, M) into the pixels (n,) of images (M, pixels), added where a pixel has several."""
     if repeated:
         np.add.at(images.T, at, values)
-    elif (np.diff(at) == 1).all():
-        images[:, at[0] : at[0] + len(at)] = values.T
     else:
-        images[:, at] = values.T
+        row = bool((np.diff(at) == 1).all())
+        where: slice | NDArray[np.int64] = slice(at[0], at[0] + len(at)) if row else at
+        for k in range(0, len(images), 16):  # as many values as a line of the cache holds
+            images[k : k + 16, where] = values[:, k : k + 16].T

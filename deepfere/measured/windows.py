@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 GAP_RATIO = 8.0
-TABLE_BINS = 1 << 17
+TABLE_BINS = 1 << 15
 
 
 class Windows:
@@ -23,16 +23,18 @@ class Windows:
         self.mz = mz
         self.low = mz * (1 - tolerance_ppm * 1e-6)
         self.high = mz * (1 + tolerance_ppm * 1e-6)
-        # Windows of one group do not overlap, so one search finds the only one that can hold a centroid.
-        groups: list[list[int]] = []
-        for k in range(len(mz)):
-            for group in groups:
-                if self.high[group[-1]] < self.low[k]:
-                    group.append(k)
-                    break
-            else:
-                groups.append([k])
-        self.groups = [_Apart(np.array(group), self.low, self.high) for group in groups]
+        # The edges cut the axis into pieces, each wholly inside or outside of every window: where windows do not
+        # overlap, a piece is a window. A window is some neighbouring pieces, ``first`` and the next ``count - 1``.
+        above = np.nextafter(self.high, np.inf)
+        edges = np.unique(np.concatenate([self.low, above]))
+        begin, end = np.searchsorted(edges, self.low), np.searchsorted(edges, above)
+        depth = np.zeros(len(edges) + 1, dtype=np.int64)
+        np.add.at(depth, begin, 1)
+        np.add.at(depth, end, -1)
+        covered = np.cumsum(depth)[: len(edges)] > 0
+        number = np.cumsum(covered) - 1
+        self.pieces = _Pieces(edges[:-1][covered[:-1]], edges[1:][covered[:-1]])
+        self.first, self.count = number[begin], end - begin
 
     def sum_ragged(self, mz: NDArray[Any], values: NDArray[Any], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
         """Sums (n, M) of n centroid spectra, one behind the other; the order of their centroids does not matter.
@@ -42,18 +44,16 @@ class Windows:
             values: (P,) intensities.
             lengths: (n,) how many are whose.
         """
-        n = len(lengths)
-        out = np.zeros((n, len(self.mz)), dtype=np.float32)
-        mz = mz.astype(np.float64, copy=False)
-        owner = np.repeat(np.arange(n), lengths)
-        for group in self.groups:
-            at, window = group.find(mz)
-            width = len(group.members)
-            sums = np.bincount(owner[at] * width + window, weights=values[at], minlength=n * width)
-            if len(self.groups) == 1:
-                return sums.reshape(n, width).astype(np.float32)
-            out[:, group.members] = sums.reshape(n, width)
-        return out
+        n, width = len(lengths), len(self.pieces.low) + 1
+        start = np.repeat(np.arange(0, n * width, width, dtype=np.int32), lengths)
+        sums = self.pieces.sums(mz.astype(np.float64, copy=False), values, start, n * width).reshape(n, width)
+        if width - 1 == len(self.mz) and (self.count == 1).all():
+            return sums[:, :-1].astype(np.float32)
+        out = sums[:, self.first]
+        for k in range(1, int(self.count.max())):
+            more = np.flatnonzero(self.count > k)
+            out[:, more] += sums[:, self.first[more] + k]
+        return out.astype(np.float32)
 
     def sum_shared(self, axis: NDArray[np.float64], values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Sums (n, M) of n centroid spectra (n, A) on one ascending axis."""
@@ -86,49 +86,48 @@ class Windows:
         return np.maximum(upto(self.high) - upto(self.low), 0.0).astype(np.float32)
 
 
-class _Apart:
-    """Windows that do not overlap, so that an m/z lies in one of them at most.
+class _Pieces:
+    """Disjoint pieces ``low <= m/z < end`` of the axis, ascending, and in which of them an m/z lies.
 
-    A table over equal bins of m/z says where to look: the first window that may reach up to a bin's m/z, or that
-    none lies in the bin. It only spares comparisons; which window holds an m/z is decided by the windows' edges.
+    A table over equal bins of m/z says where to look: the first piece that may reach up to the m/z of a bin, or that
+    there is none. It only spares comparisons; the edges decide.
 
     Args:
-        members: Which windows, ascending.
-        low: Lower edges of all windows.
-        high: Their upper edges.
+        low: (S,) lower edges.
+        end: (S,) upper edges.
     """
 
-    def __init__(self, members: NDArray[np.int64], low: NDArray[np.float64], high: NDArray[np.float64]) -> None:
-        self.members, self.low, self.high = members, low[members], high[members]
-        self.origin = float(self.low[0])
-        self.scale = (TABLE_BINS - 1) / max(float(self.high[-1]) - self.origin, 1e-9)
-        first, last = self._bin(self.low), self._bin(self.high)
-        self.table = np.full(TABLE_BINS + 2, -1, dtype=np.int32)
-        for k in range(len(members) - 1, -1, -1):
+    def __init__(self, low: NDArray[np.float64], end: NDArray[np.float64]) -> None:
+        # The last piece is none: nothing is as large as its lower edge, and it is where a search ends.
+        self.low, self.end = np.append(low, np.inf), np.append(end, np.inf)
+        self.scale = (TABLE_BINS - 2) / max(float(end[-1] - low[0]), 1e-9)
+        self.origin = float(low[0]) - 1.0 / self.scale
+        first, last = self._bin(low), self._bin(end)
+        self.table = np.full(TABLE_BINS + 2, len(low), dtype=np.int32)
+        for k in range(len(low) - 1, -1, -1):
             self.table[first[k] : last[k] + 1] = k
 
-    def _bin(self, mz: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Bins, 0 below all windows; they never fall as m/z rises."""
-        at = (mz - self.origin) * self.scale
-        np.clip(at, -1.0, TABLE_BINS, out=at)
-        at += 1.0
-        return at.astype(np.intp)
+    def _bin(self, mz: NDArray[np.float64]) -> NDArray[np.int32]:
+        """Bins that never fall as m/z rises, up to where m/z lies beyond all pieces; negative before all."""
+        at = mz - self.origin
+        at *= self.scale
+        return np.clip(at, -1, TABLE_BINS, out=at).astype(np.int32)
 
-    def find(self, mz: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Which of some m/z lie in a window, and in which of the members."""
-        window = self.table[self._bin(mz)]
-        at = np.flatnonzero(window >= 0)
-        window, here = window[at].astype(np.intp), mz[at]
-        late = np.flatnonzero(here > self.high[window])
+    def sums(
+        self, mz: NDArray[np.float64], values: NDArray[Any], start: NDArray[np.int32], size: int
+    ) -> NDArray[np.float64]:
+        """Sums (size,) of the values per cell, ``start`` plus the number of the piece that the m/z lies in."""
+        piece = self.table.take(self._bin(mz), mode="clip")
+        near = np.flatnonzero(piece < len(self.low) - 1)
+        if 2 * len(near) < len(mz):
+            piece, mz, values, start = piece[near], mz[near], values[near], start[near]
+        late = np.flatnonzero(mz >= self.end.take(piece))
         while len(late):
-            window[late] += 1
-            late = late[window[late] < len(self.members)]
-            late = late[here[late] > self.high[window[late]]]
-        inside = window < len(self.members)
-        inside[inside] = here[inside] >= self.low[window[inside]]
-        if not inside.all():
-            at, window = at[inside], window[inside]
-        return at, window
+            piece[late] += 1
+            late = late[mz[late] >= self.end.take(piece[late])]
+        np.copyto(piece, len(self.low) - 1, where=mz < self.low.take(piece))
+        piece += start
+        return np.bincount(piece, weights=values, minlength=size)
 
 
 def _gaps(step: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -249,6 +249,10 @@ def _read(index: ImzmlIndex, ibd: IO[bytes], rows: NDArray[np.int64], kinds: tup
             stop = max(start + 1, start + int(np.searchsorted(ends[start:last], origin + COALESCE_READ_BYTES, "right")))
             block = _cut(ibd, origin, int(ends[stop - 1]) - origin)
             where = order[start:stop]
+            if stop - start == len(out):  # all in one: in the order of the rows, not of the file
+                at = offsets - origin
+                out = [block[a:b] for a, b in zip(at.tolist(), (at + sizes).tolist(), strict=True)]
+                break
             at = offsets[where] - origin
             for k, a, b in zip(where.tolist(), at.tolist(), (at + sizes[where]).tolist(), strict=True):
                 out[k] = block[a:b]

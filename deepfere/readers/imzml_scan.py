@@ -11,6 +11,7 @@ are worded by a walk of the whole file.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -246,7 +247,7 @@ class Scanner:
             last = edges[-1]
             cut = text.rfind(START, last + 1, min(end, last + BLOCK_BYTES) + len(START))
             edges.append(cut if cut > 0 else text.find(START, last + 1, end + len(START)))
-        parts = deque(zip(edges[:-1], edges[1:], strict=True))
+        parts = deque(itertools.pairwise(edges))
         waiting: deque[Future[tuple[Numbers | None, int]]] = deque()
         template = self.template
         if pool is not None and template is not None and not self.blind:
