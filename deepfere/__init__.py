@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "fuse": "deepfere.pipeline",
     "open": "deepfere.reconstruction.result",
-    "open_measured": "deepfere.measured.store",
+    "open_measured": "deepfere.measured.raw",
     "Result": "deepfere.reconstruction.result",
     "Alignment": "deepfere.frame",
     "DeepfereError": "deepfere.errors",
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from deepfere.errors import DeepfereError as DeepfereError
     from deepfere.errors import InputError as InputError
     from deepfere.frame import Alignment as Alignment
-    from deepfere.measured.store import open_measured as open_measured
+    from deepfere.measured.raw import open_measured as open_measured
     from deepfere.pipeline import fuse as fuse
     from deepfere.reconstruction.result import Result as Result
     from deepfere.reconstruction.result import open as open

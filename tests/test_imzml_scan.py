@@ -195,7 +195,7 @@ ODD = {
     "foreign letters": swap("a b.c", "a µ b"),
     "quote in a value": swap("a b.c", "it's"),
     "single quotes": swap('id="scan', "id='scan"),
-    "one in single quotes": lambda s, k: in_one(s, k, lambda t: t.replace('index="%d"' % k, "index='%d'" % k)),
+    "one in single quotes": lambda s, k: in_one(s, k, lambda t: t.replace(f'index="{k}"', f"index='{k}'")),
     "float": lambda s, k: in_one(s, k, lambda t: t.replace('value="3"', 'value="3.0"')),
     "plus": lambda s, k: in_one(s, k, lambda t: t.replace('value="3"', 'value="+3"')),
     "underscore": lambda s, k: in_one(s, k, lambda t: t.replace('value="3"', 'value="0_3"')),

@@ -6,9 +6,12 @@ to its own shards, whatever order the instrument scanned in. Only automatic ions
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -17,13 +20,13 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deepfere.errors import InputError
+from deepfere.errors import DeepfereError, InputError
 from deepfere.measured.peaks import PeakSpec, centroid_peaks, profile_peaks, sample_rows
 from deepfere.measured.raster import Raster, plan_raster
 from deepfere.measured.store import FACTORS, Measured, MeasuredWriter, refuse_occupied, spectrum_factors
 from deepfere.measured.windows import Windows
 from deepfere.readers.imzml import ImzmlIndex, read_arrays, read_flat, read_index
-from deepfere.store import Codec, StorageOptions
+from deepfere.store import Codec, StorageOptions, remove
 
 BAND_BYTES = 512 << 20
 BATCH_VALUES = 1 << 18  # what a batch holds stays in the processor's cache
@@ -52,6 +55,7 @@ def ingest(
     overwrite: bool = False,
     storage_options: StorageOptions | None = None,
     codec: Codec = "zstd",
+    index_cache: str | Path | None = None,
 ) -> Measured:
     """Ingest an imzML pair.
 
@@ -72,6 +76,7 @@ def ingest(
         overwrite: Replace a finished store.
         storage_options: For URLs.
         codec: How the ions are compressed: "zstd", or "blosc" (bits shuffled first).
+        index_cache: Keeps the index for the next reading; see `read_index`.
 
     Returns:
         The finished store, opened.
@@ -81,10 +86,12 @@ def ingest(
             "error"; intensities that are not finite; every ion zero; nothing says whether spectra are
             centroids or profiles and it matters; the store exists.
 
+        DeepfereError: The disk is full; nothing of the store is left behind.
+
     Warns:
         UserWarning: Negative intensities were set to zero.
     """
-    index = read_index(msi_path)
+    index = read_index(msi_path, cache=index_cache)
     refuse_occupied(out_path, overwrite, storage_options)
     pitch = _choose_pitch(index, pitch_um)
     raster = plan_raster(index, duplicates)
@@ -96,20 +103,20 @@ def ingest(
         raise InputError(f"unknown representation {representation!r}", remedy="give centroid or profile")
     kind = representation or index.representation
     with index.ibd_path.open("rb") as ibd:
-        axis = _shared_axis(index, ibd)
+        axis = shared_axis(index, ibd)
         ions, how = _choose_ions(index, ibd, raster, axis, mz, tolerance_ppm, kind)
-        reduce = _Reducer(index, axis, ions, how["ions"], kind, tolerance_ppm)
+        reduce = Reducer(index, axis, ions, how["ions"], kind, tolerance_ppm)
         rows = min(band_rows, max(1, BAND_BYTES // (4 * len(ions) * raster.shape_px[1])))
-        writer = MeasuredWriter(
-            out_path,
-            ions,
-            raster.shape_px,
-            band_rows=rows,
-            overwrite=overwrite,
-            storage_options=storage_options,
-            codec=codec,
-        )
-        try:
+        with _whole_or_not(out_path, storage_options):
+            writer = MeasuredWriter(
+                out_path,
+                ions,
+                raster.shape_px,
+                band_rows=rows,
+                overwrite=overwrite,
+                storage_options=storage_options,
+                codec=codec,
+            )
             tally = _write_bands(index, ibd, raster, reduce, writer, duplicates, progress)
             if not tally.positive:
                 raise InputError(
@@ -117,9 +124,6 @@ def ingest(
                     where=index.path,
                     remedy="check the file, --mz and --tolerance-ppm",
                 )
-        except BaseException:
-            writer.abandon()
-            raise
         if tally.negatives:
             warnings.warn(
                 f"{index.path}: {tally.negatives} negative intensities set to zero", UserWarning, stacklevel=2
@@ -143,7 +147,20 @@ def ingest(
             "written_by": f"deepfere {_version()}",
         }
         factors = {name: image.astype(np.float32) for name, image in tally.factors.items()}
-        return writer.finish(raster.mask, factors, pitch, attrs)
+        with _whole_or_not(out_path, storage_options):
+            return writer.finish(raster.mask, factors, pitch, attrs)
+
+
+@contextmanager
+def _whole_or_not(path: str | Path, storage_options: StorageOptions | None) -> Iterator[None]:
+    """Leave nothing of a store whose writing fails, and say in one line that the disk is full."""
+    try:
+        yield
+    except BaseException as error:
+        remove(path, storage_options)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DeepfereError(f"{path}: {os.strerror(error.errno)}; make room and run it again") from error
+        raise
 
 
 def _version() -> str:
@@ -174,7 +191,7 @@ def _check_axis(index: ImzmlIndex, axis: NDArray[np.float64], i: int) -> None:
         )
 
 
-def _shared_axis(index: ImzmlIndex, ibd: IO[bytes]) -> NDArray[np.float64] | None:
+def shared_axis(index: ImzmlIndex, ibd: IO[bytes]) -> NDArray[np.float64] | None:
     """The one m/z axis of a continuous file, in its own order; None where spectra have their own.
 
     A file that says continuous but stores an axis per spectrum is believed once all of them are equal.
@@ -233,7 +250,7 @@ def _choose_ions(
     rows = order[sample_rows(len(index), spec)]
 
     def spectra() -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-        for batch in _batches(index, rows, 1):
+        for batch in batches(index, rows, 1):
             mzs, values = read_arrays(index, ibd, batch, "mz"), read_arrays(index, ibd, batch, "int")
             for i, m, v in zip(batch, mzs, values, strict=True):
                 m64, v64 = m.astype(np.float64), v.astype(np.float64)
@@ -260,7 +277,7 @@ def _ascending(mz: NDArray[Any], values: NDArray[Any]) -> tuple[NDArray[Any], ND
     return mz[order], values[order]
 
 
-def _batches(index: ImzmlIndex, rows: NDArray[np.int64], per_spectrum: int) -> Iterator[NDArray[np.int64]]:
+def batches(index: ImzmlIndex, rows: NDArray[np.int64], per_spectrum: int) -> Iterator[NDArray[np.int64]]:
     """Cut spectra into runs whose arrays and ions (``per_spectrum``) stay within the memory of a batch."""
     sizes = np.cumsum(np.maximum(index.int_length[rows], per_spectrum))
     begin = 0
@@ -279,7 +296,7 @@ def _refuse_values(index: ImzmlIndex, i: int) -> None:
     )
 
 
-class _Reducer:
+class Reducer:
     """Spectra to ions and factors, a batch at a time."""
 
     def __init__(
@@ -363,7 +380,7 @@ def _write_bands(
     index: ImzmlIndex,
     ibd: IO[bytes],
     raster: Raster,
-    reduce: _Reducer,
+    reduce: Reducer,
     writer: MeasuredWriter,
     duplicates: str,
     progress: Callable[[int, int], None] | None,
@@ -381,11 +398,11 @@ def _write_bands(
         if repeated or not counts.all():
             flat[:] = 0
         rows = np.sort(by_row[row_starts[begin] : row_starts[end]])
-        for batch in _batches(index, rows, len(reduce.ions)):
+        for batch in batches(index, rows, len(reduce.ions)):
             values, factors, negatives = reduce(ibd, batch)
             tally.negatives += negatives
             tally.positive = tally.positive or bool(values.any())
-            _put(flat, (raster.row[batch] - begin) * nx + raster.col[batch], values, repeated)
+            put(flat, (raster.row[batch] - begin) * nx + raster.col[batch], values, repeated)
             for name, factor in zip(FACTORS, factors, strict=True):
                 np.add.at(tally.factors[name], (raster.row[batch], raster.col[batch]), factor)
         block = images[:, : end - begin]
@@ -403,7 +420,7 @@ def _write_bands(
     return tally
 
 
-def _put(images: NDArray[np.float32], at: NDArray[np.int64], values: NDArray[np.float32], repeated: bool) -> None:
+def put(images: NDArray[np.float32], at: NDArray[np.int64], values: NDArray[np.float32], repeated: bool) -> None:
     """Spectra (n, M) into the pixels (n,) of images (M, pixels), added where a pixel has several."""
     if repeated:
         np.add.at(images.T, at, values)

@@ -298,10 +298,6 @@ class MeasuredWriter:
         self.group.attrs["complete"] = True
         return Measured(self.path, self._options)
 
-    def abandon(self) -> None:
-        """Remove the unfinished store."""
-        remove(self.path, self._options)
-
 
 def refuse_occupied(path: str | Path, overwrite: bool = False, storage_options: StorageOptions | None = None) -> None:
     """Refuse a path where something stands that must not be replaced.

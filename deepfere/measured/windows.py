@@ -111,7 +111,8 @@ class _Pieces:
         """Bins that never fall as m/z rises, up to where m/z lies beyond all pieces; negative before all."""
         at = mz - self.origin
         at *= self.scale
-        return np.clip(at, -1, TABLE_BINS, out=at).astype(np.int32)
+        np.clip(at, -1, TABLE_BINS, out=at)
+        return at.astype(np.int32)
 
     def sums(
         self, mz: NDArray[np.float64], values: NDArray[Any], start: NDArray[np.int32], size: int
@@ -127,7 +128,7 @@ class _Pieces:
             late = late[mz[late] >= self.end.take(piece[late])]
         np.copyto(piece, len(self.low) - 1, where=mz < self.low.take(piece))
         piece += start
-        return np.bincount(piece, weights=values, minlength=size)
+        return np.bincount(piece, weights=values, minlength=size).astype(np.float64, copy=False)
 
 
 def _gaps(step: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -89,6 +89,7 @@ def ingest_stage(section: Section, inputs: dict[str, str], work: Workspace, conf
                 representation=config.ingest.representation,
                 duplicates=config.ingest.duplicates,
                 band_rows=config.ingest.band_rows,
+                index_cache=folder.root / "index.parquet",
                 progress=lambda done, total: progress("ingest", done / max(total, 1)),
             )
         facts["warnings"] = sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})

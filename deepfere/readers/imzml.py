@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
+from deepfere.readers import imzml_cache
 from deepfere.readers import imzml_head as head
 from deepfere.readers.digest import content_digest
 from deepfere.readers.imzml_scan import Unsure, scan
@@ -102,12 +103,13 @@ class ImzmlIndex:
         return len(self.x)
 
 
-def read_index(path: str | Path, *, check_ibd: bool = True) -> ImzmlIndex:
+def read_index(path: str | Path, *, check_ibd: bool = True, cache: str | Path | None = None) -> ImzmlIndex:
     """Index an imzML pair without reading its spectra.
 
     Args:
         path: The .imzML; the .ibd beside it is found whatever the case of its extension.
         check_ibd: False takes the XML's word: the .ibd may be missing, short or another file's.
+        cache: A Parquet file that keeps what the XML says: read if it is of this very file, else written anew.
 
     Raises:
         InputError: The XML is broken or not imzML, holds no spectra or contradicts itself; the .ibd is
@@ -119,8 +121,8 @@ def read_index(path: str | Path, *, check_ibd: bool = True) -> ImzmlIndex:
     path = Path(path)
     if path.suffix.lower() == ".ibd":
         raise InputError("is the binary half of an imzML", where=path, remedy="give the .imzML beside it")
-    walk = _walk(path)
-    if not len(walk.columns["x"]):
+    walk = _walk(path) if cache is None else _cached_walk(path, Path(cache))
+    if not len(walk):
         raise InputError("holds no spectra", where=path, remedy="export the imzML again")
     modes = [m for a, m in ((head.CONTINUOUS, "continuous"), (head.PROCESSED, "processed")) if a in walk.content]
     if len(modes) != 1:
@@ -267,6 +269,18 @@ def msi_digest(path: str | Path) -> str:
         raise InputError("is no imzML", where=path, remedy="give the .imzML first, then the slide")
     parts = content_digest(path) + content_digest(_find_ibd(path))
     return hashlib.sha256(parts.encode()).hexdigest()
+
+
+def _cached_walk(path: Path, cache: Path) -> head.Walk:
+    try:
+        key = imzml_cache.key_of(path)
+    except OSError:
+        return _walk(path)  # which says why it cannot be read
+    walk = imzml_cache.load(path, cache)
+    if walk is None:
+        walk = _walk(path)
+        imzml_cache.save(walk, key, cache)
+    return walk
 
 
 def _walk(path: Path) -> head.Walk:

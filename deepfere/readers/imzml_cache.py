@@ -1,0 +1,83 @@
+"""What a walk of an .imzML found, kept in a Parquet file: the next reading costs no scan.
+
+The file is the walk's columns, and in its metadata what else was found and whose it is: size, time of change and
+a digest of head and end of the .imzML. A cache of another file or version, or one that is damaged, is as none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from array import array
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from deepfere.readers import imzml_head as head
+
+VERSION = 1
+KEY = b"deepfere"
+DIGESTED_BYTES = 1 << 20
+PLAIN = ("content", "scan_settings", "dtypes", "compressed")
+SETS = ("representations", "polarities")
+
+
+def key_of(path: Path) -> dict[str, Any]:
+    """What an .imzML is recognised by."""
+    sha = hashlib.sha256()
+    with path.open("rb") as handle:
+        stat = os.fstat(handle.fileno())
+        for at in (0, max(0, stat.st_size - DIGESTED_BYTES)):
+            handle.seek(at)
+            sha.update(handle.read(DIGESTED_BYTES))
+    return {"version": VERSION, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha.hexdigest()}
+
+
+def load(path: Path, cache: Path) -> head.Walk | None:
+    """The walk that was kept for an .imzML; None where there is none that holds."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(cache)
+        kept = json.loads(table.schema.metadata[KEY])
+        if kept["key"] != key_of(path):
+            return None
+        walk = head.Walk(path)
+        for name in head.COLUMNS:
+            walk.columns[name] = array("q", table.column(name).to_numpy().tobytes())
+        for name in PLAIN:
+            setattr(walk, name, kept[name])
+        for name in SETS:
+            setattr(walk, name, set(kept[name]))
+        walk.content = _terms(walk.content)
+        walk.scan_settings = [_terms(terms) for terms in walk.scan_settings]
+        return walk
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def save(walk: head.Walk, key: dict[str, Any], cache: Path) -> None:
+    """Keep a walk, through a temporary file and a rename; where that cannot be, nothing is kept."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kept = {"key": key, **{name: getattr(walk, name) for name in PLAIN}}
+    kept |= {name: sorted(getattr(walk, name)) for name in SETS}
+    columns = {name: np.frombuffer(walk.columns[name], dtype=np.int64) for name in head.COLUMNS}
+    table = pa.table(columns).replace_schema_metadata({KEY: json.dumps(kept)})
+    temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, temporary, compression="zstd")
+        temporary.replace(cache)
+    except (OSError, pa.ArrowException):
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _terms(kept: Any) -> head.Terms:
+    """JSON has no tuples."""
+    return {name: (value, unit, term) for name, (value, unit, term) in kept.items()}
