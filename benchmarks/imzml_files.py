@@ -75,7 +75,8 @@ MORE = tuple((f"MS:10020{k:02d}", f"instrument term {k}", "UO:0000028", "millise
 def template(more: bool) -> tuple[str, int]:
     """The text of a spectrum, laid out as pyimzML's writer does, and how many figures it takes besides its place."""
     terms = TERMS + MORE * more
-    line = '        <cvParam cvRef="MS" accession="%s" name="%s" value="%%r" unitCvRef="MS" unitAccession="%s" unitName="%s"/>\n'
+    unit = 'unitCvRef="MS" unitAccession="%s" unitName="%s"'
+    line = f'        <cvParam cvRef="MS" accession="%s" name="%s" value="%%r" {unit}/>\n'
     return (
         '      <spectrum defaultArrayLength="0" id="spectrum=%d" index="%d">\n'
         '        <referenceableParamGroupRef ref="spectrum1"/>\n'

@@ -1,0 +1,259 @@
+"""Reading imzML against what limits it and against others: ``python benchmarks/ingest.py [CASE ...] [--quick]``.
+
+Cases: ``index`` (the XML, against pyimzML and against reading the file), ``continuous`` and ``processed`` (the .ibd
+to shards, against reading it once and writing the finished cube once; and against thyra where it is), ``memory``
+(of a process that ingests, as the .ibd grows tenfold). Files are generated from a seed in a temporary folder. All
+arms run in this process or its children on one core, in turns; a figure is the best of its rounds.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.parsers import expat
+
+import common
+import numpy as np
+from common import Row
+from imzml_files import targets, write_continuous, write_processed, write_xml
+
+from deepfere.measured.ingest import ingest
+from deepfere.measured.store import MeasuredWriter
+from deepfere.readers import imzml
+from deepfere.readers.imzml import read_index
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+MARKS = ("<!-- ingest:begin -->", "<!-- ingest:end -->")
+THYRA = (
+    "import sys, time; from thyra.convert import convert_msi; t = time.perf_counter();"
+    "ok = convert_msi(sys.argv[1], sys.argv[2], pixel_size_um=10.0);"
+    "print('seconds', time.perf_counter() - t if ok else 'nan')"
+)
+WORKER = (
+    "import re, sys; from pathlib import Path; from deepfere.measured.ingest import ingest;"
+    "ingest(sys.argv[1], sys.argv[2], mz=[float(m) for m in sys.argv[3:]] or None, codec='blosc');"
+    "print(1024 * int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]))"
+)
+
+
+def timed(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, tuple[float, float]]:
+    """Best seconds and best processor seconds of each arm, in turns."""
+    best = {name: (float("inf"), float("inf")) for name in arms}
+    for _ in range(rounds):
+        for name, arm in arms.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            arm()
+            spent = time.perf_counter() - wall, time.process_time() - cpu
+            best[name] = (min(best[name][0], spent[0]), min(best[name][1], spent[1]))
+    return best
+
+
+def ratio(what: str, ours: tuple[float, float], other: tuple[float, float], must: str = "") -> list[Row]:
+    """How many times faster than the other, by the clock; and by processor time, which neighbours disturb less."""
+    return [
+        Row.of(what, other[0] / ours[0], must=must),
+        Row.of(f"{what}, processor time", other[1] / ours[1]),
+    ]
+
+
+def read_all(path: Path) -> None:
+    """A file once, from the page cache."""
+    block = bytearray(8 << 20)
+    with path.open("rb", buffering=0) as handle:
+        while handle.readinto(block):
+            pass
+
+
+def bare_expat(path: Path) -> None:
+    """The XML parser alone, with handlers that do nothing."""
+    parser = expat.ParserCreate()
+    parser.StartElementHandler = lambda tag, attributes: None
+    with path.open("rb") as handle:
+        parser.ParseFile(handle)
+
+
+def index(folder: Path, quick: bool, thyra: str | None) -> list[Row]:
+    from pyimzml.ImzMLParser import ImzMLParser
+
+    rows = []
+    sizes = [(20_000, False)] if quick else [(200_000, False), (200_000, True), (1_000_000, False)]
+    for n, more in sizes:
+        path = folder / "index.imzML"
+        write_xml(path, 1000, np.random.default_rng(1).integers(50, 1500, n), continuous=False, more=more)
+        read_all(path)
+        arms = {
+            "ours": lambda path=path: read_index(path, check_ibd=False),
+            "pyimzml": lambda path=path: ImzMLParser(str(path), ibd_file=None),
+        }
+        rounds = 3 if n < 1_000_000 else 2
+        best = timed(arms, rounds)
+        floor = timed({"read": lambda path=path: read_all(path)}, 3)
+        peer, ours = ImzMLParser(str(path), ibd_file=None), read_index(path, check_ibd=False)
+        assert [(x, y) for x, y, _ in peer.coordinates] == list(zip(ours.x, ours.y, strict=True))
+        assert np.array_equal(peer.mzOffsets, ours.mz_offset) and np.array_equal(peer.mzLengths, ours.mz_length)
+        what = f"index of {n:,} spectra{', more terms' * more}"
+        rows += ratio(f"{what}: times pyimzML", best["ours"], best["pyimzml"], ">= 12")
+        size = path.stat().st_size
+        rows.append(
+            Row.of(f"{what}: MB/s", size / best["ours"][0] / 1e6, "reading alone", size / floor["read"][0] / 1e6)
+        )
+        if n < 1_000_000 and not more:
+            others = {"walk": lambda path=path: imzml._walk_all(path), "expat": lambda path=path: bare_expat(path)}
+            slow = timed(others, 1)
+            rows.append(Row.of(f"{what}: times our walk of all tags", slow["walk"][0] / best["ours"][0]))
+            rows.append(Row.of(f"{what}: times expat with nothing to do", slow["expat"][0] / best["ours"][0]))
+            cache = folder / "index.parquet"
+            read_index(path, check_ibd=False, cache=cache)
+            arms = {"cache": lambda path=path, cache=cache: read_index(path, check_ibd=False, cache=cache)}
+            kept = timed(arms, 3)
+            rows.append(Row.of(f"{what}: ms from its cache", 1e3 * kept["cache"][0]))
+    return rows
+
+
+def ingestion(path: Path, mz: list[float] | None, rounds: int, must: str, thyra: str | None, what: str) -> list[Row]:
+    """The ratios of one pair."""
+    out, known = path.with_suffix(".zarr"), read_index(path)
+    rows = []
+    for codec, bar in (("blosc", must), ("zstd", "")):
+        options: dict[str, Any] = {"mz": mz, "codec": codec, "overwrite": True}
+        measured = ingest(path, out, **options)
+        band, cube = measured.ions.shards[1], measured.cube()
+        bands = [np.ascontiguousarray(cube[:, y : y + band]) for y in range(0, cube.shape[1], band)]
+        axis, shape = measured.mz, cube.shape[1:]
+        del cube
+
+        def write(
+            codec: Any = codec, bands: Any = bands, axis: Any = axis, shape: Any = shape, band: int = band
+        ) -> None:
+            read_all(known.ibd_path)
+            writer = MeasuredWriter(out, axis, shape, band_rows=band, overwrite=True, codec=codec)
+            for (begin, _), images in zip(writer.bands, bands, strict=True):
+                writer.write_images(begin, images)
+
+        # The index is measured on its own: here it is at hand, as from its cache.
+        import deepfere.measured.ingest as module
+
+        module.read_index = lambda *_, **__: known
+        try:
+            best = timed({"floor": write, "ours": lambda options=options: ingest(path, out, **options)}, rounds)
+        finally:
+            module.read_index = read_index
+        name = "blosc-zstd 1 bit-shuffle" if codec == "blosc" else "zstd 1"
+        rows += ratio(f"{what}, {name}: of reading once and writing once", best["ours"], best["floor"], bar)
+        megabytes = known.ibd_path.stat().st_size / 1e6
+        rows.append(Row.of(f"{what}, {name}: MB/s of the .ibd", megabytes / best["ours"][0]))
+        stored = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+        rows.append(Row.of(f"{what}, {name}: bytes stored per byte", stored / (4 * len(axis) * shape[0] * shape[1])))
+    if thyra:
+        peer = path.with_suffix(".thyra")
+        shutil.rmtree(peer, ignore_errors=True)
+        whole = timed({"ours": lambda: ingest(path, out, mz=mz, overwrite=True)}, 1)["ours"][0]
+        done = subprocess.run([thyra, "-c", THYRA, path, peer], capture_output=True, text=True)
+        found = re.search(r"seconds (\S+)", done.stdout)
+        seconds = float(found[1]) if found else float("nan")
+        if not found or seconds != seconds:
+            print(f"thyra: {(done.stderr or done.stdout).strip().splitlines()[-1:]}", file=sys.stderr)
+        rows.append(Row.of(f"{what}: times thyra, index included", seconds / whole, must=">= 3"))
+        shutil.rmtree(peer, ignore_errors=True)
+    return rows
+
+
+def continuous(folder: Path, quick: bool, thyra: str | None) -> list[Row]:
+    path, ny = folder / "continuous.imzML", 100 if quick else 500
+    write_continuous(path, ny, 500, 500)
+    return ingestion(path, None, 2 if quick else 4, ">= 0.5", thyra, f"continuous, {ny} x 500 x 500")
+
+
+def processed(folder: Path, quick: bool, thyra: str | None) -> list[Row]:
+    path, ny = folder / "processed.imzML", 100 if quick else 500
+    write_processed(path, ny, 500, 300)
+    mz = targets(300).tolist()
+    return ingestion(path, mz, 2 if quick else 4, ">= 0.3", thyra, f"processed, {ny} x 500 x ~300, 300 targets")
+
+
+def memory(folder: Path, quick: bool, thyra: str | None) -> list[Row]:
+    rows = []
+    small = 64 if quick else 128
+    for kind in ("continuous", "processed"):
+        peaks = []
+        for ny in (small, 10 * small):
+            path, out = folder / "memory.imzML", folder / "memory.zarr"
+            mz: list[str] = []
+            if kind == "continuous":
+                write_continuous(path, ny, 250, 300)
+            else:
+                write_processed(path, ny, 250, 300)
+                mz = [repr(m) for m in targets(300).tolist()]
+            shutil.rmtree(out, ignore_errors=True)
+            done = subprocess.run([sys.executable, "-c", WORKER, path, out, *mz], capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr[-2000:])
+            peaks.append(int(done.stdout.split()[-1]))
+        what = f"{kind}, {small} to {10 * small} rows of 250 pixels"
+        rows.append(Row.of(f"{what}: peak memory grows by", peaks[1] / peaks[0], must="<= 1.2"))
+        rows.append(Row.of(f"{what}: peak MB of the larger", peaks[1] / 1e6))
+    return rows
+
+
+CASES = {"index": index, "continuous": continuous, "processed": processed, "memory": memory}
+
+
+def write_page(rows: list[Row]) -> None:
+    """This benchmark's section of the page, between its marks; what others wrote stays."""
+    about = common.machine()
+    lines = [
+        "## Reading imzML",
+        "",
+        "Written by `python benchmarks/ingest.py --write-docs` from a run; do not edit what is between the marks.",
+        f"One core of {about['cores']} ({about['cpu']}), {about['memory_bytes'] / 2**30:.0f} GiB, files in the page "
+        f"cache, load {about['load_1min']:.1f}. A figure is the best of its rounds; arms take turns.",
+        "",
+        "| figure | value | of | must | |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        base = "" if row.baseline is None else f"{row.against} {row.baseline:.3g}"
+        verdict = ("ok" if row.ok else "missed") if row.must else ""
+        lines.append(f"| {row.what} | {row.value:.3g} | {base} | {row.must} | {verdict} |")
+    section = "\n".join([MARKS[0], *lines, MARKS[1]])
+    text = PAGE.read_text() if PAGE.exists() else "# Performance\n"
+    if MARKS[0] in text:
+        head, _, rest = text.partition(MARKS[0])
+        text = head + section + rest.partition(MARKS[1])[2]
+    else:
+        text = f"{text.rstrip()}\n\n{section}\n"
+    PAGE.write_text(text)
+
+
+def main() -> int:
+    parser = common.parser(__doc__ or "", list(CASES))
+    parser.add_argument("--thyra-python", metavar="PATH", help="a Python that has thyra, to compare with")
+    parser.add_argument("--write-docs", action="store_true", help="write this benchmark's section of the page")
+    given = parser.parse_args()
+    names = common.chosen(given, CASES, "index") if not (given.quick and not given.cases) else list(CASES)
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    rows: list[Row] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            with tempfile.TemporaryDirectory() as folder:
+                rows += CASES[name](Path(folder), given.quick, given.thyra_python)
+            print(f"{name} done", file=sys.stderr)
+    cells = [[row.what, f"{row.value:.4g}", "" if row.baseline is None else f"{row.baseline:.4g}"] for row in rows]
+    print(common.table("imzML", ["figure", "value", "of"], cells))
+    if given.write_docs:
+        write_page(rows)
+    return common.finish(rows, given.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
