@@ -38,7 +38,7 @@ class _Tally:
 
     negatives: int = 0
     positive: bool = False
-    factors: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    factors: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
 def ingest(
@@ -146,7 +146,7 @@ def ingest(
             "negative_intensities": tally.negatives,
             "written_by": f"deepfere {_version()}",
         }
-        factors = {name: image.astype(np.float32) for name, image in tally.factors.items()}
+        factors = {name: image.astype(np.float32, copy=False) for name, image in tally.factors.items()}
         with _whole_or_not(out_path, storage_options):
             return writer.finish(raster.mask, factors, pitch, attrs)
 
@@ -198,11 +198,10 @@ def shared_axis(index: ImzmlIndex, ibd: IO[bytes]) -> NDArray[np.float64] | None
     """
     if index.mode != "continuous" and not index.shared_axis:
         return None
-    everyone = np.arange(len(index))
-    axis = read_arrays(index, ibd, everyone[:1], "mz")[0]
+    axis = read_arrays(index, ibd, np.arange(1), "mz")[0]
     if not index.shared_axis:
         for begin in range(0, len(index), 256):
-            part = everyone[begin : begin + 256]
+            part = np.arange(begin, min(begin + 256, len(index)))
             for i, other in zip(part, read_arrays(index, ibd, part, "mz"), strict=True):
                 if not np.array_equal(axis, other):
                     raise InputError(
@@ -386,10 +385,10 @@ def _write_bands(
     progress: Callable[[int, int], None] | None,
 ) -> _Tally:
     ny, nx = raster.shape_px
-    tally = _Tally(factors={name: np.zeros((ny, nx)) for name in FACTORS})
-    by_row = np.argsort(raster.row, kind="stable")
-    row_starts = np.searchsorted(raster.row[by_row], np.arange(ny + 1))
     repeated = bool(raster.counts.max() > 1)
+    tally = _Tally(factors={name: np.zeros((ny, nx), np.float64 if repeated else np.float32) for name in FACTORS})
+    by_row = None if (np.diff(raster.row) >= 0).all() else np.argsort(raster.row, kind="stable")
+    row_starts = np.searchsorted(raster.row, np.arange(ny + 1), sorter=by_row)
     bands = writer.bands
     images = np.empty((len(reduce.ions), writer.band_rows, nx), dtype=np.float32)  # one band, used again for the next
     for done, (begin, end) in enumerate(bands):
@@ -397,14 +396,19 @@ def _write_bands(
         counts = raster.counts[begin:end]
         if repeated or not counts.all():
             flat[:] = 0
-        rows = np.sort(by_row[row_starts[begin] : row_starts[end]])
+        rows = np.arange(row_starts[begin], row_starts[end])
+        if by_row is not None:
+            rows = np.sort(by_row[rows])
         for batch in batches(index, rows, len(reduce.ions)):
             values, factors, negatives = reduce(ibd, batch)
             tally.negatives += negatives
             tally.positive = tally.positive or bool(values.any())
             put(flat, (raster.row[batch] - begin) * nx + raster.col[batch], values, repeated)
             for name, factor in zip(FACTORS, factors, strict=True):
-                np.add.at(tally.factors[name], (raster.row[batch], raster.col[batch]), factor)
+                if repeated:
+                    np.add.at(tally.factors[name], (raster.row[batch], raster.col[batch]), factor)
+                else:
+                    tally.factors[name][raster.row[batch], raster.col[batch]] = factor
         block = images[:, : end - begin]
         if repeated and duplicates == "mean":
             block /= np.maximum(counts, 1)

@@ -24,14 +24,14 @@ class Raster:
         col: (N,) int64.
         shape_px: (ny, nx).
         origin_px: Smallest (y, x) in the file.
-        counts: (ny, nx) int64, spectra per pixel.
+        counts: (ny, nx) int32, spectra per pixel.
     """
 
     row: NDArray[np.int64]
     col: NDArray[np.int64]
     shape_px: tuple[int, int]
     origin_px: tuple[int, int]
-    counts: NDArray[np.int64]
+    counts: NDArray[np.int32]
 
     @property
     def mask(self) -> NDArray[np.bool_]:
@@ -57,7 +57,7 @@ def plan_raster(index: ImzmlIndex, duplicates: str = "error") -> Raster:
             where=index.path,
             remedy="export it with pixel numbers as coordinates",
         )
-    counts = np.bincount(row * nx + col, minlength=ny * nx).reshape(ny, nx)
+    counts = np.bincount(row * nx + col, minlength=ny * nx).reshape(ny, nx).astype(np.int32)
     pixels = int((counts > 0).sum())
     if pixels < MIN_PIXELS:
         number = "one measured pixel" if pixels == 1 else f"only {pixels} measured pixels"

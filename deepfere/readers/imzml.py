@@ -58,7 +58,7 @@ class ImzmlIndex:
         y: (N,) int64, position y as in the file.
         mz_offset: (N,) int64, byte offset of the m/z array in the .ibd.
         mz_length: (N,) int64, its elements.
-        mz_bytes: (N,) int64, its bytes in the .ibd.
+        mz_bytes: (N,) int64, its bytes in the .ibd; computed when asked for, unless compressed.
         mz_dtype: Type of an m/z value.
         mz_compressed: Whether m/z arrays are zlib streams.
         int_offset: As mz_offset, of the intensities.
@@ -70,6 +70,7 @@ class ImzmlIndex:
         pitch_problem: Why ``pitch_um`` is None, in words; empty otherwise.
         uuid: The file's identifier, 32 hexadecimal digits, or None.
         uuid_matches: Whether the .ibd begins with it; None where the file states none.
+        stated_bytes: "mz" and "int" -> bytes of each array, where they do not follow from its length.
     """
 
     path: Path
@@ -81,18 +82,35 @@ class ImzmlIndex:
     y: NDArray[np.int64]
     mz_offset: NDArray[np.int64]
     mz_length: NDArray[np.int64]
-    mz_bytes: NDArray[np.int64]
     mz_dtype: np.dtype[Any]
     mz_compressed: bool
     int_offset: NDArray[np.int64]
     int_length: NDArray[np.int64]
-    int_bytes: NDArray[np.int64]
     int_dtype: np.dtype[Any]
     int_compressed: bool
     pitch_um: tuple[float, float] | None
     pitch_problem: str
     uuid: str | None
     uuid_matches: bool | None
+    stated_bytes: dict[str, NDArray[np.int64]]
+
+    @property
+    def mz_bytes(self) -> NDArray[np.int64]:
+        """(N,) int64; see the class."""
+        return self.sizes("mz", slice(None))
+
+    @property
+    def int_bytes(self) -> NDArray[np.int64]:
+        """(N,) int64; see the class."""
+        return self.sizes("int", slice(None))
+
+    def sizes(self, kind: str, rows: NDArray[np.int64] | slice) -> NDArray[np.int64]:
+        """Bytes in the .ibd of the "mz" or "int" arrays of some spectra."""
+        if kind in self.stated_bytes:
+            return self.stated_bytes[kind][rows]
+        if kind == "mz":
+            return self.mz_length[rows] * self.mz_dtype.itemsize
+        return self.int_length[rows] * self.int_dtype.itemsize
 
     @property
     def shared_axis(self) -> bool:
@@ -139,6 +157,12 @@ def read_index(path: str | Path, *, check_ibd: bool = True, cache: str | Path | 
             ibd_path = _find_ibd(path)
         except InputError:
             ibd_path = path.with_suffix(".ibd")
+    # Memory is little more than what has to be known: lengths are the same, and sizes mostly follow from them.
+    columns["int_length"] = columns["mz_length"]
+    if len(set(columns["mz_offset"][[0, -1]])) == 1 and (columns["mz_offset"] == columns["mz_offset"][0]).all():
+        columns["mz_offset"] = np.broadcast_to(columns["mz_offset"][:1].copy(), len(columns["x"]))
+    by_kind = {kind: columns.pop(f"{kind}_bytes") for kind in ("mz", "int")}
+    walk.columns.clear()
     pitch_um, problem = _pitch(walk.scan_settings)
     # What the spectra say is nearer to the data than what the file says.
     representations = walk.representations or {
@@ -161,6 +185,7 @@ def read_index(path: str | Path, *, check_ibd: bool = True, cache: str | Path | 
         pitch_problem=problem,
         uuid=uuid,
         uuid_matches=matches,
+        stated_bytes={kind: sizes for kind, sizes in by_kind.items() if walk.compressed[kind]},
         **columns,
     )
 
@@ -219,8 +244,8 @@ def read_flat(
     """
     out: list[NDArray[Any]] = []
     for kind, parts in zip(kinds, _read(index, ibd, rows, kinds), strict=True):
-        dtype, packed, lengths, sizes = _layout(index, kind)
-        missing = int(sizes[rows].sum()) != sum(map(len, parts))
+        dtype, packed, lengths = _layout(index, kind)
+        missing = int(index.sizes(kind, rows).sum()) != sum(map(len, parts))
         if missing or (packed and lengths[rows].any()):
             arrays = [_decode(index, kind, raw, int(i)) for i, raw in zip(rows, parts, strict=True)]
             out.append(np.concatenate(arrays) if arrays else np.empty(0, dtype))
@@ -229,16 +254,16 @@ def read_flat(
     return out
 
 
-def _layout(index: ImzmlIndex, kind: str) -> tuple[np.dtype[Any], bool, NDArray[np.int64], NDArray[np.int64]]:
+def _layout(index: ImzmlIndex, kind: str) -> tuple[np.dtype[Any], bool, NDArray[np.int64]]:
     if kind == "mz":
-        return index.mz_dtype, index.mz_compressed, index.mz_length, index.mz_bytes
-    return index.int_dtype, index.int_compressed, index.int_length, index.int_bytes
+        return index.mz_dtype, index.mz_compressed, index.mz_length
+    return index.int_dtype, index.int_compressed, index.int_length
 
 
 def _read(index: ImzmlIndex, ibd: IO[bytes], rows: NDArray[np.int64], kinds: tuple[str, ...]) -> list[list[memoryview]]:
     """The bytes of each kind and spectrum; byte ranges that nearly touch are read as one, whatever their kind."""
     offsets = np.concatenate([(index.mz_offset if kind == "mz" else index.int_offset)[rows] for kind in kinds])
-    sizes = np.concatenate([_layout(index, kind)[3][rows] for kind in kinds])
+    sizes = np.concatenate([index.sizes(kind, rows) for kind in kinds])
     order = np.argsort(offsets, kind="stable")
     begins = offsets[order]
     ends = np.maximum.accumulate(begins + sizes[order])
@@ -435,7 +460,7 @@ def _cut(ibd: Any, offset: int, size: int) -> memoryview:
 
 
 def _decode(index: ImzmlIndex, kind: str, raw: memoryview, i: int) -> NDArray[Any]:
-    dtype, compressed, lengths, _ = _layout(index, kind)
+    dtype, compressed, lengths = _layout(index, kind)
     length = int(lengths[i])
     data: bytes | memoryview = raw
     if compressed and length:
