@@ -97,7 +97,7 @@ def index(folder: Path, quick: bool, thyra: str | None) -> list[Row]:
             "ours": lambda path=path: read_index(path, check_ibd=False),
             "pyimzml": lambda path=path: ImzMLParser(str(path), ibd_file=None),
         }
-        rounds = 3 if n < 1_000_000 else 2
+        rounds = 2 if n < 1_000_000 else 1
         best = timed(arms, rounds)
         floor = timed({"read": lambda path=path: read_all(path)}, 3)
         peer, ours = ImzMLParser(str(path), ibd_file=None), read_index(path, check_ibd=False)
