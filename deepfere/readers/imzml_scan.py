@@ -1,12 +1,11 @@
 """Scans the spectra of an .imzML as bytes, many at a time; the result is `imzml_head.Walk`'s, or the walk does it.
 
 Writers print every spectrum of a file from one template, in which little more than numbers changes. The template
-is learnt from the file, and every byte of every spectrum is compared with it, so nothing is assumed: all quotes
-in a block of text are found, which gives the place of every attribute value; what lies between the values that
-may differ must be the template's text; values that count must be digits. Text that differs in another way goes,
-in its turn, through the XML parser and the walk, which also see the head, one spectrum of each template, and the
-end of the file. Whole elements that are left out leave XML well formed, or not, as it was. Errors of any kind
-are worded by a walk of the whole file.
+is learnt from the file, and every byte of every spectrum is compared with it, so nothing is assumed: fixed text must
+be the template's, a value ends at the next quote, and values that count must be digits. Text that differs in another
+way goes, in its turn, through the XML parser and the walk, which also see the head, one spectrum of each template,
+and the end of the file: XML without some whole elements is well formed, or not, as it was with them. Errors of any
+kind are worded by a walk of the whole file.
 """
 
 from __future__ import annotations
@@ -41,6 +40,8 @@ _ELSEWHERE = re.compile(rb"<[!?]|<(?:[\w.-]+:)?(?:referenceableParamGroup|fileCo
 _SINKS = {b"referenceableParamGroup", b"fileContent", b"scanSettings"}
 
 Numbers = dict[str, NDArray[np.int64]]
+Types = dict[str, tuple[str, ...]]
+Found = tuple[Numbers | None, int]
 
 
 class Unsure(Exception):
@@ -59,18 +60,13 @@ class Template:
     """
 
     def __init__(
-        self,
-        sample: bytes,
-        free: dict[int, int],
-        loose: set[int],
-        wanted: dict[str, int],
-        dtypes: dict[str, tuple[str, ...]],
+        self, sample: bytes, free: dict[int, int], loose: set[int], wanted: dict[str, int], dtypes: Types
     ) -> None:
         self.sample, self.free, self.loose, self.wanted, self.dtypes = sample, free, loose, wanted, dtypes
         parts, numbers = sample.split(b'"'), sorted(free)
         edges = [0, *[edge for k in numbers for edge in (2 * k + 1, 2 * k + 2)], len(parts)]
-        texts = [b'"'.join(parts[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
         # Fixed text from the closing quote of one free value to the opening quote of the next.
+        texts = [b'"'.join(parts[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
         texts = [b'"' * (k > 0) + t + b'"' * (k < len(numbers)) for k, t in enumerate(texts)]
         self.texts = [np.frombuffer(t, np.uint8) for t in texts]
         self.least = max(1, sum(map(len, texts)))
@@ -89,13 +85,13 @@ class Template:
         free = self.free | {k: max(size, self.free.get(k, 0)) for k, size in longest.items()}
         return Template(self.sample, free, self.loose, self.wanted, self.dtypes)
 
-    def match(self, text: bytearray, a: int, b: int) -> tuple[Numbers | None, int]:
+    def match(self, text: bytearray, a: int, b: int) -> Found:
         """The wanted numbers of every spectrum in ``text[a:b]``; else None and where one begins that differs."""
         starts = [a]
         while (found := text.find(START, starts[-1] + self.least, b)) > 0:
             starts.append(found)
-        begin = np.array(starts)
-        every, at = np.frombuffer(text, np.uint8), begin
+        every, begin = np.frombuffer(text, np.uint8), np.array(starts)
+        at = begin
         out: Numbers = {}
         for k, expected in enumerate(self.texts):
             if int(at.max()) + len(expected) > b:
@@ -121,10 +117,8 @@ class Template:
                 stop = (value == 34) | (value == 38) | (value == 60) | (value.view(np.int8) < 32)
                 size = stop.argmax(axis=1)
             at = at + size  # of no end in sight it is 0, and then the text that follows differs
-        ends = np.append(begin[1:], b)
-        if (at != ends).any():
-            return None, starts[int((at != ends).argmax())]
-        return out, -1
+        astray = at != np.append(begin[1:], b)
+        return (None, starts[int(astray.argmax())]) if astray.any() else (out, -1)
 
 
 def _cut(text: NDArray[np.uint8], at: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
@@ -149,7 +143,7 @@ def learn(samples: list[bytes], walk: head.Walk) -> Template | None:
     if b"'" in sample or b"&" in sample:
         return None
     wanted: dict[str, int] = {}
-    dtypes: dict[str, tuple[str, ...]] = {}
+    dtypes: Types = {}
     loose: set[int] = set()
     terms: head.Terms = {}
     places: dict[str, int] = {}
@@ -158,11 +152,10 @@ def learn(samples: list[bytes], walk: head.Walk) -> Template | None:
         between = sample[ends : found.start()]
         ends = found.end()
         closing, tag, text, empty = found.groups()
-        if b'"' in between or b"<" in between or closed or tag in _SINKS:
+        nested = tag == b"spectrum" and not closing and found.start() > 0
+        if b'"' in between or b"<" in between or closed or nested or tag in _SINKS:
             return None
         closed = bool(closing) and tag == b"spectrum"
-        if tag == b"spectrum" and not closing and found.start() > 0:
-            return None
         if tag == b"binaryDataArray":
             if inside != bool(closing) or empty:
                 return None
@@ -206,14 +199,11 @@ class Scanner:
     def __init__(self, walk: head.Walk, encoding: str | None, workers: int) -> None:
         self.walk, self.workers = walk, workers
         self.parser = walk.parser(encoding)
-        self.declared: str | None = None
-        self.parser.XmlDeclHandler = self._declaration
+        self.encoding: str | None = None
+        self.parser.XmlDeclHandler = lambda version, encoding, alone: setattr(self, "encoding", encoding)
         self.template: Template | None = None
         self.blind = False  # the rest is the parser's: something was met behind which spectra may be hidden
         self.fast_rows = self.slow_rows = 0
-
-    def _declaration(self, version: str, encoding: str | None, standalone: int) -> None:
-        self.declared = encoding
 
     def run(self, handle: IO[bytes], override: bool) -> None:
         """Scan an .imzML."""
@@ -225,7 +215,7 @@ class Scanner:
         if first < 0 or re.search(rb"<[!?]", _HIDDEN.sub(b"", text[:first])):
             raise Unsure
         self.parser.Parse(text[:first])
-        if not override and self.declared is not None and self.declared.lower() not in ENCODINGS:
+        if not override and self.encoding is not None and self.encoding.lower() not in ENCODINGS:
             raise Unsure
         with ThreadPoolExecutor(self.workers) as pool:
             while True:
@@ -243,12 +233,11 @@ class Scanner:
     def _blocks(self, text: bytearray, begin: int, end: int, pool: ThreadPoolExecutor | None) -> None:
         """Whole spectra: those that look like the template side by side, the others one after the other."""
         edges = [begin]
-        while edges[-1] < end:
-            last = edges[-1]
+        while (last := edges[-1]) < end:
             cut = text.rfind(START, last + 1, min(end, last + BLOCK_BYTES) + len(START))
             edges.append(cut if cut > 0 else text.find(START, last + 1, end + len(START)))
         parts = deque(itertools.pairwise(edges))
-        waiting: deque[Future[tuple[Numbers | None, int]]] = deque()
+        waiting: deque[Future[Found]] = deque()
         template = self.template
         if pool is not None and template is not None and not self.blind:
             waiting.extend(pool.submit(template.match, text, a, b) for a, b in parts)
@@ -256,24 +245,24 @@ class Scanner:
             found = waiting.popleft().result() if waiting else None
             self._block(text, a, b, found if template is self.template else None)
 
-    def _block(self, text: bytearray, a: int, b: int, found: tuple[Numbers | None, int] | None) -> None:
+    def _block(self, text: bytearray, a: int, b: int, found: Found | None) -> None:
         todo = [(a, b)]
         while todo:
             a, b = todo.pop()
             a = self._fast(text, a, b, found)
             found = None
             middle = text.find(START, (a + b) // 2, b)
-            if a < b and (b - a <= SMALLEST_BYTES or middle <= a or self.blind):
-                self._slow(bytes(text[a:b]))
-            elif a < b:
+            if b - a > SMALLEST_BYTES and middle > a and not self.blind:
                 todo += [(middle, b), (a, middle)]
+            elif a < b:
+                self._slow(bytes(text[a:b]))
 
-    def _fast(self, text: bytearray, a: int, b: int, found: tuple[Numbers | None, int] | None) -> int:
+    def _fast(self, text: bytearray, a: int, b: int, found: Found | None) -> int:
         """Keep what can be kept without the parser; where the rest begins."""
         fresh = False
         for _ in range(RETRIES):
             if self.blind or a == b:
-                return a
+                break
             if self.template is None:
                 starts = [text.find(START, a + k * (b - a) // SAMPLES, b) for k in range(SAMPLES)]
                 ends = [text.find(START, s + 1, b) for s in starts]
@@ -283,7 +272,7 @@ class Scanner:
                 self.template = None if self.blind else learn(samples, self.walk)
                 fresh = True
                 if self.template is None:
-                    return a
+                    break
                 continue
             numbers, wrong = found or self.template.match(text, a, b)
             found = None
@@ -291,8 +280,8 @@ class Scanner:
                 return b if self._keep(numbers, self.template) else a
             last = text.find(START, wrong + 1, b)
             wider = self.template.widened(bytes(text[wrong : last if last > 0 else b]))
-            if wider is None and fresh:
-                return a
+            if (wider is None and fresh) or (wider and wider.free == self.template.free):
+                break
             self.template = wider
         return a
 
@@ -300,20 +289,17 @@ class Scanner:
         """Take the numbers if they are such as the walk takes without a second look."""
         rows = {"x": numbers["x"], "y": numbers["y"]}
         for kind in ("mz", "int"):
-            length, encoded = numbers[f"{kind}_length"], numbers.get(f"{kind}_encoded", np.int64(0))
+            length, packed = numbers[f"{kind}_length"], self.walk.compressed[kind]
+            encoded = np.broadcast_to(numbers.get(f"{kind}_encoded", np.int64(0)), length.shape)
             itemsizes = [np.dtype(d).itemsize for d in template.dtypes[kind]]
             size = np.dtype(self.walk.dtypes[kind]).itemsize
             unstated = bool(((encoded == 0) & (length > 0)).any())
-            if self.walk.compressed[kind]:
-                if unstated or len(itemsizes) > 1:
-                    return False
-                rows[f"{kind}_bytes"] = np.broadcast_to(encoded, length.shape)
-            else:
-                if ((encoded != length * size) & (encoded > 0) & (length > 0)).any():
-                    return False
-                if len(itemsizes) > 1 and (unstated or itemsizes.count(size) != 1):
-                    return False
-                rows[f"{kind}_bytes"] = length * size
+            other = bool(((encoded != length * size) & (encoded > 0) & (length > 0)).any())
+            if len(itemsizes) > 1 and (unstated or packed or itemsizes.count(size) != 1):
+                return False
+            if unstated if packed else other:
+                return False
+            rows[f"{kind}_bytes"] = encoded if packed else length * size
             rows |= {f"{kind}_offset": numbers[f"{kind}_offset"], f"{kind}_length": length}
         if (rows["mz_length"] != rows["int_length"]).any():
             return False
@@ -354,9 +340,7 @@ def scan(path: Path, encoding: str | None = None, workers: int = 1) -> head.Walk
         workers: Threads that compare blocks of text.
 
     Raises:
-        Unsure: It is not laid out as expected.
-        ExpatError: As the walk.
-        InputError: As the walk.
+        Unsure: It is not laid out as expected. What the walk raises is raised, too.
     """
     walk = head.Walk(path)
     with path.open("rb", buffering=0) as handle:
