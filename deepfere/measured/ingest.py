@@ -6,12 +6,13 @@ to its own shards, whatever order the instrument scanned in. Only automatic ions
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -95,6 +96,7 @@ def ingest(
     refuse_occupied(out_path, overwrite, storage_options)
     pitch = _choose_pitch(index, pitch_um)
     raster = plan_raster(index, duplicates)
+    _give_back()
     if not (math.isfinite(tolerance_ppm) and 0 < tolerance_ppm < 1e5):
         raise InputError(f"a tolerance of {tolerance_ppm} ppm", where="--tolerance-ppm", remedy="give a positive one")
     if band_rows < 1:
@@ -161,6 +163,12 @@ def _whole_or_not(path: str | Path, storage_options: StorageOptions | None) -> I
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DeepfereError(f"{path}: {os.strerror(error.errno)}; make room and run it again") from error
         raise
+
+
+def _give_back() -> None:
+    """Have the C library return freed memory to the system, where it can: it keeps most of what was ever needed."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _version() -> str:
@@ -415,6 +423,7 @@ def _write_bands(
         if not counts.all():
             block[:, counts == 0] = np.nan
         writer.write_images(begin, block)
+        _give_back()
         if progress is not None:
             progress(done + 1, len(bands))
     for image in tally.factors.values():
