@@ -68,7 +68,7 @@ class Prepared:
 def ingest_stage(section: Section, inputs: dict[str, str], work: Workspace, config: Config, progress: Progress) -> None:
     """ImzML -> ``measured.zarr``."""
     folder = work.section(section.name)
-    depends = [inputs, config.ingest.model_dump(), section.pitch_um]
+    depends = [inputs, config.ingest.model_dump(), section.pitch_um, section.region]
     with work.stage("ingest", depends, section.name) as facts:
         if facts is None:
             return
@@ -89,6 +89,7 @@ def ingest_stage(section: Section, inputs: dict[str, str], work: Workspace, conf
                 representation=config.ingest.representation,
                 duplicates=config.ingest.duplicates,
                 band_rows=config.ingest.band_rows,
+                region=section.region,
                 progress=lambda done, total: progress("ingest", done / max(total, 1)),
             )
         facts["warnings"] = sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
@@ -104,6 +105,7 @@ def _take_over(section: Section, folder: SectionFolder, settings: IngestSettings
     cube, plain = open_measured(section.msi), IngestSettings()
     given: dict[str, bool] = {
         "pitch-um": section.pitch_um is not None,
+        "region": section.region not in (None, cube.attrs.get("region")),
         "mz": settings.mz is not None and not _same_ions(cube, settings.mz),
         "tolerance-ppm": settings.tolerance_ppm not in (plain.tolerance_ppm, cube.tolerance_ppm),
         "representation": settings.representation not in (plain.representation, cube.attrs.get("representation")),

@@ -10,7 +10,7 @@ import hashlib
 import math
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 from xml.parsers import expat
@@ -68,6 +68,7 @@ class ImzmlIndex:
         pitch_problem: Why ``pitch_um`` is None, in words; empty otherwise.
         uuid: The file's identifier, 32 hexadecimal digits, or None.
         uuid_matches: Whether the .ibd begins with it; None where the file states none.
+        numbers: (N,) where these are not all spectra: their positions in the file.
     """
 
     path: Path
@@ -91,6 +92,7 @@ class ImzmlIndex:
     pitch_problem: str
     uuid: str | None
     uuid_matches: bool | None
+    numbers: NDArray[np.int64] | None = None
 
     @property
     def shared_axis(self) -> bool:
@@ -99,6 +101,15 @@ class ImzmlIndex:
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def only(self, rows: NDArray[np.int64]) -> ImzmlIndex:
+        """The index of some spectra (their positions here, rising), which keep their numbers in the file."""
+        columns = {name: getattr(self, name)[rows] for name in head.COLUMNS}
+        return replace(self, **columns, numbers=rows if self.numbers is None else self.numbers[rows])
+
+    def number(self, i: int) -> int:
+        """The number of a spectrum in the file, from 1."""
+        return 1 + int(i if self.numbers is None else self.numbers[i])
 
 
 def read_index(path: str | Path, *, check_ibd: bool = True) -> ImzmlIndex:
@@ -380,13 +391,13 @@ def _decode(index: ImzmlIndex, kind: str, raw: memoryview, i: int) -> NDArray[An
             data = zlib.decompress(raw)
         except zlib.error as error:
             raise InputError(
-                f"the {kind} array of spectrum {i + 1} is not a valid zlib stream ({error})",
+                f"the {kind} array of spectrum {index.number(i)} is not a valid zlib stream ({error})",
                 where=index.ibd_path,
                 remedy="copy the .ibd again",
             ) from error
     if len(data) < length * dtype.itemsize:
         raise InputError(
-            f"the {kind} array of spectrum {i + 1} has {len(data)} bytes, not {length * dtype.itemsize}",
+            f"the {kind} array of spectrum {index.number(i)} has {len(data)} bytes, not {length * dtype.itemsize}",
             where=index.ibd_path,
             remedy="copy the .ibd again",
         )
