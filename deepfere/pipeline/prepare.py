@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from deepfere.alignment.bend import bend
 from deepfere.alignment.overview import MeasuredOverview, StainOverview
+from deepfere.alignment.placement import centred_alignment, describe
 from deepfere.alignment.refine import AFFINE_STAGES, refine
 from deepfere.alignment.score import slide_cover
-from deepfere.alignment.search import MIN_COVER, centred_alignment, describe, search
+from deepfere.alignment.search import MIN_COVER, search
 from deepfere.cluster import Journal, connect, run_rows
 from deepfere.config import Config, IngestSettings, digest
 from deepfere.errors import InputError

@@ -80,18 +80,8 @@ class PyramidWorker(RowWorker):
         return {}
 
 
-def build_pyramid(
-    out: str, images: list[str], levels: int, journal: Journal, on_done: Callable[[int, int], None] | None = None
-) -> None:
-    """Fill levels 1 and up of the named images.
-
-    Args:
-        out: The result's group.
-        images: Names of its multiscale groups.
-        levels: Number of levels.
-        journal: Progress; finished shards are not computed again.
-        on_done: Called with (done, all) shards.
-    """
+def pyramid_rows(out: str, images: list[str], levels: int) -> list[list[dict[str, Any]]]:
+    """What has to be done for levels 1 and up, level by level; see `build_pyramid`."""
     group: Any = open_group(out, "r")
     rows: list[list[dict[str, Any]]] = []
     for level in range(1, levels):
@@ -105,6 +95,22 @@ def build_pyramid(
                 for c in range(counts[1])
             ]
         rows.append(this_level)
+    return rows
+
+
+def build_pyramid(
+    out: str, images: list[str], levels: int, journal: Journal, on_done: Callable[[int, int], None] | None = None
+) -> None:
+    """Fill levels 1 and up of the named images.
+
+    Args:
+        out: The result's group.
+        images: Names of its multiscale groups.
+        levels: Number of levels.
+        journal: Progress; finished shards are not computed again.
+        on_done: Called with (done, all) shards.
+    """
+    rows = pyramid_rows(out, images, levels)
     done, total = 0, sum(len(level) for level in rows)
     finished = journal.done()
     for level_rows in rows:
