@@ -30,6 +30,7 @@ from deepfere.frame import Alignment, SectionGrid
 from deepfere.model.registration import bilinear
 
 COARSE_STAGES = (Stage(0.8, False, 30, 0.25), Stage(0.4, False, 25, 0.10))
+FINE_STAGES = (Stage(0.5, True, 30, 0.25), Stage(0.35, True, 25, 0.10))
 FINAL_STAGES = (Stage(0.35, False, 20, 0.08), Stage(0.25, True, 35, 0.04))
 
 FINALISTS = 6
@@ -196,7 +197,7 @@ def _halved(
 ) -> list[Candidate]:
     """Successive halving: a short refinement of all, a longer one of the better half; the best first."""
     features = stain.features(0.35 * float(np.mean(measured.grid.pitch_um)))
-    for stage, keep in zip(COARSE_STAGES, (1.0, 0.5), strict=True):
+    for stage, keep in zip(FINE_STAGES if fine else COARSE_STAGES, (1.0, 0.5), strict=True):
         moved = []
         for candidate in placed[: max(FINALISTS, round(keep * len(placed)))]:
             better = refine(measured, stain, candidate.alignment, (stage,), supersample=2)
