@@ -18,7 +18,7 @@ from common import Row, finish, measured, parser
 
 def run() -> list[Row]:
     """All rows."""
-    from deepfere.alignment.search import describe
+    from deepfere.alignment.placement import describe
     from deepfere.phantom import Phantom
     from deepfere.reconstruction.result import Result
 

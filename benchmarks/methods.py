@@ -18,7 +18,7 @@ from cases import Case
 from numpy.typing import NDArray
 from oracle import covered_cells, nearest, oracle_images, stain_features
 
-from deepfere.alignment.search import describe
+from deepfere.alignment.placement import describe
 from deepfere.errors import IdentityError, InputError
 from deepfere.evaluation.metrics import fill_nearest
 from deepfere.frame import Alignment

@@ -137,6 +137,14 @@ def _targets(context: click.Context, parameter: click.Parameter, value: str | No
         raise InputError(str(error), where=where, remedy=remedy) from error
 
 
+def _region(context: click.Context, parameter: click.Parameter, value: str | None) -> int | str | None:
+    if value is None or value == "all":
+        return value
+    if not value.isdecimal():
+        raise InputError(f"{value!r} is no region", where="--region", remedy="give a number, or all")
+    return int(value)
+
+
 @main.command()
 @click.argument("msi", type=click.Path())
 @click.argument("slide", type=click.Path(), required=False)
@@ -155,6 +163,7 @@ def _targets(context: click.Context, parameter: click.Parameter, value: str | No
     type=click.Path(),
     help="CSV: section_y_um,section_x_um,slide_y_um,slide_x_um; or a flexImaging .mis.",
 )
+@click.option("--region", callback=_region, help="Of several measured regions: its number (see info), or all.")
 @click.option("--no-guide", is_flag=True, help="Without the stain: the baseline of everything.")
 @CONFIG
 @OVERWRITE

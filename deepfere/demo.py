@@ -128,7 +128,7 @@ def run_demo(
 
 
 def _summary(phantom: Phantom, ours: Result, evaluation: dict[str, Any]) -> str:
-    from deepfere.alignment.search import describe
+    from deepfere.alignment.placement import describe
 
     assert ours.alignment is not None
     found, true = describe(ours.alignment), describe(phantom.alignment())

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from deepfere.errors import InputError
+
+EACH = "each"
+"""Of a section of a study: one section for every region of its measurement."""
 
 
 class Section(BaseModel):
@@ -23,6 +26,8 @@ class Section(BaseModel):
         slide_mpp_um: Slide pixel size (y, x) where the file does not state it (always wins).
         alignment: Alignment JSON that is used as it is.
         landmarks: Landmark CSV, or sequence file with teaching points (.mis), that fixes the affine.
+        region: Which of the measurement's regions it is: a number, "all" for all of them as one section, or, in a
+            study, "each" for as many sections. None where there is only one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,6 +39,7 @@ class Section(BaseModel):
     slide_mpp_um: tuple[float, float] | None = None
     alignment: str | None = None
     landmarks: str | None = None
+    region: int | Literal["all", "each"] | None = None
 
     @field_validator("pitch_um", "slide_mpp_um", mode="before")
     @classmethod
@@ -80,10 +86,15 @@ def make_section(**values: Any) -> Section:
     Raises:
         InputError: A value is missing, unknown or wrong.
     """
-    return _validated(Section, {k: v for k, v in values.items() if v is not None}, None)
+    return validated(Section, {k: v for k, v in values.items() if v is not None}, None)
 
 
-def _validated(model: Any, values: Any, where: object) -> Any:
+def validated(model: Any, values: Any, where: object) -> Any:
+    """A model of these values, with problems told as one clear line.
+
+    Raises:
+        InputError: A value is missing, unknown or wrong.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -138,4 +149,4 @@ def load_study(path: str | Path) -> Study:
         for key in ("msi", "slide", "alignment", "landmarks"):
             if isinstance(row.get(key), str) and "://" not in row[key]:
                 row[key] = str((path.parent / row[key]).resolve())
-    return _validated(Study, values, path)
+    return validated(Study, values, path)

@@ -7,16 +7,14 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter, map_coordinates
 
+from deepfere.alignment.accept import accept, least_sum
 from deepfere.alignment.looks import high_pass
 from deepfere.alignment.overview import MeasuredOverview, StainOverview
+from deepfere.alignment.placement import Candidate, centred_alignment, describe, null_placements, orientation
 from deepfere.alignment.refine import AFFINE_STAGES, refine, residual_variance
 from deepfere.alignment.score import held_out_r2, placement_r2, slide_cover, spatial_blocks
 from deepfere.alignment.search import (
-    centred_alignment,
     correlation_maps,
-    describe,
-    null_placements,
-    orientation,
     search,
 )
 from deepfere.errors import InputError
@@ -281,3 +279,24 @@ def test_features_of_the_overview_in_micrometres():
     # 40 um is 4 pixels in y and 2 in x.
     expected = gaussian_filter(od[..., 1], (4, 2), truncate=3.0)
     np.testing.assert_allclose(smooth[15:-15, 10:-10], expected[15:-15, 10:-10], atol=1e-4)
+
+
+def test_fewer_pixels_need_more():
+    assert least_sum(50) == least_sum(250) == pytest.approx(0.32)
+    assert least_sum(1000) == least_sum(10**6) == pytest.approx(0.15)
+    assert 0.15 < least_sum(500) < 0.32
+
+
+def test_luck_with_few_pixels_is_refused():
+    stain, truth = stain_of(1), truth_of(True, 262.0)
+    measured = measure(stain, truth)
+    features = stain.features(12.0)
+    right, wrong = (Candidate(truth, True, 262.0, 0.3, r2) for r2 in (0.2, 0.19))
+    other = Candidate(truth_of(False, 80.0), False, 80.0, 0.1, 0.11)
+    assert measured.mask.sum() > 500
+    assert accept(measured, stain, [right, other], features).evidence["runner_up_r2"] == 0.11
+    few = MeasuredOverview(
+        measured.images, measured.mask & (np.indices(measured.mask.shape)[0] < 9), measured.weight, GRID
+    )
+    with pytest.raises(InputError, match=r"with 1\d\d pixels that may be luck .*0.32 is needed"):
+        accept(few, stain, [wrong, other], features)

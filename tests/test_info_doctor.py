@@ -13,7 +13,7 @@ from deepfere import doctor, inspect
 from deepfere.doctor import Check, machine, ray_session
 from deepfere.errors import InputError
 from deepfere.frame import Alignment, Displacement
-from deepfere.inspect import describe, measured_regions, render
+from deepfere.inspect import describe, render
 from deepfere.measured.store import FORMAT, write_measured
 from deepfere.reconstruction.result import FORMAT_VERSION as RESULT_VERSION
 from deepfere.store import create_array, open_group
@@ -51,19 +51,12 @@ def test_regions_with_their_boxes_and_strays_summed(tmp_path):
     spectra += [(x + 20, y + 9, list(MZ), [1.0, 2.0, 3.0]) for y in range(6) for x in range(4)]
     spectra += [(30, 30, list(MZ), [1.0, 2.0, 3.0]), (34, 30, list(MZ), [0.0, 2.0, 3.0])]
     said = facts(describe(write_pair(tmp_path / "a.imzML", spectra)))
-    assert said["regions"] == "4 that do not touch"
+    assert said["regions"] == "2"
     # The origin of the section frame is the smallest coordinate; the pitch is 20 um in y and 10 um in x.
     assert said["region 1"] == "64 pixels, y 0 to 160 um, x 0 to 80 um"
     assert said["region 2"] == "24 pixels, y 40 to 160 um, x 150 to 190 um"
-    assert said["further regions"] == "2, 2 pixels in all"
+    assert said["specks"] == "2 pixels in no region"
     assert said["origin"].startswith("x 5, y 7")
-
-
-def test_regions_touch_at_corners():
-    mask = np.zeros((5, 6), bool)
-    mask[0, 0] = mask[1, 1] = mask[4, 3:6] = True
-    assert [(r.pixels, r.box_px) for r in measured_regions(mask)] == [(3, (4, 5, 3, 6)), (2, (0, 2, 0, 2))]
-    assert measured_regions(np.zeros((2, 2), bool)) == []
 
 
 def test_pitch_that_is_not_stated(tmp_path):

@@ -2,9 +2,11 @@
 
 1. For each flip and angle the slide's principal stain features are resampled at the (coarsened)
    measured pitch; masked normalised correlations with the leading factors at *all* shifts come from
-   FFTs (Padfield, IEEE Trans. Image Process. 21, 2706, 2012). Their summed squares approximate R2.
+   FFTs (Padfield, IEEE Trans. Image Process. 21, 2706, 2012). Their summed squares approximate R2. Once on the images
+   as they are, and once on their *fine* structure (minus the 3 x 3 mean): in a small section trends are alike
+   at many places, and the right one may not be among the best of them.
 2. The best shifts of every orientation are refined (affine, variable projection); distinct placements are
-   ranked by R2 of the *fine* structure (minus the 3 x 3 mean) on blocks left out of the regression.
+   ranked by R2 of the fine structure on blocks left out of the regression.
 3. The best is accepted only if it beats every other placement by a margin, and a null distribution of
    wrong placements; otherwise landmarks are asked for.
 """
@@ -12,26 +14,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from deepfere.alignment.accept import accept
+from deepfere.alignment.looks import high_pass
 from deepfere.alignment.overview import MeasuredOverview, StainOverview
+from deepfere.alignment.placement import Candidate, centred_alignment, orientation, same_place
 from deepfere.alignment.refine import Stage, refine
 from deepfere.alignment.score import placement_r2, slide_cover
 from deepfere.errors import InputError
 from deepfere.frame import Alignment, SectionGrid
 from deepfere.model.registration import bilinear
 
-MARGIN = 0.05
-"""Held-out R2 by which the best placement must beat the best wrong one."""
-
-LEAST_R2 = 0.1
-"""Held-out R2 that it must reach. Right ones reached 0.18 and more, 50 slides of other tissue at most 0.07."""
-
 COARSE_STAGES = (Stage(0.8, False, 30, 0.25), Stage(0.4, False, 25, 0.10))
+FINE_STAGES = (Stage(0.5, True, 30, 0.25), Stage(0.35, True, 25, 0.10))
 FINAL_STAGES = (Stage(0.35, False, 20, 0.08), Stage(0.25, True, 35, 0.04))
 
 FINALISTS = 6
@@ -39,40 +38,6 @@ FINALISTS = 6
 
 MIN_COVER = 0.7
 """Share of the measured tissue that the slide must cover."""
-
-REMEDY = "give landmarks (--landmarks FILE.csv), an alignment (--alignment FILE.json), or the right slide"
-
-MAX_STRETCH = 0.18
-"""The stated sizes fix the scale: a placement that stretches any direction by more (in logarithms) is none.
-
-It still competes: that it predicts as well as the best shows that the best is no more than luck.
-"""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One placement and its scores."""
-
-    alignment: Alignment
-    flip: bool
-    angle_deg: float
-    r2: float
-    fine_r2: float
-
-
-def orientation(flip: bool, angle_deg: float) -> NDArray[np.float64]:
-    """(2, 2) matrix (y, x) of a mirror of x (if ``flip``) followed by a rotation."""
-    angle = np.deg2rad(angle_deg)
-    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    return rotation @ np.diag([1.0, -1.0 if flip else 1.0])
-
-
-def centred_alignment(
-    grid: SectionGrid, slide_extent_um: tuple[float, float], matrix: NDArray[np.float64]
-) -> Alignment:
-    """The alignment with this matrix that puts the section's centre on the slide's centre."""
-    middle = np.asarray(grid.extent_um) / 2
-    return Alignment(matrix, np.asarray(slide_extent_um) / 2 - matrix @ middle)
 
 
 def principal_features(stain: StainOverview, sigma_um: float, count: int = 4) -> torch.Tensor:
@@ -147,6 +112,7 @@ def _orientation_candidates(
     angle_deg: float,
     scale: float,
     shifts: int,
+    fine: bool,
 ) -> list[tuple[float, Alignment]]:
     """Best shifts of one orientation, with their correlation scores."""
     matrix = scale * orientation(flip, angle_deg)
@@ -172,6 +138,8 @@ def _orientation_candidates(
     empty = glass[bare].mean(0) if bare.any() else glass.min(0).values
     scene = torch.where(inside[:, None], sampled, empty).T.reshape(-1, *canvas.shape_px).numpy()
     scaled = measured.images * np.sqrt(measured.weight)[:, None, None]
+    if fine:
+        scene, scaled = (high_pass(torch.from_numpy(images)).numpy() for images in (scene, scaled))
     score = correlation_maps(scaled, measured.mask, scene)
     covered = inside.reshape(canvas.shape_px).double().numpy()[None]
     window = measured.tissue.astype(float)
@@ -183,6 +151,61 @@ def _orientation_candidates(
         offset = placed.offset_um + matrix @ (np.array([r, c]) * pitch)
         out.append((float(score[r, c]), Alignment(matrix, offset)))
     return out
+
+
+def _all_placements(
+    measured: MeasuredOverview,
+    stain: StainOverview,
+    principal: torch.Tensor,
+    angle_step_deg: float,
+    scales: tuple[float, ...],
+    fine: bool,
+) -> list[Candidate]:
+    """The best shifts of every orientation, the best correlated first."""
+    found: list[tuple[float, Candidate]] = []
+    for angle in np.arange(0.0, 360.0, angle_step_deg):
+        for flip in (False, True):
+            for scale in scales:
+                found += [
+                    (score, Candidate(alignment, flip, float(angle), -1.0, -1.0))
+                    for score, alignment in _orientation_candidates(
+                        measured, stain, principal, flip, float(angle), scale, 3, fine
+                    )
+                ]
+    return [candidate for _, candidate in sorted(found, key=lambda item: -item[0])]
+
+
+def _broad(found: list[Candidate], count: int) -> list[Candidate]:
+    """The first ``count``, at most three per flip and eighth of a turn: the field stays broad."""
+    chosen: list[Candidate] = []
+    per_family: dict[tuple[bool, int], int] = {}
+    for item in found:
+        family = (item.flip, round(item.angle_deg / 45.0) % 8)
+        if per_family.get(family, 0) < 3:
+            chosen.append(item)
+            per_family[family] = per_family.get(family, 0) + 1
+        if len(chosen) >= count:
+            break
+    return chosen
+
+
+def _halved(
+    measured: MeasuredOverview,
+    stain: StainOverview,
+    placed: list[Candidate],
+    fine: bool,
+) -> list[Candidate]:
+    """Successive halving: a short refinement of all, a longer one of the better half; the best first."""
+    features = stain.features(0.35 * float(np.mean(measured.grid.pitch_um)))
+    for stage, keep in zip(FINE_STAGES if fine else COARSE_STAGES, (1.0, 0.5), strict=True):
+        moved = []
+        for candidate in placed[: max(FINALISTS, round(keep * len(placed)))]:
+            better = refine(measured, stain, candidate.alignment, (stage,), supersample=2)
+            if slide_cover(measured, stain, better) >= MIN_COVER:
+                r2 = placement_r2(measured, stain, better, features=features, fine=fine)
+                moved.append(Candidate(better, candidate.flip, candidate.angle_deg, r2, r2))
+        placed = sorted(moved, key=lambda c: -c.r2)
+    return placed
 
 
 def search(
@@ -216,143 +239,29 @@ def search(
     principal = principal_features(stain, 0.4 * float(np.mean(small.grid.pitch_um)))
     top = np.argsort(small.weight)[::-1][:6]
     leading = MeasuredOverview(small.images[top], small.mask, small.weight[top] / small.weight[top].sum(), small.grid)
-    found: list[tuple[float, bool, float, Alignment]] = []
-    angles = np.arange(0.0, 360.0, angle_step_deg)
-    for n, angle in enumerate(angles):
-        for flip in (False, True):
-            for scale in scales:
-                found += [
-                    (score, flip, float(angle), alignment)
-                    for score, alignment in _orientation_candidates(
-                        leading, stain, principal, flip, float(angle), scale, 3
-                    )
-                ]
-        if progress:
-            progress(0.4 * (n + 1) / len(angles))
-    if not found:
-        raise InputError(
-            "the slide is too small to hold 70 % of the measured tissue at this pitch and mpp",
-            remedy="check --pitch-um and --slide-mpp-um, or give the slide of this section",
-        )
-    found.sort(key=lambda item: -item[0])
-    chosen: list[tuple[float, bool, float, Alignment]] = []
-    per_family: dict[tuple[bool, int], int] = {}
-    for item in found:
-        # Keep the field broad: at most three per flip and quadrant-eighth.
-        family = (item[1], round(item[2] / 45.0) % 8)
-        if per_family.get(family, 0) < 3:
-            chosen.append(item)
-            per_family[family] = per_family.get(family, 0) + 1
-        if len(chosen) >= refined:
-            break
-    coarse = stain.features(0.35 * float(np.mean(small.grid.pitch_um)))
-    placed = [Candidate(alignment, flip, angle, -1.0, -1.0) for _, flip, angle, alignment in chosen]
-    # Successive halving: a short refinement of all, a longer one of the better half.
-    for stage, keep in zip(COARSE_STAGES, (1.0, 0.5), strict=True):
-        moved = []
-        for candidate in placed[: max(FINALISTS, round(keep * len(placed)))]:
-            better = refine(small, stain, candidate.alignment, (stage,), supersample=2)
-            if slide_cover(small, stain, better) >= MIN_COVER:
-                r2 = placement_r2(small, stain, better, features=coarse, fine=False)
-                moved.append(Candidate(better, candidate.flip, candidate.angle_deg, r2, r2))
-        placed = sorted(moved, key=lambda c: -c.r2)
-        if progress:
-            progress(0.6 if keep == 1.0 else 0.7)
+    tell = progress or (lambda share: None)
     finalists: list[Candidate] = []
-    for candidate in placed:
-        if not any(_same_place(candidate.alignment, f.alignment, small.grid) for f in finalists):
-            finalists.append(candidate)
-    finalists = finalists[:FINALISTS]
-    fine = stain.features(0.25 * float(np.mean(small.grid.pitch_um)))
+    for fine, begun in ((False, 0.0), (True, 0.35)):
+        found = _all_placements(leading, stain, principal, angle_step_deg, scales, fine)
+        if not found:
+            raise InputError(
+                "the slide is too small to hold 70 % of the measured tissue at this pitch and mpp",
+                remedy="check --pitch-um and --slide-mpp-um, or give the slide of this section",
+            )
+        tell(begun + 0.15)
+        placed = _halved(small, stain, _broad(found, refined), fine)
+        tell(begun + 0.35)
+        chosen = [c for c in placed if not any(same_place(c.alignment, f.alignment, small.grid) for f in finalists)]
+        finalists += chosen[:FINALISTS]
+    sharp = stain.features(0.25 * float(np.mean(small.grid.pitch_um)))
     candidates = []
     for n, candidate in enumerate(finalists):
-        if progress:
-            progress(0.7 + 0.3 * n / len(finalists))
+        tell(0.7 + 0.3 * n / len(finalists))
         better = refine(small, stain, candidate.alignment, FINAL_STAGES, supersample=3)
-        r2 = placement_r2(small, stain, better, features=fine, fine=False)
-        fine_r2 = placement_r2(small, stain, better, features=fine, fine=True)
+        r2 = placement_r2(small, stain, better, features=sharp, fine=False)
+        fine_r2 = placement_r2(small, stain, better, features=sharp, fine=True)
         if slide_cover(small, stain, better) >= MIN_COVER:
             candidates.append(Candidate(better, candidate.flip, candidate.angle_deg, r2, fine_r2))
-    if progress:
-        progress(1.0)
+    tell(1.0)
     candidates.sort(key=lambda c: -c.fine_r2)
-    return _accept(small, stain, candidates, fine), candidates
-
-
-def _same_place(a: Alignment, b: Alignment, grid: SectionGrid, pixels: float = 1.0) -> bool:
-    """Whether two placements agree to within some measured pixels (median over the section)."""
-    points = SectionGrid((5, 5), (grid.extent_um[0] / 5, grid.extent_um[1] / 5)).centres_um()
-    gap = np.linalg.norm(a.map(points) - b.map(points), axis=-1)
-    return float(np.median(gap)) < pixels * max(grid.pitch_um)
-
-
-def _same_basin(a: Alignment, b: Alignment, grid: SectionGrid) -> bool:
-    """Whether two refined placements are versions of one: near, with the same flip and nearly the same angle."""
-    (flip_a, angle_a, _), (flip_b, angle_b, _) = describe(a), describe(b)
-    turn = abs((angle_a - angle_b + 180.0) % 360.0 - 180.0)
-    return flip_a == flip_b and turn < 12.0 and _same_place(a, b, grid, 3.0)
-
-
-def null_placements(grid: SectionGrid, best: Alignment, count: int, seed: int = 0) -> list[Alignment]:
-    """Placements that must be wrong: the best one mirrored, turned and shifted about the section's centre."""
-    rng = np.random.default_rng(seed)
-    centre = np.asarray(grid.extent_um) / 2
-    target = best.map(centre[None])[0]
-    out = []
-    for _ in range(count):
-        turn = orientation(bool(rng.integers(2)), float(rng.uniform(30, 330)))
-        matrix = best.matrix @ turn
-        shift = rng.uniform(-0.2, 0.2, 2) * np.asarray(grid.extent_um)
-        out.append(Alignment(matrix, target + best.matrix @ shift - matrix @ centre))
-    return out
-
-
-def _accept(
-    measured: MeasuredOverview, stain: StainOverview, candidates: list[Candidate], features: torch.Tensor
-) -> Alignment:
-    if not candidates:
-        raise InputError("no placement of the section on the slide covers 70 % of the measured tissue", remedy=REMEDY)
-    best = candidates[0]
-    others = [c for c in candidates[1:] if not _same_basin(c.alignment, best.alignment, measured.grid)]
-    runner_up = max((c.fine_r2 for c in others), default=-1.0)
-    nulls = np.array(
-        [
-            placement_r2(measured, stain, a, features=features, fine=True)
-            for a in null_placements(measured.grid, best.alignment, 20)
-        ]
-    )
-    bar = float(nulls.mean() + 3 * nulls.std())
-    flip, rotation_deg, scale = describe(best.alignment)
-    evidence = {
-        "source": "search",
-        "flip": flip,
-        "rotation_deg": rotation_deg,
-        "scale": scale,
-        "held_out_r2": best.fine_r2,
-        "held_out_r2_with_trend": best.r2,
-        "runner_up_r2": runner_up,
-        "null_r2": bar,
-    }
-    stretch = float(abs(np.log(np.linalg.svd(best.alignment.matrix, compute_uv=False))).max())
-    if stretch > MAX_STRETCH:
-        raise InputError(
-            "the stain does not show where the section lies: the best placement stretches it by "
-            f"{100 * np.expm1(stretch):.0f} %, against the stated sizes",
-            remedy=f"check --pitch-um and --slide-mpp-um, or {REMEDY}",
-        )
-    if best.fine_r2 < runner_up + MARGIN or best.fine_r2 < bar or best.fine_r2 < LEAST_R2:
-        raise InputError(
-            f"the stain does not show where the section lies: the best placement predicts the ions' structure with a "
-            f"held-out R2 of {best.fine_r2:.2f}, the next {runner_up:.2f}, wrong ones up to {bar:.2f}",
-            remedy=REMEDY,
-        )
-    return best.alignment.with_evidence(**evidence)
-
-
-def describe(alignment: Alignment) -> tuple[bool, float, float]:
-    """Mirrored or not, rotation in degrees (-180..180) and mean scale of the affine part."""
-    matrix = alignment.matrix
-    flip = bool(np.linalg.det(matrix) < 0)
-    turned = matrix @ np.diag([1.0, -1.0 if flip else 1.0])
-    rotation = float(np.rad2deg(np.arctan2(turned[1, 0] - turned[0, 1], turned[0, 0] + turned[1, 1])))
-    return flip, round(rotation, 2), round(float(np.sqrt(abs(np.linalg.det(matrix)))), 4)
+    return accept(small, stain, candidates, sharp), candidates

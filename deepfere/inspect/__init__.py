@@ -10,9 +10,9 @@ from pathlib import Path
 
 from deepfere.errors import InputError
 from deepfere.frame import LANDMARK_COLUMNS
-from deepfere.inspect.notes import Description, Region, measured_regions
+from deepfere.inspect.notes import Description
 
-__all__ = ["Description", "Region", "describe", "measured_regions", "render"]
+__all__ = ["Description", "describe", "render"]
 
 KNOWN_SUFFIXES = {
     *(".imzml", ".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".czi", ".dcm", ".vms", ".tif", ".tiff", ".qptiff"),

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from deepfere.measured.regions import find_regions
+
 MAX_LISTED = 12
-TINY_PX = 16
-TINY_SHARE = 0.01
-"""A region is listed by itself from 16 pixels and this share of the largest one's pixels on."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +37,6 @@ class Description:
         return next((value for key, value in self.facts if key == name), None)
 
 
-@dataclass(frozen=True)
-class Region:
-    """Measured pixels that hang together.
-
-    Attributes:
-        pixels: How many.
-        box_px: First row, row after the last, first column, column after the last.
-    """
-
-    pixels: int
-    box_px: tuple[int, int, int, int]
-
-
 class Notes:
     """Collects facts and problems; empty values are left out."""
 
@@ -73,47 +59,28 @@ class Notes:
         return Description(str(path), kind, tuple(self.facts), whole, tuple(self.problems))
 
 
-def measured_regions(mask: NDArray[np.bool_]) -> list[Region]:
-    """Regions of measured pixels that touch by an edge or a corner, largest first.
-
-    Args:
-        mask: (ny, nx) True where measured.
-    """
-    from scipy import ndimage
-
-    labels, count = ndimage.label(mask, np.ones((3, 3)))
-    pixels = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-    found = [
-        Region(int(n), (box[0].start, box[0].stop, box[1].start, box[1].stop))
-        for n, box in zip(pixels, ndimage.find_objects(labels), strict=True)
-    ]
-    return sorted(found, key=lambda region: (-region.pixels, region.box_px))
-
-
 def add_mask(notes: Notes, mask: NDArray[np.bool_], pitch_um: tuple[float, float] | None) -> None:
     """Facts on the grid: its size, how much of it was measured, and the regions with their boxes."""
     pixels, cells = int(mask.sum()), mask.size
     notes.add("grid", size_text((mask.shape[0], mask.shape[1]), pitch_um))
     missing = f", {cells - pixels:,} of the grid not ({100 * (1 - pixels / cells):.1f} %)" if cells > pixels else ""
     notes.add("measured", count_text(pixels, "pixel") + missing)
-    found = measured_regions(mask)
-    if not found:
-        return
-    # Strays of the stage and the points of a sparse raster are summed up: the pieces of tissue stay visible.
-    least = max(TINY_SHARE * found[0].pixels, min(TINY_PX, found[0].pixels))
-    listed = [region for region in found if region.pixels >= least][:MAX_LISTED]
-    notes.add("regions", f"{len(found):,} that do not touch" if len(found) > 1 else "1")
-    for number, region in enumerate(listed, 1):
-        y0, y1, x0, x1 = region.box_px
+    _, found = find_regions(mask)
+    notes.add("regions", f"{len(found):,}")
+    for region in found[:MAX_LISTED]:
+        (y0, x0), (ny, nx) = region.start_px, region.shape_px
         if pitch_um is None:
-            box = f"rows {y0} to {y1}, columns {x0} to {x1} (pixels: the pitch is not known)"
+            box = f"rows {y0} to {y0 + ny}, columns {x0} to {x0 + nx} (pixels: the pitch is not known)"
         else:
             py, px = pitch_um
-            box = f"y {y0 * py:g} to {y1 * py:g} um, x {x0 * px:g} to {x1 * px:g} um"
-        notes.add(f"region {number}", f"{count_text(region.pixels, 'pixel')}, {box}")
-    rest = found[len(listed) :]
+            box = f"y {y0 * py:g} to {(y0 + ny) * py:g} um, x {x0 * px:g} to {(x0 + nx) * px:g} um"
+        notes.add(f"region {region.number}", f"{count_text(region.pixels, 'pixel')}, {box}")
+    rest = found[MAX_LISTED:]
     if rest:
         notes.add("further regions", f"{len(rest):,}, {count_text(sum(r.pixels for r in rest), 'pixel')} in all")
+    specks = pixels - sum(region.pixels for region in found)
+    if specks:
+        notes.add("specks", f"{count_text(specks, 'pixel')} in no region")
 
 
 def count_text(number: int, what: str) -> str:

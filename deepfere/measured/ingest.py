@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from deepfere.errors import DeepfereError, InputError
 from deepfere.measured.peaks import PeakSpec, centroid_peaks, profile_peaks, sample_rows
 from deepfere.measured.raster import Raster, plan_raster
+from deepfere.measured.regions import choose_region
 from deepfere.measured.store import FACTORS, Measured, MeasuredWriter, refuse_occupied, spectrum_factors
 from deepfere.measured.windows import Windows
 from deepfere.readers.imzml import ImzmlIndex, read_arrays, read_flat, read_index
@@ -54,6 +55,7 @@ def ingest(
     progress: Callable[[int, int], None] | None = None,
     duplicates: str = "error",
     overwrite: bool = False,
+    region: int | str | None = None,
     storage_options: StorageOptions | None = None,
     codec: Codec = "zstd",
     index_cache: str | Path | None = None,
@@ -75,6 +77,7 @@ def ingest(
         progress: Called with (bands done, bands).
         duplicates: What to do where a pixel has several spectra: "error", "sum" or "mean".
         overwrite: Replace a finished store.
+        region: Which of several regions (see `deepfere.measured.regions`), or "all"; only its spectra are read.
         storage_options: For URLs.
         codec: How the ions are compressed: "zstd", or "blosc" (bits shuffled first).
         index_cache: Keeps the index for the next reading; see `read_index`.
@@ -83,7 +86,8 @@ def ingest(
         The finished store, opened.
 
     Raises:
-        InputError: See `read_index`; no pitch; fewer than four measured pixels; duplicate coordinates with
+        InputError: See `read_index`; several regions and none chosen; no pitch;
+            fewer than four measured pixels; duplicate coordinates with
             "error"; intensities that are not finite; every ion zero; nothing says whether spectra are
             centroids or profiles and it matters; the store exists.
 
@@ -95,6 +99,7 @@ def ingest(
     index = read_index(msi_path, cache=index_cache)
     refuse_occupied(out_path, overwrite, storage_options)
     pitch = _choose_pitch(index, pitch_um)
+    index, region = _choose_region(index, region)
     raster = plan_raster(index, duplicates)
     _give_back()
     if not (math.isfinite(tolerance_ppm) and 0 < tolerance_ppm < 1e5):
@@ -134,6 +139,7 @@ def ingest(
             **how,
             "tolerance_ppm": float(tolerance_ppm),
             "origin_px": list(raster.origin_px),
+            "region": region,
             "pitch_source": "given" if pitch_um is not None else "file",
             "mode": index.mode,
             "representation": kind,
@@ -190,10 +196,18 @@ def _choose_pitch(index: ImzmlIndex, given: float | tuple[float, float] | None) 
     return values[0], values[1]
 
 
+def _choose_region(index: ImzmlIndex, region: int | str | None) -> tuple[ImzmlIndex, int | str | None]:
+    """The index of the region's spectra alone, and what was chosen; "all" of one region is no choice."""
+    whole = plan_raster(index, "sum")
+    chosen = choose_region(whole.mask, region, whole.origin_px, index.path)
+    kept = np.flatnonzero(chosen[whole.row, whole.col])
+    return (index, region) if len(kept) == len(index) else (index.only(kept), region)
+
+
 def _check_axis(index: ImzmlIndex, axis: NDArray[np.float64], i: int) -> None:
     if len(axis) and not (np.isfinite(axis).all() and axis.min() > 0):
         raise InputError(
-            f"spectrum {i + 1} (x {index.x[i]}, y {index.y[i]}) has m/z that are not positive numbers",
+            f"spectrum {index.number(i)} (x {index.x[i]}, y {index.y[i]}) has m/z that are not positive numbers",
             where=index.ibd_path,
             remedy="export it again",
         )
@@ -213,7 +227,7 @@ def shared_axis(index: ImzmlIndex, ibd: IO[bytes]) -> NDArray[np.float64] | None
             for i, other in zip(part, read_arrays(index, ibd, part, "mz"), strict=True):
                 if not np.array_equal(axis, other):
                     raise InputError(
-                        f"says continuous, but spectrum {i + 1} has other m/z than the first",
+                        f"says continuous, but spectrum {index.number(i)} has other m/z than the first",
                         where=index.path,
                         remedy="export it as processed",
                     )

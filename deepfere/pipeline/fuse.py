@@ -23,7 +23,7 @@ from deepfere.readers.imzml import msi_digest
 from deepfere.readers.mis import MIS, read_mis, teaching_points_beside
 from deepfere.readers.slide import open_slide
 from deepfere.reconstruction.result import Result, open
-from deepfere.section import Section, make_section
+from deepfere.section import EACH, Section, make_section
 from deepfere.tiling.plan import check_range
 from deepfere.training.trainer import preflight
 
@@ -56,7 +56,7 @@ def input_digests(section: Section, config: Config) -> dict[str, str]:
 
 def identity_of(sections: list[Section], inputs: list[dict[str, str]], config: Config) -> str:
     """Hash of inputs and resolved settings: what makes a result what it is."""
-    stated = [[s.name, s.pitch_um, s.slide_mpp_um] for s in sections]
+    stated = [[s.name, s.pitch_um, s.slide_mpp_um, s.region] for s in sections]
     return digest([RESULT_FORMAT, stated, inputs, config.digest()])
 
 
@@ -132,6 +132,7 @@ def fuse(
     slide_mpp_um: Any = None,
     alignment: str | Path | None = None,
     landmarks: str | Path | None = None,
+    region: int | str | None = None,
     guide: bool | None = None,
     config: str | Path | Config | None = None,
     overrides: Iterable[str] = (),
@@ -155,6 +156,7 @@ def fuse(
         slide_mpp_um: Slide pixel size, where the file does not state it.
         alignment: Alignment JSON to use as it is.
         landmarks: Landmark CSV, or sequence file with teaching points (.mis), that fixes the affine.
+        region: Which of the measurement's regions, from 1, or "all"; None where there is only one.
         guide: False reconstructs without the stain: the baseline of everything.
         config: Settings file (YAML) or object; what else is given here wins over it.
         overrides: ``section.key=value`` strings.
@@ -195,7 +197,10 @@ def fuse(
         slide_mpp_um=slide_mpp_um,
         alignment=None if alignment is None else str(Path(alignment).resolve()),
         landmarks=None if landmarks is None else str(Path(landmarks).resolve()),
+        region=region,
     )
+    if section.region == EACH:
+        raise InputError("each region is a section of a study", where="region", remedy="give a number, or a study")
     if alignment is not None and landmarks is not None:
         raise InputError("both an alignment and landmarks are given", remedy="give one of them")
     section = with_teaching_points(section)

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from deepfere.alignment.bend import bend
 from deepfere.alignment.overview import MeasuredOverview, StainOverview
+from deepfere.alignment.placement import centred_alignment, describe
 from deepfere.alignment.refine import AFFINE_STAGES, refine
 from deepfere.alignment.score import slide_cover
-from deepfere.alignment.search import MIN_COVER, centred_alignment, describe, search
+from deepfere.alignment.search import MIN_COVER, search
 from deepfere.cluster import Journal, connect, run_rows
 from deepfere.config import Config, IngestSettings, digest
 from deepfere.errors import InputError
@@ -68,7 +69,7 @@ class Prepared:
 def ingest_stage(section: Section, inputs: dict[str, str], work: Workspace, config: Config, progress: Progress) -> None:
     """ImzML -> ``measured.zarr``."""
     folder = work.section(section.name)
-    depends = [inputs, config.ingest.model_dump(), section.pitch_um]
+    depends = [inputs, config.ingest.model_dump(), section.pitch_um, section.region]
     with work.stage("ingest", depends, section.name) as facts:
         if facts is None:
             return
@@ -90,6 +91,7 @@ def ingest_stage(section: Section, inputs: dict[str, str], work: Workspace, conf
                 duplicates=config.ingest.duplicates,
                 band_rows=config.ingest.band_rows,
                 index_cache=folder.root / "index.parquet",
+                region=section.region,
                 progress=lambda done, total: progress("ingest", done / max(total, 1)),
             )
         facts["warnings"] = sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
@@ -105,6 +107,7 @@ def _take_over(section: Section, folder: SectionFolder, settings: IngestSettings
     cube, plain = open_measured(section.msi), IngestSettings()
     given: dict[str, bool] = {
         "pitch-um": section.pitch_um is not None,
+        "region": section.region not in (None, cube.attrs.get("region")),
         "mz": settings.mz is not None and not _same_ions(cube, settings.mz),
         "tolerance-ppm": settings.tolerance_ppm not in (plain.tolerance_ppm, cube.tolerance_ppm),
         "representation": settings.representation not in (plain.representation, cube.attrs.get("representation")),

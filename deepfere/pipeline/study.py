@@ -13,6 +13,8 @@ from deepfere.cluster import one_thread
 from deepfere.config import Config, digest, load_config
 from deepfere.errors import DeepfereError, InputError
 from deepfere.frame import Alignment
+from deepfere.measured.raster import plan_raster
+from deepfere.measured.regions import find_regions
 from deepfere.model.network import network_from_config
 from deepfere.pipeline.deep import check_patches
 from deepfere.pipeline.fuse import (
@@ -25,12 +27,13 @@ from deepfere.pipeline.fuse import (
 )
 from deepfere.pipeline.given import GivenModel
 from deepfere.pipeline.learn import learn_stage, same_ions
-from deepfere.pipeline.prepare import Prepared, align_stage, ingest_stage, prepared, tile_stage
+from deepfere.pipeline.prepare import Prepared, align_stage, ingest_stage, is_ingested, prepared, tile_stage
 from deepfere.pipeline.track import tracked
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.pipeline.write import Outcome, claim_result, reconstruct_stage
+from deepfere.readers.imzml import read_index
 from deepfere.reconstruction.result import open
-from deepfere.section import Section, load_study
+from deepfere.section import EACH, Section, Study, load_study, validated
 from deepfere.tiling.plan import check_range
 
 STAGES = ("ingest", "align", "tile", "train", "reconstruct")
@@ -74,6 +77,34 @@ def given_model(uri: str, config: Config) -> tuple[GivenModel, dict[str, str]]:
     return model, {"name": loaded.name, "version": str(loaded.version)}
 
 
+def each_region(sections: list[Section], study: str | Path) -> list[Section]:
+    """The sections, those of ``region: each`` replaced by one for every region of their measurement.
+
+    Raises:
+        InputError: A measurement cannot be read, or is ingested already; a name comes twice.
+    """
+    out: list[Section] = []
+    for section in sections:
+        if section.region != EACH:
+            out.append(section)
+            continue
+        if is_ingested(section.msi):
+            raise InputError(
+                f"section {section.name}: {section.msi} is ingested: its region was settled then",
+                where=study,
+                remedy="leave region out, or give the imzML",
+            )
+        raster = plan_raster(read_index(section.msi), "sum")
+        _, regions = find_regions(raster.mask)
+        if len(regions) == 1:
+            out.append(section.model_copy(update={"region": None}))
+        else:
+            out += [
+                section.model_copy(update={"name": f"{section.name}-{r.number}", "region": r.number}) for r in regions
+            ]
+    return validated(Study, {"sections": out}, study).sections
+
+
 def run_stage(
     stage: str,
     study: str | Path,
@@ -113,7 +144,7 @@ def run_stage(
     check_patches(settings)
     if stage in ("align", "tile") and not settings.guide:
         raise InputError(f"{stage} needs the stain", where="--no-guide", remedy="leave it out")
-    sections = load_study(study).sections
+    sections = each_region(load_study(study).sections, study)
     if settings.guide:
         bare = [s.name for s in sections if s.slide is None]
         if bare:

@@ -10,7 +10,7 @@ import hashlib
 import math
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 from xml.parsers import expat
@@ -71,6 +71,7 @@ class ImzmlIndex:
         uuid: The file's identifier, 32 hexadecimal digits, or None.
         uuid_matches: Whether the .ibd begins with it; None where the file states none.
         stated_bytes: "mz" and "int" -> bytes of each array, where they do not follow from its length.
+        numbers: (N,) where these are not all spectra: their positions in the file.
     """
 
     path: Path
@@ -93,6 +94,7 @@ class ImzmlIndex:
     uuid: str | None
     uuid_matches: bool | None
     stated_bytes: dict[str, NDArray[np.int64]]
+    numbers: NDArray[np.int64] | None = None
 
     @property
     def mz_bytes(self) -> NDArray[np.int64]:
@@ -119,6 +121,17 @@ class ImzmlIndex:
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def only(self, rows: NDArray[np.int64]) -> ImzmlIndex:
+        """The index of some spectra (their positions here, rising), which keep their numbers in the file."""
+        columns = {name: getattr(self, name)[rows] for name in head.COLUMNS if not name.endswith("_bytes")}
+        stated = {kind: sizes[rows] for kind, sizes in self.stated_bytes.items()}
+        numbers = rows if self.numbers is None else self.numbers[rows]
+        return replace(self, **columns, stated_bytes=stated, numbers=numbers)
+
+    def number(self, i: int) -> int:
+        """The number of a spectrum in the file, from 1."""
+        return 1 + int(i if self.numbers is None else self.numbers[i])
 
 
 def read_index(path: str | Path, *, check_ibd: bool = True, cache: str | Path | None = None) -> ImzmlIndex:
@@ -468,13 +481,13 @@ def _decode(index: ImzmlIndex, kind: str, raw: memoryview, i: int) -> NDArray[An
             data = zlib.decompress(raw)
         except zlib.error as error:
             raise InputError(
-                f"the {kind} array of spectrum {i + 1} is not a valid zlib stream ({error})",
+                f"the {kind} array of spectrum {index.number(i)} is not a valid zlib stream ({error})",
                 where=index.ibd_path,
                 remedy="copy the .ibd again",
             ) from error
     if len(data) < length * dtype.itemsize:
         raise InputError(
-            f"the {kind} array of spectrum {i + 1} has {len(data)} bytes, not {length * dtype.itemsize}",
+            f"the {kind} array of spectrum {index.number(i)} has {len(data)} bytes, not {length * dtype.itemsize}",
             where=index.ibd_path,
             remedy="copy the .ibd again",
         )
