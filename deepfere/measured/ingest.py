@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import math
 import os
 import warnings
@@ -172,7 +173,8 @@ def _whole_or_not(path: str | Path, storage_options: StorageOptions | None) -> I
 
 
 def _give_back() -> None:
-    """Have the C library return freed memory to the system, where it can: it keeps most of what was ever needed."""
+    """Return freed memory to the system, where that can be: writing leaves cycles, the C library keeps heaps."""
+    gc.collect(1)
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
