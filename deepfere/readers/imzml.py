@@ -129,7 +129,7 @@ class ImzmlIndex:
         numbers = rows if self.numbers is None else self.numbers[rows]
         return replace(self, **columns, stated_bytes=stated, numbers=numbers)
 
-    def number(self, i: int) -> int:
+    def number(self, i: int | np.integer[Any]) -> int:
         """The number of a spectrum in the file, from 1."""
         return 1 + int(i if self.numbers is None else self.numbers[i])
 
