@@ -169,17 +169,22 @@ def starts(quick: bool) -> list[Row]:
 
 
 def small(quick: bool) -> list[Row]:
-    """Sections of a few hundred pixels."""
-    return placed("small", (24, 21), quick, False)
+    """Sections of a few hundred pixels, on their own slides and on others."""
+    return placed("small", (24, 21), quick, False) + strangers("small", (24, 21), quick)
 
 
 def foreign(quick: bool) -> list[Row]:
     """Every measurement on the next section's slide."""
+    return strangers("foreign", None, quick)
+
+
+def strangers(name: str, shape_px: tuple[int, int] | None, quick: bool) -> list[Row]:
+    """How many slides of another tissue are accepted."""
     count = QUICK_STARTS if quick else STARTS // 2
-    records = outcomes([Start(FIRST_SEED + n, FIRST_SEED + n + 1, None) for n in range(count)])
+    records = outcomes([Start(FIRST_SEED + n, FIRST_SEED + n + 1, shape_px) for n in range(count)])
     accepted = sum(r["outcome"] == "accepted" for r in records)
-    print(f"\nforeign: {count - accepted} of {count} refused")
-    return [Row.of(f"foreign: slides of another tissue accepted, of {count}", accepted, must="<= 0")]
+    print(f"\n{name}: {count - accepted} of {count} slides of another tissue refused")
+    return [Row.of(f"{name}: slides of another tissue accepted, of {count}", accepted, must="<= 0")]
 
 
 CASES = {"starts": starts, "small": small, "foreign": foreign}
