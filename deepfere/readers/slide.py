@@ -10,13 +10,14 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
 from deepfere.readers.digest import content_digest
+from deepfere.readers.ranges import is_url
 from deepfere.readers.slide_area import Axis, average
 
 MPP_RANGE_UM = (0.05, 100.0)
@@ -29,6 +30,7 @@ GIVE_MPP = "give --slide-mpp-um"
 READ_PIXELS = 1 << 24
 ANCHOR_SEARCH_PX = 64
 CELL_PX = 1024
+Backend = Literal["auto", "openslide", "tiff"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Slide(Protocol):
 
     Attributes:
         path: Where it is.
-        backend: "openslide" or "flat".
+        backend: "openslide", "tiff" or "flat": which reader it is.
         shape_px: Level-0 pixels (h, w).
         mpp_um: Micrometres per level-0 pixel (y, x).
         levels: The pyramid, level 0 first.
@@ -72,33 +74,51 @@ class Slide(Protocol):
         ...
 
 
-def open_slide(path: str | Path, mpp_um: float | tuple[float, float] | None = None) -> Slide:
+def open_slide(
+    path: str | Path, mpp_um: float | tuple[float, float] | None = None, backend: Backend = "auto"
+) -> Slide:
     """Open a slide or a plain picture.
 
-    OpenSlide reads what it knows. Plain TIFFs are read directly where OpenSlide cannot be exact (it ignores
-    the orientation tag, and places levels whose size is not a whole fraction of level 0 approximately), and
-    so are TIFFs that it does not know, PNG and JPEG.
+    OpenSlide knows the formats. Plain TIFFs are read directly where it cannot be exact (it ignores the
+    orientation tag, and places levels whose size is not a whole fraction of level 0 approximately), and so are
+    TIFFs that it does not know, PNG and JPEG. Tiled JPEG TIFFs, Aperio's among them, are read directly because
+    that is faster, where the pixels are the same (`deepfere.readers.slide_tiff.in_place_of`).
 
     Args:
-        path: The slide.
+        path: The slide; a URL is always read directly, by byte ranges.
         mpp_um: Micrometres per level-0 pixel, one value or (y, x); wins over what the file says.
+        backend: "auto" as above; "openslide" or "tiff" takes that reader and no other.
 
     Raises:
-        InputError: No reader takes the file; it is not an 8-bit RGB or grey picture; or nothing trustworthy
-            says how large a pixel is: no mpp, one outside 0.05-100 um, or a default for screens and printers
-            (72, 96, 100, 150, 200, 300 or 600 dpi).
+        InputError: No reader (not the one asked for) takes the file; it is not an 8-bit RGB or grey picture; or
+            nothing trustworthy says how large a pixel is: no mpp, one outside 0.05-100 um, or a default for
+            screens and printers (72, 96, 100, 150, 200, 300 or 600 dpi).
     """
     import openslide
 
-    from deepfere.readers import slide_flat
+    from deepfere.readers import slide_flat, slide_tiff
 
+    given = None if mpp_um is None else _given_mpp(mpp_um)
+    if is_url(path) and backend != "openslide":
+        return slide_tiff.open_tiff(str(path), given)
     path = Path(path)
     if not path.exists():
         raise InputError("does not exist", where=path, remedy="check the path")
-    given = None if mpp_um is None else _given_mpp(mpp_um)
+    if backend == "tiff":
+        return slide_tiff.open_tiff(path, given)
     detected = openslide.OpenSlide.detect_format(str(path))
+    if backend == "openslide":
+        return _through_openslide(path, given)
     if detected is None or (detected == "generic-tiff" and slide_flat.prefer_flat_tiff(path)):
-        return slide_flat.open_flat(path, given)
+        slide: Slide = slide_flat.open_flat(path, given)
+    else:
+        slide = _through_openslide(path, given)
+    return slide_tiff.in_place_of(slide) if detected in ("aperio", "generic-tiff") else slide
+
+
+def _through_openslide(path: Path, given: tuple[float, float] | None) -> OpenSlideSlide:
+    import openslide
+
     try:
         handle = openslide.OpenSlide(str(path))
     except openslide.OpenSlideError as error:
@@ -186,7 +206,7 @@ class OpenSlideSlide:
         self._handle.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_slide, (self.path, self.mpp_um)
+        return open_slide, (self.path, self.mpp_um, "openslide")
 
 
 def _anchor(start: int, downsample: float) -> int:
