@@ -55,7 +55,9 @@ def write_jpeg_tiff(path, image, kind="420", factors=(1, 2, 4), tile=64, mpp=0.5
                 tile=(tile, tile),
                 compression="jpeg",
                 compressionargs={"outcolorspace": "rgb"} if kind == "rgb" else None,
-                subsampling=None if kind == "rgb" else (int(4 / int(kind[1])) if kind != "420" else 2, 1 + (kind == "420")),
+                subsampling=None
+                if kind == "rgb"
+                else (int(4 / int(kind[1])) if kind != "420" else 2, 1 + (kind == "420")),
                 subfiletype=0 if f == 1 else 1,
                 resolution=(1e4 / (mpp * f), 1e4 / (mpp * f)),
                 resolutionunit="CENTIMETER",

@@ -30,7 +30,7 @@ GIVE_MPP = "give --slide-mpp-um"
 READ_PIXELS = 1 << 24
 ANCHOR_SEARCH_PX = 64
 CELL_PX = 1024
-Backend = Literal["auto", "openslide", "tiff"]
+Backend = Literal["auto", "openslide", "tiff", "flat"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Slide(Protocol):
     """
 
     path: str
-    backend: str
+    backend: Backend
     shape_px: tuple[int, int]
     mpp_um: tuple[float, float]
     levels: tuple[Level, ...]
@@ -74,9 +74,34 @@ class Slide(Protocol):
         ...
 
 
-def open_slide(
-    path: str | Path, mpp_um: float | tuple[float, float] | None = None, backend: Backend = "auto"
-) -> Slide:
+@dataclass(frozen=True)
+class Reading:
+    """How pixels of a wanted size are read from a slide, for the provenance.
+
+    Attributes:
+        backend: The reader.
+        level: Level that they are read from.
+        level_mpp_um: Its pixel size (y, x).
+        mpp_um: The pixel size (y, x) that is delivered, exactly.
+        scale: Pixels of the level per delivered pixel (y, x); (1, 1) is as stored.
+    """
+
+    backend: Backend
+    level: int
+    level_mpp_um: tuple[float, float]
+    mpp_um: tuple[float, float]
+    scale: tuple[float, float]
+
+    @classmethod
+    def of(cls, slide: Slide, mpp_um: tuple[float, float]) -> Reading:
+        """What `read_area` does for pixels of this size."""
+        level = adequate_level(slide, mpp_um)
+        down, own = slide.levels[level].downsample, slide.mpp_um
+        size = own[0] * down[0], own[1] * down[1]
+        return cls(slide.backend, level, size, mpp_um, (mpp_um[0] / size[0], mpp_um[1] / size[1]))
+
+
+def open_slide(path: str | Path, mpp_um: float | tuple[float, float] | None = None, backend: Backend = "auto") -> Slide:
     """Open a slide or a plain picture.
 
     OpenSlide knows the formats. Plain TIFFs are read directly where it cannot be exact (it ignores the
@@ -87,7 +112,7 @@ def open_slide(
     Args:
         path: The slide; a URL is always read directly, by byte ranges.
         mpp_um: Micrometres per level-0 pixel, one value or (y, x); wins over what the file says.
-        backend: "auto" as above; "openslide" or "tiff" takes that reader and no other.
+        backend: "auto" as above; "openslide", "tiff" or "flat" (plain pictures) takes that reader and no other.
 
     Raises:
         InputError: No reader (not the one asked for) takes the file; it is not an 8-bit RGB or grey picture; or
@@ -104,8 +129,8 @@ def open_slide(
     path = Path(path)
     if not path.exists():
         raise InputError("does not exist", where=path, remedy="check the path")
-    if backend == "tiff":
-        return slide_tiff.open_tiff(path, given)
+    if backend in ("tiff", "flat"):
+        return (slide_tiff.open_tiff if backend == "tiff" else slide_flat.open_flat)(path, given)
     detected = openslide.OpenSlide.detect_format(str(path))
     if backend == "openslide":
         return _through_openslide(path, given)
@@ -136,7 +161,7 @@ def _through_openslide(path: Path, given: tuple[float, float] | None) -> OpenSli
 class OpenSlideSlide:
     """A slide read through OpenSlide (thread-safe; opened again where it is unpickled)."""
 
-    backend = "openslide"
+    backend: Backend = "openslide"
 
     def __init__(self, path: Path, handle: Any, mpp_um: tuple[float, float]) -> None:
         import openslide

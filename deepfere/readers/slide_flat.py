@@ -16,6 +16,7 @@ from deepfere.errors import InputError
 from deepfere.readers.slide import (
     CACHE_BYTES,
     GIVE_MPP,
+    Backend,
     Level,
     on_background,
     open_slide,
@@ -51,7 +52,7 @@ class FlatSlide:
         close: Called once at the end.
     """
 
-    backend = "flat"
+    backend: Backend = "flat"
 
     def __init__(
         self,
@@ -103,7 +104,7 @@ class FlatSlide:
         self._close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_slide, (self.path, self.mpp_um)
+        return open_slide, (self.path, self.mpp_um, "flat")
 
 
 def prefer_flat_tiff(path: Path) -> bool:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from deepfere.errors import InputError
 from deepfere.readers.ranges import Ranges, is_url, open_ranges
-from deepfere.readers.slide import Level, Slide, open_slide, trusted_mpp, whole_downsample
+from deepfere.readers.slide import Backend, Level, Slide, open_slide, trusted_mpp, whole_downsample
 
 WHITE = np.array([255, 255, 255], dtype=np.uint8)
 CACHE_BYTES = 64 << 20
@@ -61,7 +61,7 @@ class TiffSlide:
         ranges: The file's bytes.
     """
 
-    backend = "tiff"
+    backend: Backend = "tiff"
 
     def __init__(self, path: str, mpp_um: tuple[float, float], tiled: list[TiledLevel], ranges: Ranges) -> None:
         self.path, self.mpp_um, self.background = path, mpp_um, WHITE
