@@ -55,9 +55,7 @@ def write_jpeg_tiff(path, image, kind="420", factors=(1, 2, 4), tile=64, mpp=0.5
                 tile=(tile, tile),
                 compression="jpeg",
                 compressionargs={"outcolorspace": "rgb"} if kind == "rgb" else None,
-                subsampling=None
-                if kind == "rgb"
-                else (int(4 / int(kind[1])) if kind != "420" else 2, 1 + (kind == "420")),
+                subsampling={"444": (1, 1), "422": (2, 1), "420": (2, 2)}.get(kind),
                 subfiletype=0 if f == 1 else 1,
                 resolution=(1e4 / (mpp * f), 1e4 / (mpp * f)),
                 resolutionunit="CENTIMETER",
@@ -192,7 +190,7 @@ def test_truncated_slide_names_the_first_tile_that_is_missing(tmp_path):
     path.write_bytes(path.read_bytes()[: last + 20])
     slide = open_slide(path, backend="tiff")
     np.testing.assert_array_equal(slide.read(0, 0, 0, 192, 256), want)
-    with pytest.raises(InputError, match="tile 3, 1 .*the file ends before it"):
+    with pytest.raises(InputError, match=r"tile 3, 1 .*the file ends before it"):
         slide.read(0, 192, 0, 64, 256)
 
 
@@ -207,8 +205,8 @@ def test_jpeg_damage_passes_what_is_whole():
 @pytest.mark.parametrize(
     ("write", "why"),
     [
-        (dict(compression="deflate"), "not JPEG"),
-        (dict(compression="jpeg", extratags=[(274, "H", 1, 6, True)]), "upright"),
+        ({"compression": "deflate"}, "not JPEG"),
+        ({"compression": "jpeg", "extratags": [(274, "H", 1, 6, True)]}, "upright"),
     ],
 )
 def test_what_is_left_to_other_readers(tmp_path, write, why):

@@ -282,7 +282,7 @@ def _given_mpp(mpp_um: float | tuple[float, float]) -> tuple[float, float]:
     return values[0], values[1]
 
 
-def trusted_mpp(stated: tuple[float | None, float | None], path: Path) -> tuple[float, float]:
+def trusted_mpp(stated: tuple[float | None, float | None], path: str | Path) -> tuple[float, float]:
     """The file's own mpp (y, x), refused where it is absent or cannot be meant.
 
     Raises:
