@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK_PIXELS = 1 << 15
+BLOCK_PIXELS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -129,18 +129,18 @@ def average(
             (a, b), (c, d) = ((int(k[0]), int(k[-1]) + 1) for k in inside)
             out[top + a : top + b, c:d] = block
             continue
-        # Rows first, then columns; float32 holds whole sums up to 2^24 exactly, so block means are exact.
+        # Rows first, then columns; float32 holds whole sums up to 2^24 exactly, so block means are exact. Between
+        # the two the channels stand apart: turning triples of values takes five times as long as turning single ones.
         flat = block.reshape(last - first, width * 3).astype(np.float32)
         partial = (rows @ flat).reshape(bottom - top, width, 3)
-        turned = np.ascontiguousarray(partial.transpose(1, 0, 2)).reshape(width, -1)
+        turned = np.ascontiguousarray(partial.transpose(1, 2, 0)).reshape(width, -1)
         mean = cols @ turned
         mean /= area
-        mean = mean.reshape(len(x.start), bottom - top, 3)
+        mean = mean.reshape(len(x.start), 3, bottom - top)
         if coverage is not None:
-            mean += (1 - coverage[top:bottom].T[..., None]) * background.astype(np.float32)
-        mean += np.float32(0.5)
-        np.clip(mean, 0, 255, out=mean)  # the cast rounds down
-        out[top:bottom] = mean.astype(np.uint8).transpose(1, 0, 2)
+            mean += (1 - coverage[top:bottom].T[:, None, :]) * background.astype(np.float32)[:, None]
+        mean += np.float32(0.5)  # the cast rounds down; weights add up to 1, so that it stays within 0 and 255
+        out[top:bottom] = mean.astype(np.uint8).transpose(2, 0, 1)
 
 
 def _is_copy(weights: Any) -> bool:
