@@ -7,8 +7,8 @@ pixel (r, c) has its centre at ``((r + 1/2) mpp_y, (c + 1/2) mpp_x)`` micrometre
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -40,10 +40,12 @@ class Level:
     Attributes:
         shape_px: Pixels (h, w).
         downsample: Level-0 pixels per pixel of this level, (y, x).
+        tile_px: Pixels (h, w) that the file stores as one piece.
     """
 
     shape_px: tuple[int, int]
     downsample: tuple[float, float]
+    tile_px: tuple[int, int] = field(default=(256, 256), compare=False)
 
 
 class Slide(Protocol):
@@ -141,6 +143,12 @@ def open_slide(path: str | Path, mpp_um: float | tuple[float, float] | None = No
     return slide_tiff.in_place_of(slide) if detected in ("aperio", "generic-tiff") else slide
 
 
+@lru_cache(maxsize=4)
+def opened(path: str, mpp_um: tuple[float, float], backend: Backend) -> Slide:
+    """`open_slide`, once per process: workers take up many pieces of the same few slides."""
+    return open_slide(path, mpp_um, backend)
+
+
 def _through_openslide(path: Path, given: tuple[float, float] | None) -> OpenSlideSlide:
     import openslide
 
@@ -173,8 +181,13 @@ class OpenSlideSlide:
         handle.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
         w0, h0 = handle.dimensions
         self.shape_px = (h0, w0)
+        stored = [
+            tuple(int(handle.properties.get(f"openslide.level[{k}].tile-{side}", 256)) for side in ("height", "width"))
+            for k in range(handle.level_count)
+        ]
         self.levels = tuple(
-            Level((h, w), (whole_downsample(h0, h), whole_downsample(w0, w))) for w, h in handle.level_dimensions
+            Level((h, w), (whole_downsample(h0, h), whole_downsample(w0, w)), (tile[0], tile[1]))
+            for (w, h), tile in zip(handle.level_dimensions, stored, strict=True)
         )
         colour = handle.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
         self.background = np.array([int(colour[k : k + 2], 16) for k in (0, 2, 4)], dtype=np.uint8)

@@ -49,13 +49,11 @@ class Axis:
             size: Pixels of the level.
             full: Pixels of level 0.
         """
-        # The corner is snapped to 2^-24 of an output pixel and edges to 2^-20 of a source pixel, so that
-        # rounding in the caller's micrometres cannot make neighbours differ.
-        ratio = wanted_um / (mpp_um * downsample)
-        if abs(ratio - round(ratio)) < 1e-9 * ratio:
-            ratio = float(round(ratio))
+        # The corner is snapped to 2^-24 of an output pixel, so that rounding in the caller's micrometres cannot
+        # make neighbours differ.
+        ratio = source_per_output(wanted_um, mpp_um * downsample)
         corner = round(origin_um / wanted_um * 2**24) / 2**24
-        edges = np.rint((corner + np.arange(count + 1)) * ratio * 2**20) / 2**20
+        edges = snapped(corner + np.arange(count + 1), ratio)
         # A level's last pixel is taken to reach the end of level 0, whichever way its size was rounded.
         last = full / downsample
         inner = np.clip(edges, 0.0, last)
@@ -90,6 +88,17 @@ class Axis:
         columns = (source - first).astype(np.int32)
         matrix = sparse.csr_array((overlap.astype(np.float32), columns, indptr), shape=(end - begin, last - first))
         return matrix, first, last
+
+
+def source_per_output(wanted_um: float, level_um: float) -> float:
+    """Pixels of a level per wanted pixel; whole where it is whole but for rounding."""
+    ratio = wanted_um / level_um
+    return float(round(ratio)) if abs(ratio - round(ratio)) < 1e-9 * ratio else ratio
+
+
+def snapped(position: Any, ratio: float) -> NDArray[np.float64]:
+    """Positions in output pixels as positions in source pixels, to 2^-20 of one: the same in every window."""
+    return np.rint(np.asarray(position, np.float64) * ratio * 2**20) / 2**20
 
 
 def average(

@@ -22,7 +22,7 @@ from deepfere.readers.ranges import Ranges, is_url, open_ranges
 from deepfere.readers.slide import Backend, Level, Slide, open_slide, trusted_mpp, whole_downsample
 
 WHITE = np.array([255, 255, 255], dtype=np.uint8)
-CACHE_BYTES = 64 << 20
+CACHE_BYTES = 32 << 20
 COLOURS = {2: "rgb", 6: "ycbcr"}
 FOREIGN = ("SCN", "Philips", "iScan", "Trestle", "DICOM")
 
@@ -51,7 +51,7 @@ class TiledLevel:
 class TiffSlide:
     """A slide of JPEG tiles (thread-safe; opened again where it is unpickled).
 
-    Native tiles that a window used in part are kept, up to 64 MiB per slide: its neighbours need them. Those that
+    Native tiles that a window used in part are kept, up to 32 MiB per slide: its neighbours need them. Those that
     it used whole are not, so that memory does not grow with the slide.
 
     Args:
@@ -69,7 +69,8 @@ class TiffSlide:
         self.shape_px = tiled[0].shape_px
         h0, w0 = self.shape_px
         self.levels = tuple(
-            Level((h, w), (whole_downsample(h0, h), whole_downsample(w0, w))) for h, w in (t.shape_px for t in tiled)
+            Level(t.shape_px, (whole_downsample(h0, t.shape_px[0]), whole_downsample(w0, t.shape_px[1])), t.tile_px)
+            for t in tiled
         )
         self.decoded = 0
         """Native tiles decoded so far."""
@@ -86,7 +87,7 @@ class TiffSlide:
         height: int,
         width: int,
         out: NDArray[np.uint8] | None = None,
-        keep: NDArray[np.bool_] | None = None,
+        use: NDArray[np.uint8] | None = None,
     ) -> NDArray[np.uint8]:
         """See `deepfere.readers.slide.Slide.read`.
 
@@ -97,8 +98,9 @@ class TiffSlide:
             height: Rows.
             width: Columns.
             out: (height, width, 3) to write into; None makes one.
-            keep: For each native tile of the window (rows, columns), whether it will be wanted again; None
-                keeps those that the window uses in part.
+            use: For each native tile of the window (rows, columns): 0 leaves it out (its pixels in ``out`` stay as
+                they are), 1 wants it, 2 wants it now and again later. None wants all, and again those that
+                the window uses in part.
 
         Raises:
             InputError: A native tile is damaged or lies beyond the end of the file; names it.
@@ -113,7 +115,7 @@ class TiffSlide:
         if top >= bottom or left >= right:
             return out
         r0, r1, c0, c1 = top // th, -(-bottom // th), left // tw, -(-right // tw)
-        places = [(r, c) for r in range(r0, r1) for c in range(c0, c1)]
+        places = [(r, c) for r in range(r0, r1) for c in range(c0, c1) if use is None or use[r - r0, c - c0] > 0]
         with self._lock:
             found = {p: self._kept.get((level, *p)) for p in places}
         data = self._fetch(level, [p for p in places if found[p] is None])
@@ -122,10 +124,10 @@ class TiffSlide:
             a, b, d, e = max(top, y), min(bottom, y + th), max(left, x), min(right, x + tw)
             into = out[a - row : b - row, d - col : e - col]
             tile = found[r, c]
-            if keep is None:
+            if use is None:
                 again = (b - a, e - d) != (min(th, h - y), min(tw, w - x))
             else:
-                again = bool(keep[r - r0, c - c0])
+                again = use[r - r0, c - c0] > 1
             if tile is None:
                 # Straight into its place where that is one whole tile in one piece; else through a buffer.
                 straight = into.shape[:2] == (th, tw) and into.flags.c_contiguous and not again
