@@ -137,20 +137,38 @@ def test_tissue_is_found_and_glass_left_out(tmp_path):
     assert inside.mean() > 0.95 and len(plan) >= 25 and len(plan) < plan.candidates / 2
 
 
+@pytest.mark.ray
+def test_ray_rows_are_the_tiles(tmp_path, monkeypatch):
+    import ray
+
+    import deepfere.tiling.tile_source as source
+    from deepfere.cluster import connect
+    from deepfere.config import RaySettings
+
+    path = write_jpeg_tiff(tmp_path / "s.tif", picture(512, 640))
+    plan = plan_tiles(open_slide(path), TileSpec(64, 0.6))
+    want, _ = read_all(plan, open_slide(path))
+    damage(path, 0, "head")
+    monkeypatch.setattr(source, "group_tiles", lambda plan: group_tiles(plan, side_px=128))
+    tasks = source.SlideTiles([plan]).get_read_tasks(3)
+    assert len(tasks) == 3 and sum(task.metadata.num_rows for task in tasks) == len(plan)
+    connect(RaySettings(num_cpus=1))
+    rows = ray.data.read_datasource(source.SlideTiles([plan]), override_num_blocks=3).take_all()
+    assert sorted(row["tile"] for row in rows) == list(range(len(plan)))
+    for row in rows:
+        assert (row["row_px"], row["col_px"]) == tuple(plan.corner_px[row["tile"]])
+        assert (row["error"] is None) == (row["tile"] != 0) and row["slide"] == str(path)
+        np.testing.assert_array_equal(row["pixels"], want[row["tile"]] if row["error"] is None else 255)
+
+
 def test_refused(slide_path):
     slide = open_slide(slide_path)
     with pytest.raises(InputError, match=r"its pixels are 0\.5 um, tiles of 0\.4 um"):
         plan_tiles(slide, TileSpec(64, 0.4))
-    for bad in (
-        {"tile_px": 0},
-        {"mpp_um": -1.0},
-        {"stride_px": 0},
-        {"tissue": 1.5},
-        {"offset_px": (-1, 0)},
-        {"mpp_um": float("nan")},
-    ):
+    wrong = [("tile_px", 0), ("mpp_um", -1.0), ("mpp_um", np.nan), ("stride_px", 0), ("tissue", 1.5)]
+    for name, value in [*wrong, ("offset_px", (-1, 0))]:
         with pytest.raises(InputError, match="no tiling"):
-            TileSpec(**{"tile_px": 64, "mpp_um": 0.5} | bad)
+            TileSpec(**{"tile_px": 64, "mpp_um": 0.5} | {name: value})
 
 
 def test_the_plan_says_what_is_read(slide_path):

@@ -5,7 +5,7 @@ The grid lies in output pixels from the slide's origin, so that a tile is the sa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -136,6 +136,11 @@ class TilePlan:
         th, tw = self.native_px
         r0, r1, c0, c1 = self.window_px.T
         return np.stack([r0 // th, -(-r1 // th), c0 // tw, -(-c1 // tw)], axis=1)
+
+    def take(self, tiles: NDArray[np.int64]) -> TilePlan:
+        """Some of the tiles, for one of several readers."""
+        names = ("corner_px", "window_px", "valid_px", "tissue")
+        return replace(self, **{name: getattr(self, name)[tiles] for name in names})
 
     def distinct(self) -> int:
         """Native tiles that the tiles touch, each counted once."""

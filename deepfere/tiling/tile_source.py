@@ -1,0 +1,101 @@
+"""Ray Data adapter of the tiles: many read tasks a slide, fixed-shape tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from ray.data.block import Block, BlockAccessor, BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from deepfere.tiling.groups import TileReader, group_tiles
+from deepfere.tiling.tiles import TilePlan
+
+TASK_BYTES = 128 << 20
+"""Output of a read task, about: enough to pay for starting it, little enough to spread one slide over a cluster."""
+
+
+class SlideTiles(Datasource):
+    """Tiles of slides as rows: ``ray.data.read_datasource(SlideTiles(plans))``.
+
+    Columns: ``slide`` (path), ``tile`` (number in its plan), ``row_px`` and ``col_px`` (corner, output pixels),
+    ``y_um`` and ``x_um`` (the same, slide micrometres), ``tissue`` (share), ``valid_h`` and ``valid_w`` (pixels
+    that the slide reaches), ``error`` (None, or what is wrong; the tile is background then) and ``pixels``
+    (side, side, 3) uint8. A block is one read group.
+
+    Args:
+        plans: Tiles of each slide, all of one side.
+
+    Raises:
+        ValueError: Their sides differ.
+    """
+
+    def __init__(self, plans: Sequence[TilePlan]) -> None:
+        super().__init__()
+        if len({plan.spec.tile_px for plan in plans}) > 1:
+            raise ValueError("tiles of one dataset have one side")
+        self._plans = list(plans)
+
+    def estimate_inmemory_data_size(self) -> int:
+        """Bytes of all tiles: exact, as shapes are fixed."""
+        return sum(len(plan) * _tile_bytes(plan) for plan in self._plans)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """Read tasks of about 128 MiB, more if so many are asked for; each a run of neighbouring groups."""
+        total = max(1, self.estimate_inmemory_data_size())
+        tasks = []
+        for plan in self._plans:
+            groups = group_tiles(plan)
+            size = len(plan) * _tile_bytes(plan)
+            wanted = max(1, round(size / TASK_BYTES), round(parallelism * size / total))
+            for part in np.array_split(np.arange(len(groups)), min(wanted, len(groups))) if groups else ():
+                tiles = np.concatenate([groups[k].tiles for k in part])
+                metadata = BlockMetadata(
+                    num_rows=len(tiles),
+                    size_bytes=len(tiles) * _tile_bytes(plan),
+                    input_files=(plan.path,),
+                    exec_stats=None,
+                )
+                task = partial(read_tiles, plan.take(tiles), tiles)
+                tasks.append(ReadTask(task, metadata, per_task_row_limit=per_task_row_limit))
+        return tasks
+
+
+def _tile_bytes(plan: TilePlan) -> int:
+    return plan.spec.tile_px**2 * 3
+
+
+def read_tiles(plan: TilePlan, numbers: NDArray[np.int64]) -> Iterator[Block]:
+    """Blocks of a plan's tiles, whose numbers in the whole plan are ``numbers``, one per read group."""
+    reader = TileReader(plan)
+    for group in group_tiles(plan):
+        pixels, errors = reader.read(group)
+        yield BlockAccessor.batch_to_block(_columns(plan, numbers, group.tiles, pixels, errors))
+
+
+def _columns(
+    plan: TilePlan,
+    numbers: NDArray[np.int64],
+    tiles: NDArray[np.int64],
+    pixels: NDArray[np.uint8],
+    errors: Iterable[str | None],
+) -> dict[str, Any]:
+    corner, valid = plan.corner_px[tiles], plan.valid_px[tiles]
+    return {
+        "slide": np.full(len(tiles), plan.path, object),
+        "tile": numbers[tiles],
+        "row_px": corner[:, 0],
+        "col_px": corner[:, 1],
+        "y_um": corner[:, 0] * plan.spec.mpp_um,
+        "x_um": corner[:, 1] * plan.spec.mpp_um,
+        "tissue": plan.tissue[tiles],
+        "valid_h": valid[:, 0],
+        "valid_w": valid[:, 1],
+        "error": np.array(list(errors), object),
+        "pixels": pixels,
+    }
