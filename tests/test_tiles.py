@@ -138,12 +138,10 @@ def test_tissue_is_found_and_glass_left_out(tmp_path):
 
 
 @pytest.mark.ray
-def test_ray_rows_are_the_tiles(tmp_path, monkeypatch):
+def test_ray_rows_are_the_tiles(tmp_path, monkeypatch, ray_session):
     import ray
 
     import deepfere.tiling.tile_source as source
-    from deepfere.cluster import connect
-    from deepfere.config import RaySettings
 
     path = write_jpeg_tiff(tmp_path / "s.tif", picture(512, 640))
     plan = plan_tiles(open_slide(path), TileSpec(64, 0.6))
@@ -152,7 +150,6 @@ def test_ray_rows_are_the_tiles(tmp_path, monkeypatch):
     monkeypatch.setattr(source, "group_tiles", lambda plan: group_tiles(plan, side_px=128))
     tasks = source.SlideTiles([plan]).get_read_tasks(3)
     assert len(tasks) == 3 and sum(task.metadata.num_rows for task in tasks) == len(plan)
-    connect(RaySettings(num_cpus=1))
     rows = ray.data.read_datasource(source.SlideTiles([plan]), override_num_blocks=3).take_all()
     assert sorted(row["tile"] for row in rows) == list(range(len(plan)))
     for row in rows:
