@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,28 +116,66 @@ class TiffSlide:
         if top >= bottom or left >= right:
             return out
         r0, r1, c0, c1 = top // th, -(-bottom // th), left // tw, -(-right // tw)
-        places = [(r, c) for r in range(r0, r1) for c in range(c0, c1) if use is None or use[r - r0, c - c0] > 0]
-        with self._lock:
-            found = {p: self._kept.get((level, *p)) for p in places}
-        data = self._fetch(level, [p for p in places if found[p] is None])
-        for r, c in places:
+        if use is None:
+            whole = [
+                (np.arange(a, b) * n >= first) & (np.minimum(np.arange(a + 1, b + 1) * n, size) <= last)
+                for a, b, n, first, last, size in ((r0, r1, th, top, bottom, h), (c0, c1, tw, left, right, w))
+            ]
+            use = np.where(np.logical_and.outer(*whole), 1, 2).astype(np.uint8)
+
+        def place(r: int, c: int) -> tuple[NDArray[np.uint8], tuple[slice, slice]]:
             y, x = r * th, c * tw
             a, b, d, e = max(top, y), min(bottom, y + th), max(left, x), min(right, x + tw)
-            into = out[a - row : b - row, d - col : e - col]
-            tile = found[r, c]
-            if use is None:
-                again = (b - a, e - d) != (min(th, h - y), min(tw, w - x))
-            else:
-                again = use[r - r0, c - c0] > 1
-            if tile is None:
-                # Straight into its place where that is one whole tile in one piece; else through a buffer.
-                straight = into.shape[:2] == (th, tw) and into.flags.c_contiguous and not again
-                target = into if straight else self._buffer(th, tw, again)
-                tile = self._decode(level, r, c, data[r, c], target)
-            if tile is not into:
-                into[:] = tile[a - y : b - y, d - x : e - x]
-            self._remember((level, r, c), tile, again)
+            return out[a - row : b - row, d - col : e - col], (slice(a - y, b - y), slice(d - x, e - x))
+
+        for r, c, tile in self.native_tiles(level, r0, c0, use, lambda r, c: place(r, c)[0]):
+            into, part = place(r, c)
+            if tile is not None:
+                into[:] = tile[part]
         return out
+
+    def native_tiles(
+        self,
+        level: int,
+        first_row: int,
+        first_col: int,
+        use: NDArray[np.uint8],
+        straight: Callable[[int, int], NDArray[np.uint8] | None],
+    ) -> Iterator[tuple[int, int, NDArray[np.uint8] | None]]:
+        """Decoded native tiles, one after the other, still in the processor's cache.
+
+        Args:
+            level: Level.
+            first_row: Row of native tiles that ``use`` begins with.
+            first_col: Column of native tiles that it begins with.
+            use: As for `read`.
+            straight: Where a tile (row, column) is wanted; decoded there at once if that is one whole tile in
+                one piece.
+
+        Yields:
+            Row and column of a native tile, and its pixels, valid until the next one; None if they are where they
+            are wanted already.
+
+        Raises:
+            InputError: See `read`.
+        """
+        th, tw = self.tiled[level].tile_px
+        flags = {(first_row + int(r), first_col + int(c)): int(use[r, c]) for r, c in np.argwhere(use)}
+        with self._lock:
+            found = {p: self._kept.get((level, *p)) for p in flags}
+        data = self._fetch(level, [p for p, tile in found.items() if tile is None])
+        for (r, c), flag in flags.items():
+            tile = found[r, c]
+            if tile is None and flag == 1:
+                into = straight(r, c)
+                if into is not None and into.shape == (th, tw, 3) and into.flags.c_contiguous:
+                    self._decode(level, r, c, data[r, c], into)
+                    yield r, c, None
+                    continue
+            if tile is None:
+                tile = self._decode(level, r, c, data[r, c], self._buffer(th, tw, fresh=flag > 1))
+            self._remember((level, r, c), tile, flag > 1)
+            yield r, c, tile
 
     def _fetch(self, level: int, places: list[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
         plane = self.tiled[level]

@@ -89,6 +89,7 @@ class TileReader:
         # Where output pixels are pixels of the level, up to its very end, tiles are cut out as they are.
         whole = all(n * d == full for n, d, full in zip(*self._sizes(), strict=True))
         self._copies = whole and all(self._axis(k, 0, 1).ratio == 1 for k in (0, 1))
+        self._native = plan.native
         self._band, self._made = np.empty(0, np.uint8), np.empty(0, np.uint8)
 
     def read(self, group: Group, out: NDArray[np.uint8] | None = None) -> tuple[NDArray[np.uint8], list[str | None]]:
@@ -109,7 +110,10 @@ class TileReader:
         # Of a group with many gaps, a reader that cannot leave native tiles out is asked tile by tile.
         if isinstance(self.slide, TiffSlide) or _is_dense(group):
             try:
-                self._cut(group, self._source(group.window_px, group.use), out)
+                if self._copies and isinstance(self.slide, TiffSlide):
+                    self._scatter(self.slide, group, out)
+                else:
+                    self._cut(group, self._source(group.window_px, group.use), out)
                 return out, errors
             except InputError:
                 pass  # which tiles it costs shows when they are read one by one
@@ -121,6 +125,33 @@ class TileReader:
             except InputError as error:
                 out[k], errors[k] = self.slide.background, str(error)
         return out, errors
+
+    def _scatter(self, slide: TiffSlide, group: Group, out: NDArray[np.uint8]) -> None:
+        """Every native tile into all tiles that it touches, as soon as it is decoded."""
+        (th, tw), side = self.plan.native_px, self.plan.spec.tile_px
+        corners, valid = (k[group.tiles].tolist() for k in (self.plan.corner_px, self.plan.valid_px))
+        touching: dict[tuple[int, int], list[int]] = {}
+        for k, (a, b, d, e) in enumerate(self._native[group.tiles].tolist()):
+            if valid[k] != [side, side]:
+                out[k] = slide.background
+            for r in range(a, b):
+                for c in range(d, e):
+                    touching.setdefault((r, c), []).append(k)
+
+        def straight(r: int, c: int) -> NDArray[np.uint8] | None:
+            k, *more = touching[r, c]
+            alone = not more and corners[k] == [r * th, c * tw] and valid[k] == [side, side]
+            return out[k] if alone and th == tw == side else None
+
+        r0, c0 = group.window_px[0] // th, group.window_px[2] // tw
+        for r, c, tile in slide.native_tiles(self.plan.reading.level, r0, c0, group.use, straight):
+            if tile is None:
+                continue
+            y, x = r * th, c * tw
+            for k in touching[r, c]:
+                (row, col), (h, w) = corners[k], valid[k]
+                a, b, d, e = max(y, row), min(y + th, row + h), max(x, col), min(x + tw, col + w)
+                out[k, a - row : b - row, d - col : e - col] = tile[a - y : b - y, d - x : e - x]
 
     def _source(self, window: tuple[int, int, int, int], use: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
         """Level pixels of a window; what ``use`` leaves out is whatever was there before."""
