@@ -20,12 +20,12 @@ def slide_path(tmp_path_factory):
     return write_jpeg_tiff(tmp_path_factory.mktemp("tiles") / "s.tif", picture(700, 900))
 
 
-def read_all(plan, slide, side_px=256):
+def read_all(plan, slide, block_px=(256, 256)):
     reader = TileReader(plan, slide)
     out = np.empty((len(plan), plan.spec.tile_px, plan.spec.tile_px, 3), np.uint8)
     errors = [None] * len(plan)
     seen = np.zeros(len(plan), int)
-    for group in group_tiles(plan, side_px=side_px):
+    for group in group_tiles(plan, block_px=block_px):
         pixels, wrong = reader.read(group)
         out[group.tiles] = pixels
         seen[group.tiles] += 1
@@ -55,7 +55,7 @@ def test_tiles_are_the_exact_area_reading_whatever_they_are_grouped_with(slide_p
     plan = plan_tiles(slide, spec)
     got, errors = read_all(plan, slide)
     assert not any(errors) and len(plan) == plan.candidates
-    small, _ = read_all(plan, slide, side_px=64)
+    small, _ = read_all(plan, slide, block_px=(64, 64))
     np.testing.assert_array_equal(got, small)
     for tile, corner, valid in zip(got, plan.corner_px, plan.valid_px, strict=True):
         side = (spec.tile_px, spec.tile_px)
@@ -89,7 +89,7 @@ def test_every_native_tile_is_decoded_once_and_no_other(slide_path, spec, share)
     part = np.flatnonzero(np.arange(len(plan)) % 3 == 0)
     before = slide.decoded
     reader = TileReader(plan, slide)
-    for group in group_tiles(plan, part, side_px=128):
+    for group in group_tiles(plan, part, block_px=(64, 256)):
         reader.read(group)
     touched = {(r, c) for a, b, d, e in plan.native[part] for r in range(a, b) for c in range(d, e)}
     assert slide.decoded - before == len(touched)
@@ -147,7 +147,7 @@ def test_ray_rows_are_the_tiles(tmp_path, monkeypatch, ray_session):
     plan = plan_tiles(open_slide(path), TileSpec(64, 0.6))
     want, _ = read_all(plan, open_slide(path))
     damage(path, 0, "head")
-    monkeypatch.setattr(source, "group_tiles", lambda plan: group_tiles(plan, side_px=128))
+    monkeypatch.setattr(source, "group_tiles", lambda plan: group_tiles(plan, block_px=(64, 256)))
     tasks = source.SlideTiles([plan]).get_read_tasks(3)
     assert len(tasks) == 3 and sum(task.metadata.num_rows for task in tasks) == len(plan)
     rows = ray.data.read_datasource(source.SlideTiles([plan]), override_num_blocks=3).take_all()

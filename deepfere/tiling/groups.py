@@ -13,7 +13,10 @@ from deepfere.readers.slide_area import Axis, average
 from deepfere.readers.slide_tiff import TiffSlide
 from deepfere.tiling.tiles import TilePlan
 
-GROUP_PX = 2048
+BLOCK_PX = (512, 2048)
+"""Rows and columns of a block, level pixels. Low: its tiles stay in the processor's cache. Wide: few native tiles lie
+between two strips, where what is kept may have to make room before it is used again."""
+
 DENSE = 0.5
 _ONE = np.ones((1, 1), np.uint8)
 
@@ -34,7 +37,9 @@ class Group:
     use: NDArray[np.uint8]
 
 
-def group_tiles(plan: TilePlan, tiles: NDArray[np.int64] | None = None, side_px: int = GROUP_PX) -> list[Group]:
+def group_tiles(
+    plan: TilePlan, tiles: NDArray[np.int64] | None = None, block_px: tuple[int, int] = BLOCK_PX
+) -> list[Group]:
     """Groups of a plan's tiles, in the order in which one reader is to read them.
 
     Blocks are whole native tiles. They follow each other down one strip of the slide and up the next, so that
@@ -43,13 +48,13 @@ def group_tiles(plan: TilePlan, tiles: NDArray[np.int64] | None = None, side_px:
     Args:
         plan: The tiles.
         tiles: Their numbers, where one reader takes only some; None takes all.
-        side_px: Side of a block, level pixels; rounded to native tiles.
+        block_px: Rows and columns of a block, level pixels; rounded to native tiles.
     """
     numbers = np.arange(len(plan)) if tiles is None else np.asarray(tiles, np.int64)
     if not len(numbers):
         return []
     native = plan.native[numbers]
-    blocks = [max(1, side_px // n) for n in plan.native_px]
+    blocks = [max(1, wanted // n) for wanted, n in zip(block_px, plan.native_px, strict=True)]
     row, strip = native[:, 0] // blocks[0], native[:, 2] // blocks[1]
     turn = np.where(strip % 2 == 0, row, -row)
     order = np.lexsort((turn, strip))
