@@ -139,8 +139,6 @@ def test_tissue_is_found_and_glass_left_out(tmp_path):
 
 @pytest.mark.ray
 def test_ray_rows_are_the_tiles(tmp_path, monkeypatch, ray_session):
-    import ray
-
     import deepfere.tiling.tile_source as source
 
     path = write_jpeg_tiff(tmp_path / "s.tif", picture(512, 640))
@@ -150,7 +148,7 @@ def test_ray_rows_are_the_tiles(tmp_path, monkeypatch, ray_session):
     monkeypatch.setattr(source, "group_tiles", lambda plan: group_tiles(plan, block_px=(64, 256)))
     tasks = source.SlideTiles([plan]).get_read_tasks(3)
     assert len(tasks) == 3 and sum(task.metadata.num_rows for task in tasks) == len(plan)
-    rows = ray.data.read_datasource(source.SlideTiles([plan]), override_num_blocks=3).take_all()
+    rows = source.tile_dataset([plan], tasks=3).take_all()
     assert sorted(row["tile"] for row in rows) == list(range(len(plan)))
     for row in rows:
         assert (row["row_px"], row["col_px"]) == tuple(plan.corner_px[row["tile"]])

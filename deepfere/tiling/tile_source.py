@@ -19,7 +19,7 @@ TASK_BYTES = 128 << 20
 
 
 class SlideTiles(Datasource):
-    """Tiles of slides as rows: ``ray.data.read_datasource(SlideTiles(plans))``.
+    """Tiles of slides as rows (`tile_dataset` reads them).
 
     Columns: ``slide`` (path), ``tile`` (number in its plan), ``row_px`` and ``col_px`` (corner, output pixels),
     ``y_um`` and ``x_um`` (the same, slide micrometres), ``tissue`` (share), ``valid_h`` and ``valid_w`` (pixels
@@ -64,6 +64,21 @@ class SlideTiles(Datasource):
                 task = partial(read_tiles, plan.take(tiles), tiles)
                 tasks.append(ReadTask(task, metadata, per_task_row_limit=per_task_row_limit))
         return tasks
+
+
+def tile_dataset(plans: Sequence[TilePlan], tasks: int = 1, **options: Any) -> Any:
+    """A Ray Dataset of tiles, whose reading fuses with the map that follows it.
+
+    Args:
+        plans: Tiles of each slide, all of one side.
+        tasks: At least so many read tasks, for a cluster of more CPUs than there are 128 MiB of tiles.
+        **options: For ``ray.data.read_datasource``: ``num_cpus``, ``memory``, ``ray_remote_args``, ...
+    """
+    import ray
+
+    source = SlideTiles(plans)
+    # Ray splits the blocks of a source that has fewer tasks than it asks for, and then fuses nothing.
+    return ray.data.read_datasource(source, override_num_blocks=len(source.get_read_tasks(tasks)) or None, **options)
 
 
 def _tile_bytes(plan: TilePlan) -> int:
