@@ -11,9 +11,9 @@ import pytest
 import tifffile
 
 from deepfere.errors import InputError
+from deepfere.readers.jpeg import jpeg_damage
 from deepfere.readers.ranges import LocalRanges, coalesced, is_url
 from deepfere.readers.slide import open_slide, read_area
-from deepfere.readers.slide_tiff import jpeg_damage
 
 from .realdata import real_data
 
