@@ -178,7 +178,8 @@ class OpenSlideSlide:
         self.mpp_um = mpp_um
         self._handle = handle
         # The default cache of 32 MiB does not hold one row of tiles of a large slide.
-        handle.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
+        self._cache = openslide.OpenSlideCache(CACHE_BYTES)
+        handle.set_cache(self._cache)
         w0, h0 = handle.dimensions
         self.shape_px = (h0, w0)
         stored = [
@@ -231,6 +232,9 @@ class OpenSlideSlide:
         try:
             region = self._handle.read_region(location, level, (right - col, bottom - row))
         except openslide.OpenSlideError as error:
+            # After an error OpenSlide refuses everything: what else the slide holds is read through a new handle.
+            self._handle = openslide.OpenSlide(self.path)
+            self._handle.set_cache(self._cache)
             raise InputError(
                 f"level {level} cannot be decoded at row {top}, column {left} ({error})",
                 where=self.path,
