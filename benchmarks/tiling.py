@@ -29,6 +29,7 @@ from common import Row, chosen, finish, machine, measured, parser, table
 from numpy.typing import NDArray
 from tiling_slide import MPP_UM, TILE, different_tiles, write_slide
 
+from deepfere.readers.jpeg import pixel_memory
 from deepfere.readers.slide import open_slide
 from deepfere.tiling.groups import TileReader, group_tiles
 from deepfere.tiling.tiles import TileSpec, plan_tiles
@@ -60,7 +61,7 @@ def now() -> NDArray[np.float64]:
 
 def ceiling(jpegs: list[bytes]) -> NDArray[np.float64]:
     """Seconds (processor, wall) to decode tiles that are in memory, one thread, into one buffer."""
-    buffer = np.empty((TILE, TILE, 3), np.uint8)
+    buffer = pixel_memory(TILE, TILE)
     started = now()
     for data in jpegs:
         imagecodecs.jpeg8_decode(data, colorspace="ycbcr", outcolorspace="rgb", out=buffer)

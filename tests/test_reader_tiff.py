@@ -11,7 +11,7 @@ import pytest
 import tifffile
 
 from deepfere.errors import InputError
-from deepfere.readers.jpeg import jpeg_damage
+from deepfere.readers.jpeg import jpeg_damage, pixel_memory
 from deepfere.readers.ranges import LocalRanges, coalesced, is_url
 from deepfere.readers.slide import open_slide, read_area
 
@@ -192,6 +192,12 @@ def test_truncated_slide_names_the_first_tile_that_is_missing(tmp_path):
     np.testing.assert_array_equal(slide.read(0, 0, 0, 192, 256), want)
     with pytest.raises(InputError, match=r"tile 3, 1 .*the file ends before it"):
         slide.read(0, 192, 0, 64, 256)
+
+
+def test_pixel_memory_lies_beside_what_is_streamed():
+    for h, w in [(256, 256), (240, 240), (5, 7)] * 4:
+        memory = pixel_memory(h, w)
+        assert memory.shape == (h, w, 3) and memory.flags.c_contiguous and memory.ctypes.data % 32 == 16
 
 
 def test_jpeg_damage_passes_what_is_whole():

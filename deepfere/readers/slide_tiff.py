@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
-from deepfere.readers.jpeg import jpeg_damage
+from deepfere.readers.jpeg import jpeg_damage, pixel_memory
 from deepfere.readers.ranges import Ranges, is_url, open_ranges
 from deepfere.readers.slide import Backend, Level, Slide, open_slide, trusted_mpp, whole_downsample
 
@@ -219,7 +219,7 @@ class TiffSlide:
         """A tile's worth of memory: new to be kept, else the thread's own (new memory is as slow as decoding)."""
         held = getattr(self._local, "buffer", None)
         if fresh or held is None or held.shape[:2] != (height, width):
-            made = np.empty((height, width, 3), dtype=np.uint8)
+            made = pixel_memory(height, width)
             if fresh:
                 return made
             self._local.buffer = held = made
