@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from deepfere.errors import InputError
 
-RELEASE_BYTES = 64 << 20
+RELEASE_BYTES = 4 << 20
 GAP_BYTES = 64 << 10
 BLOCK_BYTES = 8 << 20
 _URL = re.compile(r"^[a-z][a-z0-9+.-]+://", re.IGNORECASE)

@@ -24,7 +24,7 @@ from deepfere.readers.ranges import Ranges, is_url, open_ranges
 from deepfere.readers.slide import Backend, Level, Slide, open_slide, trusted_mpp, whole_downsample
 
 WHITE = np.array([255, 255, 255], dtype=np.uint8)
-CACHE_BYTES = 32 << 20
+CACHE_BYTES = 8 << 20
 COLOURS = {2: "rgb", 6: "ycbcr"}
 FOREIGN = ("SCN", "Philips", "iScan", "Trestle", "DICOM")
 
@@ -53,7 +53,7 @@ class TiledLevel:
 class TiffSlide:
     """A slide of JPEG tiles (thread-safe; opened again where it is unpickled).
 
-    Native tiles that a window used in part are kept, up to 32 MiB per slide: its neighbours need them. Those that
+    Native tiles that a window used in part are kept, up to 8 MiB per slide: its neighbours need them. Those that
     it used whole are not, so that memory does not grow with the slide.
 
     Args:

@@ -13,11 +13,12 @@ from deepfere.readers.slide_area import Axis, average
 from deepfere.readers.slide_tiff import TiffSlide
 from deepfere.tiling.tiles import TilePlan
 
-BLOCK_PX = (512, 2048)
+BLOCK_PX = (512, 4096)
 """Rows and columns of a block, level pixels. Low: its tiles stay in the processor's cache. Wide: few native tiles lie
 between two strips, where what is kept may have to make room before it is used again."""
 
 DENSE = 0.5
+AVERAGED_PX = 1024
 _ONE = np.ones((1, 1), np.uint8)
 
 
@@ -190,11 +191,21 @@ class TileReader:
         self, source: NDArray[np.uint8], at: tuple[int, int], corner: tuple[int, int], out: NDArray[np.uint8]
     ) -> None:
         """Output pixels from ``corner`` on, of a window of the level that begins ``at`` (see `read_area`)."""
-        y, x = (self._axis(k, int(corner[k]), out.shape[k]) for k in (0, 1))
+        # Narrow pieces: the rows of a wide one that fit into the processor's cache are few.
+        for left in range(0, out.shape[1], AVERAGED_PX):
+            part = out[:, left : left + AVERAGED_PX]
+            self._average_piece(source, at, (int(corner[0]), int(corner[1]) + left), part)
+
+    def _average_piece(
+        self, source: NDArray[np.uint8], at: tuple[int, int], corner: tuple[int, int], out: NDArray[np.uint8]
+    ) -> None:
+        y, x = (self._axis(k, corner[k], out.shape[k]) for k in (0, 1))
         coverage = None
         if not ((y.covered == 1).all() and (x.covered == 1).all()):
             coverage = y.covered.astype(np.float32)[:, None] * x.covered.astype(np.float32)[None, :]
             out[:] = self.slide.background
+            if not coverage.any():
+                return
         cols, left, right = x.weights(0, out.shape[1])
         part = source[:, left - at[1] : right - at[1]]
         average(part, at[0], y, (0, len(out)), cols, x, coverage, self.slide.background, out)

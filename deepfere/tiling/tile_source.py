@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,9 @@ from deepfere.tiling.tiles import TilePlan
 TASK_BYTES = 128 << 20
 """Output of a read task, about: enough to pay for starting it, little enough to spread one slide over a cluster."""
 
+BLOCK_BYTES = 32 << 20
+"""Output of a block, about: each costs Ray a millisecond."""
+
 
 class SlideTiles(Datasource):
     """Tiles of slides as rows (`tile_dataset` reads them).
@@ -24,7 +27,7 @@ class SlideTiles(Datasource):
     Columns: ``slide`` (path), ``tile`` (number in its plan), ``row_px`` and ``col_px`` (corner, output pixels),
     ``y_um`` and ``x_um`` (the same, slide micrometres), ``tissue`` (share), ``valid_h`` and ``valid_w`` (pixels
     that the slide reaches), ``error`` (None, or what is wrong; the tile is background then) and ``pixels``
-    (side, side, 3) uint8. A block is one read group.
+    (side, side, 3) uint8. A block is some read groups.
 
     Args:
         plans: Tiles of each slide, all of one side.
@@ -86,11 +89,20 @@ def _tile_bytes(plan: TilePlan) -> int:
 
 
 def read_tiles(plan: TilePlan, numbers: NDArray[np.int64]) -> Iterator[Block]:
-    """Blocks of a plan's tiles, whose numbers in the whole plan are ``numbers``, one per read group."""
-    reader = TileReader(plan)
-    for group in group_tiles(plan):
-        pixels, errors = reader.read(group)
-        yield BlockAccessor.batch_to_block(_columns(plan, numbers, group.tiles, pixels, errors))
+    """Blocks of a plan's tiles, whose numbers in the whole plan are ``numbers``, of whole read groups."""
+    reader, groups = TileReader(plan), group_tiles(plan)
+    side, most = plan.spec.tile_px, max(1, BLOCK_BYTES // _tile_bytes(plan))
+    while groups:
+        some = [groups.pop(0)]
+        while groups and sum(len(group.tiles) for group in (*some, groups[0])) <= most:
+            some.append(groups.pop(0))
+        tiles = np.concatenate([group.tiles for group in some])
+        pixels, errors, done = np.empty((len(tiles), side, side, 3), np.uint8), [], 0
+        for group in some:
+            end = done + len(group.tiles)
+            errors += reader.read(group, pixels[done:end])[1]
+            done = end
+        yield BlockAccessor.batch_to_block(_columns(plan, numbers, tiles, pixels, errors))
 
 
 def _columns(
@@ -98,7 +110,7 @@ def _columns(
     numbers: NDArray[np.int64],
     tiles: NDArray[np.int64],
     pixels: NDArray[np.uint8],
-    errors: Iterable[str | None],
+    errors: list[str | None],
 ) -> dict[str, Any]:
     corner, valid = plan.corner_px[tiles], plan.valid_px[tiles]
     return {
@@ -111,6 +123,6 @@ def _columns(
         "tissue": plan.tissue[tiles],
         "valid_h": valid[:, 0],
         "valid_w": valid[:, 1],
-        "error": np.array(list(errors), object),
+        "error": np.array(errors, object),
         "pixels": pixels,
     }
