@@ -157,6 +157,7 @@ def _region(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option("--duplicates", type=click.Choice(["error", "sum", "mean"]), help="Several spectra for one pixel.")
 @click.option("--pitch-um", help="Measured pixel size, micrometres: 50 or 50,40 (y,x).")
 @click.option("--slide-mpp-um", help="Slide pixel size, micrometres per pixel: 0.25 or 0.25,0.25 (y,x).")
+@click.option("--slide-backend", type=click.Choice(["auto", "openslide", "tiff"]), help="Reader of the slide.")
 @click.option("--alignment", type=click.Path(), help="Alignment JSON to use as it is.")
 @click.option(
     "--landmarks",

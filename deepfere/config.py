@@ -49,6 +49,12 @@ class IngestSettings(_Settings):
         return None if value is None else target_list(value)
 
 
+class SlideSettings(_Settings):
+    """How the slide is read."""
+
+    backend: Literal["auto", "openslide", "tiff"] = "auto"
+
+
 class AlignSettings(_Settings):
     """How the section is found on the slide."""
 
@@ -141,6 +147,7 @@ class Config(_Settings):
     factor: int | None = Field(None, description="high-resolution pixels per measured pixel and axis")
     guide: bool = True
     ingest: IngestSettings = IngestSettings()
+    slide: SlideSettings = SlideSettings()
     align: AlignSettings = AlignSettings()
     model: ModelSettings = ModelSettings()
     train: TrainSettings = TrainSettings()

@@ -364,3 +364,33 @@ def test_the_kept_images_are_of_this_code_and_preset() -> None:
         assert about["config"] == {name: kept.preset().resolved()[name] for name in about["config"]}
         assert (about["mz"], about["factor"]) == (one.mz, one.factor)
         assert about["model"]["notes"]["iterations"] == 500
+
+
+def test_tiling_slide_holds_its_tiles_and_every_arm_sums_the_same(tmp_path, programs, monkeypatch):
+    import numpy as np
+
+    from deepfere.readers.slide import open_slide
+
+    made, arm = load("tiling_slide"), load("tiling_arm")
+    rng = np.random.default_rng(0)
+    tiles = [np.repeat(np.repeat(rng.integers(0, 256, (32, 32, 3), np.uint8), 8, 0), 8, 1) for _ in range(3)]
+    path = tmp_path / "s.tif"
+    made.write_slide(path, tiles, 1024, levels=True)
+    slide = open_slide(path)
+    assert slide.backend == "tiff" and [level.shape_px[0] for level in slide.levels] == [1024, 256, 64]
+    assert min(np.abs(slide.read(0, 256, 512, 256, 256).astype(int) - tile).mean() for tile in tiles) < 20
+    ours = arm.ours(str(path), 512, 0.5, 0.0)
+    assert ours["tiles"] == 4 and ours["checksum"] == arm.loop("openslide", str(path), 512, 99)["checksum"]
+    turned = [np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 7, np.uint8)]
+    assert arm.checksum(turned, [0, 1], [0, 1]) != arm.checksum(turned[::-1], [0, 1], [0, 1])
+
+
+def test_tiling_writes_between_its_own_marks_only(tmp_path, programs, monkeypatch):
+    tiling = load("tiling")
+    monkeypatch.setattr(tiling, "PAGE", tmp_path / "performance.md")
+    monkeypatch.setattr(tiling, "TABLES", ["| first |"])
+    tiling.PAGE.write_text(f"# Performance\n\nmine\n{tiling.BEGIN}\nold\n{tiling.END}\n\nothers'\n")
+    tiling.write_docs("python benchmarks/tiling.py")
+    text = tiling.PAGE.read_text()
+    assert "| first |" in text and "old" not in text and text.startswith("# Performance\n\nmine\n")
+    assert text.endswith(f"{tiling.END}\n\nothers'\n")

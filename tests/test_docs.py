@@ -160,7 +160,8 @@ def test_setting_names_in_the_text_exist(page):
     sections = [name for name, value in resolved.items() if isinstance(value, dict)]
     for section, key in re.findall(rf"\b({'|'.join(sections)})\.([a-z_]+)\b(?!\()", page.read_text()):
         # Ray's own function, and files called like a section, are no settings.
-        assert key in resolved[section] or key in ("init", "npz", "py", "sbatch", "yaml", "zarr"), f"{section}.{key}"
+        names = ("init", "npz", "py", "sbatch", "svs", "tiff", "yaml", "zarr")
+        assert key in resolved[section] or key in names, f"{section}.{key}"
 
 
 @every_page

@@ -293,13 +293,16 @@ def test_planning_needs_no_ray():
 def test_a_shard_of_planes_is_whole_and_on_disk_before_it_is_recorded(tmp_path, monkeypatch):
     from deepfere.cluster import Journal
     from deepfere.model.features import StainReference
+    from deepfere.readers.slide import Reading
     from deepfere.reconstruction.shards import CacheWorker
     from deepfere.store import open_group, shard_object
     from deepfere.tiling import cache
 
     planes = PlaneGrid((5.0, 5.0), 1, (60, 50))
     reference = StainReference((240.0, 240.0, 240.0), 0.1, 0.2)
-    spec = cache.CacheSpec(str(tmp_path / "planes.zarr"), "slide", "abc", (5.0, 5.0), planes, reference, NO_ARTEFACTS)
+    reading = Reading("openslide", 0, (5.0, 5.0), (5.0, 5.0), (1.0, 1.0))
+    url = str(tmp_path / "planes.zarr")
+    spec = cache.CacheSpec(url, "slide", "abc", (5.0, 5.0), planes, reference, NO_ARTEFACTS, reading)
     cache.create_cache(spec)
     assert cache.is_cache(spec) and not cache.is_cache(replace(spec, fingerprint="another"))
     file, journal, seen = shard_object(spec.url, "planes", 0, 0), Journal(tmp_path / "journal", "abc"), []

@@ -9,6 +9,7 @@ from PIL import Image
 from deepfere.errors import InputError
 from deepfere.readers.slide import (
     Level,
+    Reading,
     adequate_level,
     on_background,
     open_slide,
@@ -412,12 +413,12 @@ def test_digest_of_large_files_sees_ends_size_and_blocks(tmp_path, monkeypatch):
 
 # Per file: (h, w), mpp and backend, or why it is refused without an mpp.
 REAL = {
-    "CMU-1-Small-Region.svs": ((2967, 2220), 0.499, "openslide"),
+    "CMU-1-Small-Region.svs": ((2967, 2220), 0.499, "tiff"),
     "boxes.tiff": "72-dpi default",
     "boxes_0.dcm": ((16, 16), 0.499, "openslide"),
     "boxes_1.dcm": ((16, 16), 0.499, "openslide"),
     "grey10kx5k.tif": "72-dpi default",
-    "small.svs": ((16, 16), 0.499, "openslide"),
+    "small.svs": ((16, 16), 0.499, "tiff"),
     "small_HE_levels.tiff": "72-dpi default",
     "small_dicom.dcm": "cannot be opened",
     "small_la.tiff": "not plausible",
@@ -464,3 +465,9 @@ def test_real_slide_pixels_and_orientation():
     assert bladder.mpp_um == pytest.approx((2.78008, 2.87611), rel=1e-5)
     turned = open_slide(real_data("wsi", "test_orient6.tif"), 0.5)  # stored 180 x 120, shown 120 x 180
     assert turned.backend == "flat" and turned.shape_px == (120, 180)
+
+
+def test_reading_says_what_is_read():
+    slide = ArraySlide(noise(64, 64), factors=(1, 4))
+    assert Reading.of(slide, (0.8, 0.8)) == Reading("flat", 0, (0.5, 0.5), (0.8, 0.8), (1.6, 1.6))
+    assert Reading.of(slide, (2.0, 3.0)) == Reading("flat", 1, (2.0, 2.0), (2.0, 3.0), (1.0, 1.5))

@@ -91,7 +91,7 @@ def nested_scores(result: Result, config: Config, progress: Progress) -> dict[st
     if found is None or not LEAST_PX <= int(result.mask.sum()) <= MOST_PX:
         return None
     pitch = float(np.mean(result.grid.pitch_um))
-    with closing(open_slide(str(section["slide"]), section.get("slide_mpp_um"))) as slide:
+    with closing(open_slide(str(section["slide"]), section.get("slide_mpp_um"), config.slide.backend)) as slide:
         stain, _ = stain_overview(slide, pitch)
     cube = np.nan_to_num(np.stack([result.measured(float(mz)) for mz in result.ions["mz"]]), nan=0.0)
     smoothing = result.provenance["model"]["notes"].get("smoothing_pitch", DEFAULT_SMOOTHING_PITCH)

@@ -27,6 +27,7 @@ CHECKSUM_BYTES = 1 << 30
 HEAD_BYTES = 1 << 17
 MZ_SAMPLE_BYTES = 64 << 20
 PROBES = (0.0, 0.5, 1.0)
+READ_BY = {"openslide": "OpenSlide", "tiff": "deepfere itself (JPEG tiles)", "flat": "deepfere itself"}
 
 
 def imzml(path: Path) -> Description:
@@ -175,10 +176,10 @@ def _slide(path: Path, said: list[str]) -> Description:
     try:
         known = None if mpp_text else opened.mpp_um
         notes.add("format", openslide.OpenSlide.detect_format(str(path)) or f"plain {_picture(path)}")
-        notes.add("read by", {"openslide": "OpenSlide", "flat": "deepfere itself"}[opened.backend])
+        notes.add("read by", READ_BY[opened.backend])
         notes.add("size", size_text(opened.shape_px, known))
         notes.add("pixel size", mpp_text or f"{pair_text(opened.mpp_um)} um (mpp)")
-        if opened.backend == "openslide":
+        if opened.backend != "flat":
             _add_properties(notes, path)
         notes.add("levels", len(opened.levels))
         for number, level in enumerate(opened.levels):
@@ -188,7 +189,7 @@ def _slide(path: Path, said: list[str]) -> Description:
         _probe(notes, opened)
     finally:
         opened.close()
-    return notes.done(path, "slide" if opened.backend == "openslide" else "slide (plain picture)")
+    return notes.done(path, "slide" if opened.backend != "flat" else "slide (plain picture)")
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def check_output(path: Path) -> None:
         raise InputError("cannot be written", where=path, remedy="choose an output in a folder that you may write to")
 
 
-def check_files(section: Section) -> None:
+def check_files(section: Section, config: Config) -> None:
     """Refuse a slide, an alignment or landmarks that cannot be read, before work starts.
 
     Raises:
@@ -79,7 +79,7 @@ def check_files(section: Section) -> None:
     """
     if section.slide is None:
         return
-    open_slide(section.slide, section.slide_mpp_um).close()
+    open_slide(section.slide, section.slide_mpp_um, config.slide.backend).close()
     if section.alignment is not None:
         Alignment.load(section.alignment)
     if section.landmarks is not None:
@@ -130,6 +130,7 @@ def fuse(
     duplicates: str | None = None,
     pitch_um: Any = None,
     slide_mpp_um: Any = None,
+    slide_backend: str | None = None,
     alignment: str | Path | None = None,
     landmarks: str | Path | None = None,
     region: int | str | None = None,
@@ -154,6 +155,7 @@ def fuse(
         duplicates: Several spectra for one pixel: "error", "sum" or "mean".
         pitch_um: Measured pixel size, where the file does not state it.
         slide_mpp_um: Slide pixel size, where the file does not state it.
+        slide_backend: Reader of the slide: "auto", "openslide" or "tiff".
         alignment: Alignment JSON to use as it is.
         landmarks: Landmark CSV, or sequence file with teaching points (.mis), that fixes the affine.
         region: Which of the measurement's regions, from 1, or "all"; None where there is only one.
@@ -184,6 +186,7 @@ def fuse(
         ingest__tolerance_ppm=tolerance_ppm,
         ingest__representation=representation,
         ingest__duplicates=duplicates,
+        slide__backend=slide_backend,
     )
     check_range(settings.factor)
     check_patches(settings)
@@ -207,7 +210,7 @@ def fuse(
     target = Path(str(out).rstrip("/")).resolve()
     check_output(target)
     inputs = input_digests(section, settings)
-    check_files(section)
+    check_files(section, settings)
     identity = identity_of([section], [inputs], settings)
     work = Workspace(target.with_name(target.name + ".work"))
     if claim_result(target, identity, overwrite):

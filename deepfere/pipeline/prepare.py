@@ -7,7 +7,7 @@ import json
 import shutil
 import warnings
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from deepfere.model.paper import check_size
 from deepfere.model.transfer import SMOOTHINGS_PITCH
 from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace, write_json
 from deepfere.readers.mis import MIS, read_mis
-from deepfere.readers.slide import Slide, open_slide, read_area
+from deepfere.readers.slide import Reading, Slide, open_slide, read_area
 from deepfere.reconstruction.shards import CacheWorker, PoolWorker
 from deepfere.section import Section
 from deepfere.store import create_array, open_group, remove
@@ -133,7 +133,7 @@ def prepared(section: Section, work: Workspace, config: Config) -> Prepared:
     measured = open_measured(folder.measured)
     mpp = None
     if section.slide and config.guide:
-        with closing(open_slide(section.slide, section.slide_mpp_um)) as slide:
+        with closing(open_slide(section.slide, section.slide_mpp_um, config.slide.backend)) as slide:
             mpp = slide.mpp_um
     factor = check_factor(config.factor, measured.grid, mpp)
     if config.guide and config.model.tier == "paper":
@@ -178,7 +178,7 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
         if facts is None:
             return
         pitch = float(np.mean(prep.measured.grid.pitch_um))
-        with closing(open_slide(str(section.slide), section.slide_mpp_um)) as slide:
+        with closing(open_slide(str(section.slide), section.slide_mpp_um, config.slide.backend)) as slide:
             stain, rgb = stain_overview(slide, pitch)
         measured = measured_overview(prep, config)
         start = centred_alignment(prep.measured.grid, stain.extent_um, np.eye(2))
@@ -233,9 +233,11 @@ def guide_spec(prep: Prepared, inputs: dict[str, str], work: Workspace, config: 
     Its smoothing is the widest that learning may choose: what is cached reaches far enough for all.
     """
     hr = prep.measured.grid.refine(prep.factor).pitch_um
-    with closing(open_slide(str(prep.section.slide), prep.section.slide_mpp_um)) as slide:
-        shape_px, mpp_um = slide.shape_px, slide.mpp_um
-    planes = plan_planes(shape_px, mpp_um, hr)
+    with closing(open_slide(str(prep.section.slide), prep.section.slide_mpp_um, config.slide.backend)) as slide:
+        mpp_um = slide.mpp_um
+        planes = plan_planes(slide.shape_px, mpp_um, hr)
+        # Workers take the reader that was chosen here: what was proven equal once is not proven again.
+        reading = Reading.of(slide, planes.fine_mpp_um)
     reference = StainReference.from_dict(work.facts("align", prep.section.name)["reference"])
     with np.load(prep.folder.overview) as data:
         spacing = data["spacing_um"]
@@ -243,7 +245,7 @@ def guide_spec(prep: Prepared, inputs: dict[str, str], work: Workspace, config: 
     marks = hashlib.sha256(np.packbits(artefacts.mask).tobytes()).hexdigest()
     fingerprint = digest([inputs["slide"], mpp_um, planes.to_dict(), reference.to_dict(), marks])
     url, path = str(prep.folder.planes), str(prep.section.slide)
-    cache = CacheSpec(url, path, fingerprint, mpp_um, planes, reference, artefacts)
+    cache = CacheSpec(url, path, fingerprint, mpp_um, planes, reference, artefacts, reading)
     spec = GuideSpec(
         prep.measured.grid,
         prep.factor,
@@ -304,6 +306,7 @@ def tile_stage(
         )
         pool(prep, spec, alignment, progress, folder.pooled, smoothings_pitch(config))
         facts["shards"] = len(rows)
+        facts["slide"] = asdict(cache.reading)
 
 
 def reach_um(spec: GuideSpec, alignment: Alignment, network_px: int) -> float:

@@ -241,7 +241,7 @@ def _prepare(job: Job, work: Workspace, preps: list[Prepared], progress: Progres
     for section, digests in zip(job.sections, job.inputs, strict=True):
         tell = _labelled(progress, section.name if len(job.sections) > 1 else "")
         try:
-            check_files(section)
+            check_files(section, config)
             ingest_stage(section, digests, work, config, tell)
             prep = prepared(section, work, config)
             if config.guide and job.depth >= 1:

@@ -332,7 +332,7 @@ def _provenance(
 ) -> None:
     from importlib.metadata import version
 
-    packages = ("ray", "torch", "zarr", "numpy", "openslide-python", "pyimzml", "mlflow")
+    packages = ("ray", "torch", "zarr", "numpy", "openslide-python", "imagecodecs", "pyimzml", "mlflow")
     notes = list(outcome.warnings)
     notes += work.facts("ingest", prep.section.name).get("warnings", [])
     marked = work.facts("align", prep.section.name).get("artefact_share", 0.0)
@@ -365,6 +365,7 @@ def _provenance(
             "identity": outcome.identity,
             "section": prep.section.model_dump(mode="json"),
             "inputs": outcome.inputs,
+            "slide": work.facts("tile", prep.section.name).get("slide"),
             "config": config.resolved(),
             "versions": {"deepfere": __version__, "python": platform.python_version()}
             | {name: version(name) for name in packages},

@@ -7,16 +7,17 @@ pixel (r, c) has its centre at ``((r + 1/2) mpp_y, (c + 1/2) mpp_x)`` micrometre
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
 from deepfere.readers.digest import content_digest
+from deepfere.readers.ranges import is_url
 from deepfere.readers.slide_area import Axis, average
 
 MPP_RANGE_UM = (0.05, 100.0)
@@ -29,6 +30,7 @@ GIVE_MPP = "give --slide-mpp-um"
 READ_PIXELS = 1 << 24
 ANCHOR_SEARCH_PX = 64
 CELL_PX = 1024
+Backend = Literal["auto", "openslide", "tiff", "flat"]
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,12 @@ class Level:
     Attributes:
         shape_px: Pixels (h, w).
         downsample: Level-0 pixels per pixel of this level, (y, x).
+        tile_px: Pixels (h, w) that the file stores as one piece.
     """
 
     shape_px: tuple[int, int]
     downsample: tuple[float, float]
+    tile_px: tuple[int, int] = field(default=(256, 256), compare=False)
 
 
 class Slide(Protocol):
@@ -49,7 +53,7 @@ class Slide(Protocol):
 
     Attributes:
         path: Where it is.
-        backend: "openslide" or "flat".
+        backend: "openslide", "tiff" or "flat": which reader it is.
         shape_px: Level-0 pixels (h, w).
         mpp_um: Micrometres per level-0 pixel (y, x).
         levels: The pyramid, level 0 first.
@@ -57,7 +61,7 @@ class Slide(Protocol):
     """
 
     path: str
-    backend: str
+    backend: Backend
     shape_px: tuple[int, int]
     mpp_um: tuple[float, float]
     levels: tuple[Level, ...]
@@ -72,33 +76,82 @@ class Slide(Protocol):
         ...
 
 
-def open_slide(path: str | Path, mpp_um: float | tuple[float, float] | None = None) -> Slide:
+@dataclass(frozen=True)
+class Reading:
+    """How pixels of a wanted size are read from a slide, for the provenance.
+
+    Attributes:
+        backend: The reader.
+        level: Level that they are read from.
+        level_mpp_um: Its pixel size (y, x).
+        mpp_um: The pixel size (y, x) that is delivered, exactly.
+        scale: Pixels of the level per delivered pixel (y, x); (1, 1) is as stored.
+    """
+
+    backend: Backend
+    level: int
+    level_mpp_um: tuple[float, float]
+    mpp_um: tuple[float, float]
+    scale: tuple[float, float]
+
+    @classmethod
+    def of(cls, slide: Slide, mpp_um: tuple[float, float]) -> Reading:
+        """What `read_area` does for pixels of this size."""
+        level = adequate_level(slide, mpp_um)
+        down, own = slide.levels[level].downsample, slide.mpp_um
+        size = own[0] * down[0], own[1] * down[1]
+        return cls(slide.backend, level, size, mpp_um, (mpp_um[0] / size[0], mpp_um[1] / size[1]))
+
+
+def open_slide(path: str | Path, mpp_um: float | tuple[float, float] | None = None, backend: Backend = "auto") -> Slide:
     """Open a slide or a plain picture.
 
-    OpenSlide reads what it knows. Plain TIFFs are read directly where OpenSlide cannot be exact (it ignores
-    the orientation tag, and places levels whose size is not a whole fraction of level 0 approximately), and
-    so are TIFFs that it does not know, PNG and JPEG.
+    OpenSlide knows the formats. Plain TIFFs are read directly where it cannot be exact (it ignores the
+    orientation tag, and places levels whose size is not a whole fraction of level 0 approximately), and so are
+    TIFFs that it does not know, PNG and JPEG. Tiled JPEG TIFFs, Aperio's among them, are read directly because
+    that is faster, where the pixels are the same (`deepfere.readers.slide_tiff.in_place_of`).
 
     Args:
-        path: The slide.
+        path: The slide; a URL is always read directly, by byte ranges.
         mpp_um: Micrometres per level-0 pixel, one value or (y, x); wins over what the file says.
+        backend: "auto" as above; "openslide", "tiff" or "flat" (plain pictures) takes that reader and no other.
 
     Raises:
-        InputError: No reader takes the file; it is not an 8-bit RGB or grey picture; or nothing trustworthy
-            says how large a pixel is: no mpp, one outside 0.05-100 um, or a default for screens and printers
-            (72, 96, 100, 150, 200, 300 or 600 dpi).
+        InputError: No reader (not the one asked for) takes the file; it is not an 8-bit RGB or grey picture; or
+            nothing trustworthy says how large a pixel is: no mpp, one outside 0.05-100 um, or a default for
+            screens and printers (72, 96, 100, 150, 200, 300 or 600 dpi).
     """
     import openslide
 
-    from deepfere.readers import slide_flat
+    from deepfere.readers import slide_flat, slide_tiff
 
+    given = None if mpp_um is None else _given_mpp(mpp_um)
+    if is_url(path) and backend != "openslide":
+        return slide_tiff.open_tiff(str(path), given)
     path = Path(path)
     if not path.exists():
         raise InputError("does not exist", where=path, remedy="check the path")
-    given = None if mpp_um is None else _given_mpp(mpp_um)
+    if backend in ("tiff", "flat"):
+        return (slide_tiff.open_tiff if backend == "tiff" else slide_flat.open_flat)(path, given)
     detected = openslide.OpenSlide.detect_format(str(path))
+    if backend == "openslide":
+        return _through_openslide(path, given)
     if detected is None or (detected == "generic-tiff" and slide_flat.prefer_flat_tiff(path)):
-        return slide_flat.open_flat(path, given)
+        slide: Slide = slide_flat.open_flat(path, given)
+    else:
+        slide = _through_openslide(path, given)
+    return slide_tiff.in_place_of(slide) if detected in ("aperio", "generic-tiff") else slide
+
+
+@lru_cache(maxsize=4)
+def opened(path: str, mpp_um: tuple[float, float], backend: Backend) -> Slide:
+    """`open_slide`, once per process: workers take up many pieces of the same few slides."""
+    return open_slide(path, mpp_um, backend)
+
+
+def _through_openslide(path: Path, given: tuple[float, float] | None) -> OpenSlideSlide:
+    import openslide
+
     try:
         handle = openslide.OpenSlide(str(path))
     except openslide.OpenSlideError as error:
@@ -116,7 +169,7 @@ def open_slide(path: str | Path, mpp_um: float | tuple[float, float] | None = No
 class OpenSlideSlide:
     """A slide read through OpenSlide (thread-safe; opened again where it is unpickled)."""
 
-    backend = "openslide"
+    backend: Backend = "openslide"
 
     def __init__(self, path: Path, handle: Any, mpp_um: tuple[float, float]) -> None:
         import openslide
@@ -125,11 +178,17 @@ class OpenSlideSlide:
         self.mpp_um = mpp_um
         self._handle = handle
         # The default cache of 32 MiB does not hold one row of tiles of a large slide.
-        handle.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
+        self._cache = openslide.OpenSlideCache(CACHE_BYTES)
+        handle.set_cache(self._cache)
         w0, h0 = handle.dimensions
         self.shape_px = (h0, w0)
+        stored = [
+            tuple(int(handle.properties.get(f"openslide.level[{k}].tile-{side}", 256)) for side in ("height", "width"))
+            for k in range(handle.level_count)
+        ]
         self.levels = tuple(
-            Level((h, w), (whole_downsample(h0, h), whole_downsample(w0, w))) for w, h in handle.level_dimensions
+            Level((h, w), (whole_downsample(h0, h), whole_downsample(w0, w)), (tile[0], tile[1]))
+            for (w, h), tile in zip(handle.level_dimensions, stored, strict=True)
         )
         colour = handle.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
         self.background = np.array([int(colour[k : k + 2], 16) for k in (0, 2, 4)], dtype=np.uint8)
@@ -173,6 +232,9 @@ class OpenSlideSlide:
         try:
             region = self._handle.read_region(location, level, (right - col, bottom - row))
         except openslide.OpenSlideError as error:
+            # After an error OpenSlide refuses everything: what else the slide holds is read through a new handle.
+            self._handle = openslide.OpenSlide(self.path)
+            self._handle.set_cache(self._cache)
             raise InputError(
                 f"level {level} cannot be decoded at row {top}, column {left} ({error})",
                 where=self.path,
@@ -186,7 +248,7 @@ class OpenSlideSlide:
         self._handle.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_slide, (self.path, self.mpp_um)
+        return open_slide, (self.path, self.mpp_um, "openslide")
 
 
 def _anchor(start: int, downsample: float) -> int:
@@ -237,7 +299,7 @@ def _given_mpp(mpp_um: float | tuple[float, float]) -> tuple[float, float]:
     return values[0], values[1]
 
 
-def trusted_mpp(stated: tuple[float | None, float | None], path: Path) -> tuple[float, float]:
+def trusted_mpp(stated: tuple[float | None, float | None], path: str | Path) -> tuple[float, float]:
     """The file's own mpp (y, x), refused where it is absent or cannot be meant.
 
     Raises:

@@ -16,6 +16,7 @@ from deepfere.errors import InputError
 from deepfere.readers.slide import (
     CACHE_BYTES,
     GIVE_MPP,
+    Backend,
     Level,
     on_background,
     open_slide,
@@ -51,7 +52,7 @@ class FlatSlide:
         close: Called once at the end.
     """
 
-    backend = "flat"
+    backend: Backend = "flat"
 
     def __init__(
         self,
@@ -103,7 +104,7 @@ class FlatSlide:
         self._close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_slide, (self.path, self.mpp_um)
+        return open_slide, (self.path, self.mpp_um, "flat")
 
 
 def prefer_flat_tiff(path: Path) -> bool:
@@ -195,7 +196,7 @@ def _open_tiff(path: Path, given: tuple[float, float] | None) -> FlatSlide:
             _refuse_unread(page, path)
         orientation = _orientation(pages[0])
         if given is None:
-            y, x = _stated_mpp(file, pages[0])
+            y, x = stated_mpp(file, pages[0])
             given = trusted_mpp((x, y) if ORIENTATIONS[orientation][0] else (y, x), path)
     except InputError:
         file.close()
@@ -231,7 +232,7 @@ def _refuse_unread(page: Any, path: Path) -> None:
         raise InputError("holds YCbCr values that are not JPEG", where=path, remedy=CONVERT)
 
 
-def _stated_mpp(file: Any, page: Any) -> tuple[float | None, float | None]:
+def stated_mpp(file: Any, page: Any) -> tuple[float | None, float | None]:
     """Micrometres per stored pixel (y, x) from OME-XML, else from the resolution tags."""
     if file.is_ome:
         from xml.etree import ElementTree

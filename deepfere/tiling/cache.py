@@ -6,7 +6,6 @@ A shard is written whole by one writer (`write_shard`); the slide is read at the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from deepfere.errors import DeepfereError, InputError
 from deepfere.model.artefacts import Artefacts
 from deepfere.model.features import PLANES, StainReference, base_planes
 from deepfere.model.guide import GuideSpec
-from deepfere.readers.slide import open_slide, read_area
+from deepfere.readers.slide import Reading, opened, read_area
 from deepfere.store import create_array, open_group, shard_object, sync_shard
 from deepfere.tiling.plan import CHUNK_PX, SHARD_PX, PlaneGrid
 
@@ -33,6 +32,7 @@ class CacheSpec:
         planes: The plane grid.
         reference: The slide's stain constants.
         artefacts: What on it is no stain.
+        reading: How the slide is read.
     """
 
     url: str
@@ -42,6 +42,7 @@ class CacheSpec:
     planes: PlaneGrid
     reference: StainReference
     artefacts: Artefacts
+    reading: Reading
 
 
 def create_cache(spec: CacheSpec) -> None:
@@ -73,17 +74,12 @@ def is_cache(spec: CacheSpec) -> bool:
         return False
 
 
-@lru_cache(maxsize=4)
-def _slide(path: str, mpp_um: tuple[float, float]) -> Any:
-    return open_slide(path, mpp_um)
-
-
 def compute_shard(spec: CacheSpec, row: int, col: int) -> NDArray[np.uint8]:
     """Planes (7, h, w) of one shard, read from the slide."""
     r0, r1, c0, c1 = spec.planes.shard_window(row, col)
     block, spacing = spec.planes.block, spec.planes.spacing_um
     rgb, coverage = read_area(
-        _slide(spec.slide, spec.mpp_um),
+        opened(spec.slide, spec.mpp_um, spec.reading.backend),
         (r0 * spacing[0], c0 * spacing[1]),
         ((r1 - r0) * block, (c1 - c0) * block),
         spec.planes.fine_mpp_um,

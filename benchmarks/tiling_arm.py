@@ -1,0 +1,151 @@
+"""One arm of the tiling benchmark in a process of its own; prints one line of JSON.
+
+    python benchmarks/tiling_arm.py {ours|ours-ray|ratiopath|openslide|tiffslide} SLIDE [--side 512] [--repeat N] ...
+
+Every arm ends in the same checksum of the same tiles, taken where the tile was read. It runs with what it needs alone:
+`ratiopath` and `tiffslide` in an environment of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+MASK = (1 << 64) - 1
+
+
+def checksum(tiles: Any, rows: Any, cols: Any) -> int:
+    """A sum over tiles (n, side, side, 3) that depends on where each lies, not on their order."""
+    total = 0
+    for tile, row, col in zip(tiles, rows, cols, strict=True):
+        words = np.ascontiguousarray(tile).reshape(-1).view(np.uint64)
+        total += int(np.add.reduce(words)) * (1 + 31 * int(row) + 17 * int(col))
+    return total & MASK
+
+
+def ours(path: str, side: int, mpp: float, seconds: float) -> dict[str, Any]:
+    """Plain, in this process; again and again until ``seconds`` have passed."""
+    from deepfere.readers.slide import open_slide
+    from deepfere.tiling.groups import TileReader, group_tiles
+    from deepfere.tiling.tiles import TileSpec, plan_tiles
+
+    began, rounds, total = time.perf_counter(), 0, 0
+    slide = open_slide(path)
+    plan = plan_tiles(slide, TileSpec(side, mpp))
+    groups = group_tiles(plan)
+    reader = TileReader(plan, slide)
+    out = np.empty((max(len(g.tiles) for g in groups), side, side, 3), np.uint8)
+    started = time.perf_counter()
+    while not rounds or time.perf_counter() - began < seconds:
+        total = 0
+        for group in groups:
+            pixels, _ = reader.read(group, out[: len(group.tiles)])
+            total += checksum(pixels, *plan.corner_px[group.tiles].T)
+        rounds += 1
+    took = (time.perf_counter() - started) / rounds
+    return {"seconds": took, "tiles": len(plan), "checksum": total & MASK, "backend": slide.backend}
+
+
+def ours_ray(path: str, side: int, mpp: float, repeat: int) -> dict[str, Any]:
+    import ray
+
+    from deepfere.readers.slide import open_slide
+    from deepfere.tiling.tile_source import tile_dataset
+    from deepfere.tiling.tiles import TileSpec, plan_tiles
+
+    def sums(batch: dict[str, Any]) -> dict[str, Any]:
+        return {"sum": [checksum(batch["pixels"], batch["row_px"], batch["col_px"])], "n": [len(batch["row_px"])]}
+
+    def job(times: int) -> tuple[float, list[Any]]:
+        started = time.perf_counter()
+        plan = plan_tiles(open_slide(path), TileSpec(side, mpp))
+        rows = tile_dataset([plan] * times).map_batches(sums, batch_size=None).take_all()
+        return time.perf_counter() - started, rows
+
+    _quiet(ray)
+    job(1)  # workers started, modules imported
+    took, rows = job(repeat)
+    total = sum(int(row["sum"]) for row in rows)
+    return {"seconds": took, "tiles": sum(row["n"] for row in rows), "checksum": total & MASK}
+
+
+def ratiopath(path: str, side: int) -> dict[str, Any]:
+    """Its own pipeline: read_slides, grid_tiles, repartition(128 rows), read_slide_tiles."""
+    import ray
+    from ratiopath.ray import read_slides
+    from ratiopath.tiling import grid_tiles, read_slide_tiles
+
+    def grid(row: dict[str, Any], most: int | None) -> list[dict[str, Any]]:
+        keys = ("path", "level", "tile_extent_x", "tile_extent_y")
+        tiles = grid_tiles((row["extent_x"], row["extent_y"]), (side, side), (side, side), last="keep")
+        return [{key: row[key] for key in keys} | {"tile_x": int(x), "tile_y": int(y)} for x, y in islice(tiles, most)]
+
+    def read(batch: dict[str, Any]) -> dict[str, Any]:
+        found = read_slide_tiles(dict(batch))
+        return {"sum": [checksum(found["tile"], found["tile_y"], found["tile_x"])], "n": [len(found["tile"])]}
+
+    def job(most: int | None) -> tuple[float, list[Any]]:
+        started = time.perf_counter()
+        slides = read_slides(path, tile_extent=side, stride=side, level=0)
+        tiles = slides.flat_map(grid, fn_args=(most,)).repartition(target_num_rows_per_block=128)
+        rows = tiles.map_batches(read, batch_size=128, num_cpus=1).take_all()
+        return time.perf_counter() - started, rows
+
+    _quiet(ray)
+    job(2)  # workers started, modules imported
+    took, rows = job(None)
+    total = sum(int(row["sum"]) for row in rows)
+    return {"seconds": took, "tiles": sum(row["n"] for row in rows), "checksum": total & MASK}
+
+
+def loop(kind: str, path: str, side: int, most: int) -> dict[str, Any]:
+    """A loop over the tiles through one open handle, row by row."""
+    if kind == "openslide":
+        import openslide
+
+        handle = openslide.OpenSlide(path)
+    else:
+        import tiffslide
+
+        handle = tiffslide.TiffSlide(path)
+    w, h = handle.dimensions
+    places = [(r, c) for r in range(0, h, side) for c in range(0, w, side)][:most]
+    total, started = 0, time.perf_counter()
+    for row, col in places:
+        if kind == "openslide":
+            tile = np.asarray(handle.read_region((col, row), 0, (side, side)))[..., :3]
+        else:
+            tile = handle.read_region((col, row), 0, (side, side), as_array=True)
+        total += checksum([tile], [row], [col])
+    return {"seconds": time.perf_counter() - started, "tiles": len(places), "checksum": total & MASK}
+
+
+def _quiet(ray: Any) -> None:
+    ray.init(num_cpus=1, include_dashboard=False, logging_level="error", log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("arm", choices=["ours", "ours-ray", "ratiopath", "openslide", "tiffslide"])
+    parser.add_argument("slide")
+    parser.add_argument("--side", type=int, default=512)
+    parser.add_argument("--mpp", type=float, default=0.5)
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=0.0)
+    parser.add_argument("--most", type=int, default=1 << 40)
+    given = parser.parse_args()
+    if given.arm == "ours":
+        found = ours(given.slide, given.side, given.mpp, given.seconds)
+    elif given.arm == "ours-ray":
+        found = ours_ray(given.slide, given.side, given.mpp, given.repeat)
+    elif given.arm == "ratiopath":
+        found = ratiopath(given.slide, given.side)
+    else:
+        found = loop(given.arm, given.slide, given.side, given.most)
+    print("RESULT " + json.dumps(found))

@@ -1,0 +1,368 @@
+"""Tiled JPEG TIFFs read directly: byte ranges of native tiles, decoded by libjpeg-turbo into the wanted place.
+
+What OpenSlide does is followed to the pixel (colour space by the photometric tag alone, smooth upsampling of
+chroma, the integer transform); what it composes or converts on the way is left out. Taken are the files that it
+calls ``aperio`` and ``generic-tiff`` whose levels are all 8-bit RGB or YCbCr JPEG tiles, upright.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepfere.errors import InputError
+from deepfere.readers.jpeg import jpeg_damage, pixel_memory
+from deepfere.readers.ranges import Ranges, is_url, open_ranges
+from deepfere.readers.slide import Backend, Level, Slide, open_slide, trusted_mpp, whole_downsample
+
+WHITE = np.array([255, 255, 255], dtype=np.uint8)
+CACHE_BYTES = 8 << 20
+COLOURS = {2: "rgb", 6: "ycbcr"}
+FOREIGN = ("SCN", "Philips", "iScan", "Trestle", "DICOM")
+
+
+@dataclass(frozen=True)
+class TiledLevel:
+    """Where the native tiles of one level are.
+
+    Attributes:
+        shape_px: Pixels (h, w).
+        tile_px: Pixels of a native tile (h, w); those at the lower and right edge reach beyond the level.
+        offsets: (rows, columns) int64, bytes from the start of the file.
+        counts: (rows, columns) int64, bytes; 0 where a sparse file leaves a tile out.
+        tables: JPEG tables that the tiles share, None where each has its own.
+        colour: "rgb" or "ycbcr": how the JPEG's components are to be understood.
+    """
+
+    shape_px: tuple[int, int]
+    tile_px: tuple[int, int]
+    offsets: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    tables: bytes | None
+    colour: str
+
+
+class TiffSlide:
+    """A slide of JPEG tiles (thread-safe; opened again where it is unpickled).
+
+    Native tiles that a window used in part are kept, up to 8 MiB per slide: its neighbours need them. Those that
+    it used whole are not, so that memory does not grow with the slide.
+
+    Args:
+        path: File or URL.
+        mpp_um: Micrometres per level-0 pixel (y, x).
+        tiled: The pyramid, level 0 first.
+        ranges: The file's bytes.
+    """
+
+    backend: Backend = "tiff"
+
+    def __init__(self, path: str, mpp_um: tuple[float, float], tiled: list[TiledLevel], ranges: Ranges) -> None:
+        self.path, self.mpp_um, self.background = path, mpp_um, WHITE
+        self.tiled, self._ranges = tuple(tiled), ranges
+        self.shape_px = tiled[0].shape_px
+        h0, w0 = self.shape_px
+        self.levels = tuple(
+            Level(t.shape_px, (whole_downsample(h0, t.shape_px[0]), whole_downsample(w0, t.shape_px[1])), t.tile_px)
+            for t in tiled
+        )
+        self.decoded = 0
+        """Native tiles decoded so far."""
+        self._kept: OrderedDict[tuple[int, int, int], NDArray[np.uint8]] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+        self._local = threading.local()
+
+    def read(
+        self,
+        level: int,
+        row: int,
+        col: int,
+        height: int,
+        width: int,
+        out: NDArray[np.uint8] | None = None,
+        use: NDArray[np.uint8] | None = None,
+    ) -> NDArray[np.uint8]:
+        """See `deepfere.readers.slide.Slide.read`.
+
+        Args:
+            level: Level.
+            row: First row, pixels of the level; may lie outside.
+            col: First column.
+            height: Rows.
+            width: Columns.
+            out: (height, width, 3) to write into; None makes one.
+            use: For each native tile of the window (rows, columns): 0 leaves it out (its pixels in ``out`` stay as
+                they are), 1 wants it, 2 wants it now and again later. None wants all, and again those that
+                the window uses in part.
+
+        Raises:
+            InputError: A native tile is damaged or lies beyond the end of the file; names it.
+        """
+        if out is None:
+            out = np.empty((height, width, 3), dtype=np.uint8)
+        plane = self.tiled[level]
+        (h, w), (th, tw) = plane.shape_px, plane.tile_px
+        top, left, bottom, right = max(row, 0), max(col, 0), min(row + height, h), min(col + width, w)
+        if (bottom - top, right - left) != (height, width):
+            out[:] = self.background
+        if top >= bottom or left >= right:
+            return out
+        r0, r1, c0, c1 = top // th, -(-bottom // th), left // tw, -(-right // tw)
+        if use is None:
+            whole = [
+                (np.arange(a, b) * n >= first) & (np.minimum(np.arange(a + 1, b + 1) * n, size) <= last)
+                for a, b, n, first, last, size in ((r0, r1, th, top, bottom, h), (c0, c1, tw, left, right, w))
+            ]
+            use = np.where(np.logical_and.outer(*whole), 1, 2).astype(np.uint8)
+
+        def place(r: int, c: int) -> tuple[NDArray[np.uint8], tuple[slice, slice]]:
+            y, x = r * th, c * tw
+            a, b, d, e = max(top, y), min(bottom, y + th), max(left, x), min(right, x + tw)
+            return out[a - row : b - row, d - col : e - col], (slice(a - y, b - y), slice(d - x, e - x))
+
+        for r, c, tile in self.native_tiles(level, r0, c0, use, lambda r, c: place(r, c)[0]):
+            into, part = place(r, c)
+            if tile is not None:
+                into[:] = tile[part]
+        return out
+
+    def native_tiles(
+        self,
+        level: int,
+        first_row: int,
+        first_col: int,
+        use: NDArray[np.uint8],
+        straight: Callable[[int, int], NDArray[np.uint8] | None],
+    ) -> Iterator[tuple[int, int, NDArray[np.uint8] | None]]:
+        """Decoded native tiles, one after the other, still in the processor's cache.
+
+        Args:
+            level: Level.
+            first_row: Row of native tiles that ``use`` begins with.
+            first_col: Column of native tiles that it begins with.
+            use: As for `read`.
+            straight: Where a tile (row, column) is wanted; decoded there at once if that is one whole tile in
+                one piece.
+
+        Yields:
+            Row and column of a native tile, and its pixels, valid until the next one; None if they are where they
+            are wanted already.
+
+        Raises:
+            InputError: See `read`.
+        """
+        th, tw = self.tiled[level].tile_px
+        flags = {(first_row + int(r), first_col + int(c)): int(use[r, c]) for r, c in np.argwhere(use)}
+        with self._lock:
+            found = {p: self._kept.get((level, *p)) for p in flags}
+        data = self._fetch(level, [p for p, tile in found.items() if tile is None])
+        for (r, c), flag in flags.items():
+            tile = found[r, c]
+            if tile is None and flag == 1:
+                into = straight(r, c)
+                if into is not None and into.shape == (th, tw, 3) and into.flags.c_contiguous:
+                    self._decode(level, r, c, data[r, c], into)
+                    yield r, c, None
+                    continue
+            if tile is None:
+                tile = self._decode(level, r, c, data[r, c], self._buffer(th, tw, fresh=flag > 1))
+            self._remember((level, r, c), tile, flag > 1)
+            yield r, c, tile
+
+    def _fetch(self, level: int, places: list[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
+        plane = self.tiled[level]
+        offsets, counts = [int(plane.offsets[p]) for p in places], [int(plane.counts[p]) for p in places]
+        for (r, c), start, count in zip(places, offsets, counts, strict=True):
+            if start + count > self._ranges.size:
+                raise self._damaged(level, r, c, "the file ends before it")
+        return dict(zip(places, self._ranges.fetch(offsets, counts), strict=True)) if places else {}
+
+    def _decode(self, level: int, r: int, c: int, data: bytes, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        import imagecodecs
+
+        plane = self.tiled[level]
+        if not data:
+            out[:] = self.background
+            return out
+        problem = jpeg_damage(data)
+        if problem is None:
+            try:
+                imagecodecs.jpeg8_decode(
+                    data, tables=plane.tables, colorspace=plane.colour, outcolorspace="rgb", out=out
+                )
+            except Exception as error:  # the codec's own class, or ValueError where the size is another
+                problem = " ".join(str(error).split())
+        if problem is not None:
+            raise self._damaged(level, r, c, problem)
+        self.decoded += 1
+        return out
+
+    def _damaged(self, level: int, r: int, c: int, why: str) -> InputError:
+        th, tw = self.tiled[level].tile_px
+        return InputError(
+            f"level {level} cannot be decoded at row {r * th}, column {c * tw}: its tile {r}, {c} (row, column) is "
+            f"damaged ({why})",
+            where=self.path,
+            remedy="copy or scan the slide again",
+        )
+
+    def _buffer(self, height: int, width: int, fresh: bool) -> NDArray[np.uint8]:
+        """A tile's worth of memory: new to be kept, else the thread's own (new memory is as slow as decoding)."""
+        held = getattr(self._local, "buffer", None)
+        if fresh or held is None or held.shape[:2] != (height, width):
+            made = pixel_memory(height, width)
+            if fresh:
+                return made
+            self._local.buffer = held = made
+        return held
+
+    def _remember(self, key: tuple[int, int, int], tile: NDArray[np.uint8], again: bool) -> None:
+        with self._lock:
+            if again and key not in self._kept:
+                self._kept[key] = tile
+                self._bytes += tile.nbytes
+            elif again:
+                self._kept.move_to_end(key)
+            elif key in self._kept:
+                self._bytes -= self._kept.pop(key).nbytes
+            while self._bytes > CACHE_BYTES and len(self._kept) > 1:
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+
+    def close(self) -> None:
+        """See `deepfere.readers.slide.Slide.close`."""
+        self._ranges.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_slide, (self.path, self.mpp_um, "tiff")
+
+
+def open_tiff(path: str | Path, given_mpp_um: tuple[float, float] | None) -> TiffSlide:
+    """Open a tiled JPEG TIFF.
+
+    Args:
+        path: File, or URL of one.
+        given_mpp_um: Micrometres per level-0 pixel (y, x); None takes the file's own.
+
+    Raises:
+        InputError: It is not such a file (says what it is), or see `deepfere.readers.slide.open_slide`.
+    """
+    import tifffile
+
+    where = str(path)
+    ranges = open_ranges(path)
+    try:
+        with ranges.open() as stream, tifffile.TiffFile(stream) as file:
+            levels = _levels(file, where)
+            mpp = given_mpp_um or trusted_mpp(_stated_mpp(file), path)
+    except InputError:
+        ranges.close()
+        raise
+    except Exception as error:  # a damaged directory makes tifffile raise many things
+        ranges.close()
+        raise InputError(
+            f"cannot be read as TIFF ({' '.join(str(error).split())})", where=where, remedy="copy it again"
+        ) from error
+    return TiffSlide(where, mpp, levels, ranges)
+
+
+def in_place_of(other: Slide) -> Slide:
+    """The same slide read directly where that is proven equal on this very file, else the slide as it was given.
+
+    Equal means: the same levels, and the same pixels in one native tile of each level, the one of most bytes
+    (the first one where the other reader cannot place pixels of the level exactly).
+    """
+    try:
+        slide = open_tiff(other.path, other.mpp_um)
+    except InputError:
+        return other
+    if slide.levels == other.levels and all(_same_tile(slide, other, k) for k in range(len(slide.levels))):
+        other.close()
+        return slide
+    slide.close()
+    return other
+
+
+def _same_tile(slide: TiffSlide, other: Slide, level: int) -> bool:
+    plane = slide.tiled[level]
+    exact = all(float(d).is_integer() for d in slide.levels[level].downsample) and all(
+        full == d * part
+        for full, d, part in zip(slide.shape_px, slide.levels[level].downsample, plane.shape_px, strict=True)
+    )
+    r, c = np.unravel_index(int(plane.counts.argmax()) if exact else 0, plane.counts.shape)
+    (h, w), (th, tw) = plane.shape_px, plane.tile_px
+    y, x = int(r) * th, int(c) * tw
+    window = (level, y, x, min(th, h - y), min(tw, w - x))
+    try:
+        return bool(np.array_equal(slide.read(*window), other.read(*window)))
+    except InputError:
+        return False
+
+
+def _levels(file: Any, where: str) -> list[TiledLevel]:
+    """Levels as OpenSlide finds them: tiled pages; beyond the first of a plain TIFF, those marked as reduced.
+
+    Raises:
+        InputError: One of them is not of JPEG tiles that are read here.
+    """
+    first = file.pages.first
+    foreign = next((name for name in FOREIGN if name in (first.description + first.software)[:4096]), None)
+    if foreign or file.is_ndpi:
+        raise _not_taken(f"is a slide of its vendor's own kind ({foreign or 'NDPI'})", where)
+    aperio = first.description.startswith("Aperio")
+    pages = [p for n, p in enumerate(file.pages) if p.is_tiled and (n == 0 or aperio or p.subfiletype & 1)]
+    if not pages:
+        raise _not_taken("is not tiled", where)
+    out = []
+    for number, page in enumerate(sorted(pages, key=lambda p: -p.imagewidth)):
+        page = page.aspage()
+        if page.compression != 7 or page.photometric not in COLOURS:
+            kind = f"{page.compression.name} {page.photometric.name}"
+            raise _not_taken(f"level {number} is {kind}, not JPEG in RGB or YCbCr", where)
+        if page.samplesperpixel != 3 or page.planarconfig != 1 or page.dtype != np.uint8:
+            raise _not_taken(f"level {number} is not 8-bit RGB, pixel by pixel", where)
+        orientation = page.tags.get(274)
+        if orientation is not None and orientation.value != 1:
+            raise _not_taken("does not lie upright (orientation tag)", where)
+        shape = -(-page.imagelength // page.tilelength), -(-page.imagewidth // page.tilewidth)
+        offsets, counts = (np.array(v, np.int64) for v in (page.dataoffsets, page.databytecounts))
+        if offsets.size != shape[0] * shape[1] or counts.size != offsets.size:
+            raise _not_taken(f"level {number} has {offsets.size} tiles, not {shape[0] * shape[1]}", where)
+        if aperio and not counts.all():
+            raise _not_taken(f"level {number} leaves tiles out, to be filled from other levels", where)
+        out.append(
+            TiledLevel(
+                (page.imagelength, page.imagewidth),
+                (page.tilelength, page.tilewidth),
+                offsets.reshape(shape),
+                counts.reshape(shape),
+                page.jpegtables or None,
+                COLOURS[int(page.photometric)],
+            )
+        )
+    return out
+
+
+def _not_taken(why: str, where: str) -> InputError:
+    remedy = "copy it to a local disk" if is_url(where) else "leave slide.backend at auto"
+    return InputError(f"{why}: it is not read as a tiled JPEG TIFF", where=where, remedy=remedy)
+
+
+def _stated_mpp(file: Any) -> tuple[float | None, float | None]:
+    """Micrometres per level-0 pixel (y, x) as OpenSlide states them."""
+    from deepfere.readers.slide_flat import stated_mpp
+
+    page = file.pages.first
+    if not page.description.startswith("Aperio"):
+        return stated_mpp(file, page)
+    found = re.search(r"\|\s*MPP\s*=\s*([0-9.eE+-]+)", page.description)
+    value = float(found[1]) if found else None
+    return value, value

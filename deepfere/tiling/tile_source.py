@@ -1,0 +1,128 @@
+"""Ray Data adapter of the tiles: many read tasks a slide, fixed-shape tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from ray.data.block import Block, BlockAccessor, BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from deepfere.tiling.groups import TileReader, group_tiles
+from deepfere.tiling.tiles import TilePlan
+
+TASK_BYTES = 128 << 20
+"""Output of a read task, about: enough to pay for starting it, little enough to spread one slide over a cluster."""
+
+BLOCK_BYTES = 32 << 20
+"""Output of a block, about: each costs Ray a millisecond."""
+
+
+class SlideTiles(Datasource):
+    """Tiles of slides as rows (`tile_dataset` reads them).
+
+    Columns: ``slide`` (path), ``tile`` (number in its plan), ``row_px`` and ``col_px`` (corner, output pixels),
+    ``y_um`` and ``x_um`` (the same, slide micrometres), ``tissue`` (share), ``valid_h`` and ``valid_w`` (pixels
+    that the slide reaches), ``error`` (None, or what is wrong; the tile is background then) and ``pixels``
+    (side, side, 3) uint8. A block is some read groups.
+
+    Args:
+        plans: Tiles of each slide, all of one side.
+
+    Raises:
+        ValueError: Their sides differ.
+    """
+
+    def __init__(self, plans: Sequence[TilePlan]) -> None:
+        super().__init__()
+        if len({plan.spec.tile_px for plan in plans}) > 1:
+            raise ValueError("tiles of one dataset have one side")
+        self._plans = list(plans)
+
+    def estimate_inmemory_data_size(self) -> int:
+        """Bytes of all tiles: exact, as shapes are fixed."""
+        return sum(len(plan) * _tile_bytes(plan) for plan in self._plans)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """Read tasks of about 128 MiB, more if so many are asked for; each a run of neighbouring groups."""
+        total = max(1, self.estimate_inmemory_data_size())
+        tasks = []
+        for plan in self._plans:
+            groups = group_tiles(plan)
+            size = len(plan) * _tile_bytes(plan)
+            wanted = max(1, round(size / TASK_BYTES), round(parallelism * size / total))
+            for part in np.array_split(np.arange(len(groups)), min(wanted, len(groups))) if groups else ():
+                tiles = np.concatenate([groups[k].tiles for k in part])
+                metadata = BlockMetadata(
+                    num_rows=len(tiles),
+                    size_bytes=len(tiles) * _tile_bytes(plan),
+                    input_files=(plan.path,),
+                    exec_stats=None,
+                )
+                task = partial(read_tiles, plan.take(tiles), tiles)
+                tasks.append(ReadTask(task, metadata, per_task_row_limit=per_task_row_limit))
+        return tasks
+
+
+def tile_dataset(plans: Sequence[TilePlan], tasks: int = 1, **options: Any) -> Any:
+    """A Ray Dataset of tiles, whose reading fuses with the map that follows it.
+
+    Args:
+        plans: Tiles of each slide, all of one side.
+        tasks: At least so many read tasks, for a cluster of more CPUs than there are 128 MiB of tiles.
+        **options: For ``ray.data.read_datasource``: ``num_cpus``, ``memory``, ``ray_remote_args``, ...
+    """
+    import ray
+
+    source = SlideTiles(plans)
+    # Ray splits the blocks of a source that has fewer tasks than it asks for, and then fuses nothing.
+    return ray.data.read_datasource(source, override_num_blocks=len(source.get_read_tasks(tasks)) or None, **options)
+
+
+def _tile_bytes(plan: TilePlan) -> int:
+    return plan.spec.tile_px**2 * 3
+
+
+def read_tiles(plan: TilePlan, numbers: NDArray[np.int64]) -> Iterator[Block]:
+    """Blocks of a plan's tiles, whose numbers in the whole plan are ``numbers``, of whole read groups."""
+    reader, groups = TileReader(plan), group_tiles(plan)
+    side, most = plan.spec.tile_px, max(1, BLOCK_BYTES // _tile_bytes(plan))
+    while groups:
+        some = [groups.pop(0)]
+        while groups and sum(len(group.tiles) for group in (*some, groups[0])) <= most:
+            some.append(groups.pop(0))
+        tiles = np.concatenate([group.tiles for group in some])
+        pixels, errors, done = np.empty((len(tiles), side, side, 3), np.uint8), [], 0
+        for group in some:
+            end = done + len(group.tiles)
+            errors += reader.read(group, pixels[done:end])[1]
+            done = end
+        yield BlockAccessor.batch_to_block(_columns(plan, numbers, tiles, pixels, errors))
+
+
+def _columns(
+    plan: TilePlan,
+    numbers: NDArray[np.int64],
+    tiles: NDArray[np.int64],
+    pixels: NDArray[np.uint8],
+    errors: list[str | None],
+) -> dict[str, Any]:
+    corner, valid = plan.corner_px[tiles], plan.valid_px[tiles]
+    return {
+        "slide": np.full(len(tiles), plan.path, object),
+        "tile": numbers[tiles],
+        "row_px": corner[:, 0],
+        "col_px": corner[:, 1],
+        "y_um": corner[:, 0] * plan.spec.mpp_um,
+        "x_um": corner[:, 1] * plan.spec.mpp_um,
+        "tissue": plan.tissue[tiles],
+        "valid_h": valid[:, 0],
+        "valid_w": valid[:, 1],
+        "error": np.array(errors, object),
+        "pixels": pixels,
+    }

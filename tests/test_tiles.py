@@ -1,0 +1,179 @@
+"""Tiles: the plan, groups that decode each native tile once, and pixels equal to the exact area reading."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import deepfere.tiling.tiles as tiles_module
+from deepfere.errors import InputError
+from deepfere.readers.slide import open_slide, read_area
+from deepfere.tiling.groups import TileReader, group_tiles
+from deepfere.tiling.tiles import TileSpec, TissueMask, plan_tiles
+
+from .test_reader_tiff import damage, picture, write_jpeg_tiff
+
+
+@pytest.fixture(scope="module")
+def slide_path(tmp_path_factory):
+    return write_jpeg_tiff(tmp_path_factory.mktemp("tiles") / "s.tif", picture(700, 900))
+
+
+def read_all(plan, slide, block_px=(256, 256)):
+    reader = TileReader(plan, slide)
+    out = np.empty((len(plan), plan.spec.tile_px, plan.spec.tile_px, 3), np.uint8)
+    errors = [None] * len(plan)
+    seen = np.zeros(len(plan), int)
+    for group in group_tiles(plan, block_px=block_px):
+        pixels, wrong = reader.read(group)
+        out[group.tiles] = pixels
+        seen[group.tiles] += 1
+        for number, error in zip(group.tiles, wrong, strict=True):
+            errors[number] = error
+    assert (seen == 1).all()
+    return out, errors
+
+
+@pytest.mark.parametrize("backend", ["tiff", "openslide"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        TileSpec(128, 0.5),
+        TileSpec(100, 0.5, offset_px=(17, 33)),
+        TileSpec(128, 0.5, stride_px=64),
+        TileSpec(90, 0.54),
+        TileSpec(90, 0.8, stride_px=45, offset_px=(20, 5)),
+        TileSpec(64, 1.0),
+        TileSpec(64, 1.3),
+        TileSpec(50, 5.0),
+    ],
+    ids=str,
+)
+def test_tiles_are_the_exact_area_reading_whatever_they_are_grouped_with(slide_path, spec, backend):
+    slide = open_slide(slide_path, backend=backend)
+    plan = plan_tiles(slide, spec)
+    got, errors = read_all(plan, slide)
+    assert not any(errors) and len(plan) == plan.candidates
+    small, _ = read_all(plan, slide, block_px=(64, 64))
+    np.testing.assert_array_equal(got, small)
+    for tile, corner, valid in zip(got, plan.corner_px, plan.valid_px, strict=True):
+        side = (spec.tile_px, spec.tile_px)
+        want, coverage = read_area(slide, (corner[0] * spec.mpp_um, corner[1] * spec.mpp_um), side, spec.mpp_um)
+        np.testing.assert_array_equal(tile, want)
+        assert (np.argwhere(coverage > 0).max(axis=0) + 1 == valid).all()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        TileSpec(128, 0.5),
+        TileSpec(128, 0.5, offset_px=(30, 50)),
+        TileSpec(128, 0.5, stride_px=64),
+        TileSpec(100, 0.5, stride_px=37),
+        TileSpec(128, 0.54),
+        TileSpec(128, 0.8),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_every_native_tile_is_decoded_once_and_no_other(slide_path, spec, share):
+    slide = open_slide(slide_path, backend="tiff")
+    rng = np.random.default_rng(1)
+    mask = TissueMask(rng.random((7, 9)) < 0.4, (50.0, 50.0))
+    spec = TileSpec(spec.tile_px, spec.mpp_um, spec.stride_px, spec.offset_px, share)
+    plan = plan_tiles(slide, spec, mask)
+    assert 0 < len(plan) < plan.candidates or share == 0
+    read_all(plan, slide)
+    assert slide.decoded == plan.distinct()
+    part = np.flatnonzero(np.arange(len(plan)) % 3 == 0)
+    before = slide.decoded
+    reader = TileReader(plan, slide)
+    for group in group_tiles(plan, part, block_px=(64, 256)):
+        reader.read(group)
+    touched = {(r, c) for a, b, d, e in plan.native[part] for r in range(a, b) for c in range(d, e)}
+    assert slide.decoded - before == len(touched)
+
+
+@pytest.mark.parametrize("spec", [TileSpec(64, 0.5, stride_px=32), TileSpec(64, 0.54), TileSpec(64, 0.5)], ids=str)
+@pytest.mark.parametrize("backend", ["tiff", "openslide"])
+def test_a_corrupt_native_tile_costs_its_tiles_alone(tmp_path, spec, backend):
+    path = write_jpeg_tiff(tmp_path / "s.tif", picture(512, 512))
+    whole = open_slide(path, backend="tiff")
+    plan = plan_tiles(whole, spec)
+    want, _ = read_all(plan, whole)
+    damage(path, 3 * 8 + 5, "tail")  # row 3, column 5
+    got, errors = read_all(plan, open_slide(path, backend=backend))
+    hit = np.array([a <= 3 < b and c <= 5 < d for a, b, c, d in plan.native])
+    assert 0 < hit.sum() < len(plan)
+    assert [error is not None for error in errors] == hit.tolist()
+    np.testing.assert_array_equal(got[~hit], want[~hit])
+    assert (got[hit] == 255).all()
+    for error in np.array(errors, object)[hit]:
+        assert "level 0 cannot be decoded at row" in error and str(path) in error
+        assert backend == "openslide" or "tile 3, 5 (row, column)" in error
+
+
+def test_shares_of_tissue_are_exact_areas():
+    rng = np.random.default_rng(2)
+    mask = rng.random((23, 31)) < 0.5
+    tissue = TissueMask(mask, (2.0, 3.0))
+    fine = np.repeat(np.repeat(mask, 20, 0), 30, 1).astype(float)  # 0.1 um
+    corners = np.array([[0.0, 0.0], [3.1, 7.7], [30.0, 60.0], [-4.0, -2.0], [44.0, 90.0], [100.0, 100.0]])
+    side = 9.3
+    for corner, share in zip(corners, tissue.shares(corners, side), strict=True):
+        (y0, x0), (y1, x1) = np.rint(corner * 10).astype(int), np.rint((corner + side) * 10).astype(int)
+        window = fine[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)]
+        assert share == pytest.approx(window.sum() / 93**2, abs=1e-6)
+
+
+def test_tissue_is_found_and_glass_left_out(tmp_path):
+    image = np.full((1200, 1600, 3), 243, np.uint8)
+    stained = (picture(600, 800) // 4 + np.array([120, 40, 110], np.uint8)).astype(np.uint8)
+    image[300:900, 400:1200] = stained
+    slide = open_slide(write_jpeg_tiff(tmp_path / "s.tif", image))
+    plan = plan_tiles(slide, TileSpec(64, 1.0, tissue=0.5))
+    assert slide.decoded < 40  # the mask comes from the pyramid
+    centre = (plan.corner_px + 32) * 2
+    inside = (centre >= (300, 400)).all(1) & (centre < (900, 1200)).all(1)
+    assert inside.mean() > 0.95 and len(plan) >= 25 and len(plan) < plan.candidates / 2
+
+
+@pytest.mark.ray
+def test_ray_rows_are_the_tiles(tmp_path, monkeypatch, ray_session):
+    import deepfere.tiling.tile_source as source
+
+    path = write_jpeg_tiff(tmp_path / "s.tif", picture(512, 640))
+    plan = plan_tiles(open_slide(path), TileSpec(64, 0.6))
+    want, _ = read_all(plan, open_slide(path))
+    damage(path, 0, "head")
+    monkeypatch.setattr(source, "group_tiles", lambda plan: group_tiles(plan, block_px=(64, 256)))
+    tasks = source.SlideTiles([plan]).get_read_tasks(3)
+    assert len(tasks) == 3 and sum(task.metadata.num_rows for task in tasks) == len(plan)
+    rows = source.tile_dataset([plan], tasks=3).take_all()
+    assert sorted(row["tile"] for row in rows) == list(range(len(plan)))
+    for row in rows:
+        assert (row["row_px"], row["col_px"]) == tuple(plan.corner_px[row["tile"]])
+        assert (row["error"] is None) == (row["tile"] != 0) and row["slide"] == str(path)
+        np.testing.assert_array_equal(row["pixels"], want[row["tile"]] if row["error"] is None else 255)
+
+
+def test_refused(slide_path):
+    slide = open_slide(slide_path)
+    with pytest.raises(InputError, match=r"its pixels are 0\.5 um, tiles of 0\.4 um"):
+        plan_tiles(slide, TileSpec(64, 0.4))
+    wrong = [("tile_px", 0), ("mpp_um", -1.0), ("mpp_um", np.nan), ("stride_px", 0), ("tissue", 1.5)]
+    for name, value in [*wrong, ("offset_px", (-1, 0))]:
+        with pytest.raises(InputError, match="no tiling"):
+            TileSpec(**{"tile_px": 64, "mpp_um": 0.5} | {name: value})
+
+
+def test_the_plan_says_what_is_read(slide_path):
+    plan = plan_tiles(open_slide(slide_path), TileSpec(64, 1.3))
+    assert plan.reading.level == 1 and plan.reading.scale == pytest.approx((1.3, 1.3))
+    assert plan.reading.backend == "tiff" and plan.reading.mpp_um == (1.3, 1.3)
+
+
+def test_planning_needs_no_ray():
+    code = f"import sys, {tiles_module.__name__}; sys.exit(any(m in sys.modules for m in ('ray', 'zarr', 'torch')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
