@@ -1,0 +1,274 @@
+"""The measurement as witness: which candidates on the slide are damage, and which are anatomy.
+
+Where tissue was torn or folded after it was measured, the measurement shows there what it shows around; in a lumen or
+in a dense layer it shows what the stain says. The regression of the factors on footprint-averaged stain features
+predicts how much the measurement has to change where the picture does: `d`, the prediction from the picture as it is
+less that from the picture inpainted from around (normalised convolution). With `e` what the measurement leaves of the
+latter and S the residuals' covariance, the log likelihood of "inpainted" less that of "as it is" is
+
+    sum over measured pixels of  d' S^-1 d / 2 - d' S^-1 e,
+
+positive where less than half of the change is there. Large candidates are judged in parts: a tear may run into a lumen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
+
+from deepfere.alignment.overview import MeasuredOverview, StainOverview
+from deepfere.alignment.refine import RIDGE, footprint_points
+from deepfere.frame import Alignment
+from deepfere.model.damage import Candidates
+from deepfere.model.features import base_planes
+from deepfere.model.registration import sample_window
+
+SUPERSAMPLE = 4
+"""Sample points per measured pixel and axis."""
+TOUCHED = 0.2
+"""Share of a measured pixel that a part has to cover for the pixel to bear witness."""
+CLEAR = 0.05
+"""Share of it that candidates may cover for it to count as free of them."""
+LEAST_PX = 2
+"""Measured pixels that a part needs to be judged on."""
+MARGIN = 5.0
+"""Difference of log likelihoods, in nats, that damage needs, besides the logarithm of the number of parts (Bonferroni);
+and its opposite is what anatomy needs before it joins the regression."""
+INPAINTING_PITCH = (0.75, 2.0, 6.0)
+"""S.d. of the normalised convolutions, in measured pixels: a wider one where the narrower see nothing."""
+TRENDS = 3
+"""Cosines per axis that take up what changes smoothly over the section."""
+ROUNDS = 3
+"""Parts that prove real join the regression, which then judges the others again."""
+LEAST_ROWS = 60
+"""Measured pixels free of candidates that the regression needs."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one part of a candidate.
+
+    Attributes:
+        kind: "tear" or "fold".
+        whole: Number of the candidate.
+        area_um2: On the slide.
+        measured_px: Measured pixels that bore witness.
+        gain: How much of the change that the picture claims is in the measurement: 1 in anatomy, 0 in damage.
+        evidence: Log likelihood of "inpainted" less that of "as it is", the correlation of neighbouring pixels'
+            residuals taken off; None = not judged.
+        masked: Whether it is taken for damage.
+    """
+
+    kind: str
+    whole: int
+    area_um2: float
+    measured_px: int
+    gain: float | None
+    evidence: float | None
+    masked: bool
+
+
+def judge(
+    measured: MeasuredOverview, stain: StainOverview, alignment: Alignment, candidates: Candidates
+) -> list[Verdict]:
+    """A verdict on each part of each candidate, in the order of their numbers.
+
+    Args:
+        measured: The section's leading factors.
+        stain: The slide's overview.
+        alignment: Section to slide.
+        candidates: What may be damage on it.
+    """
+    kinds, whole = candidates.kinds, candidates.whole
+    area = np.bincount(candidates.labels.ravel(), minlength=len(kinds) + 1)[1:] * np.prod(stain.spacing_um)
+    unjudged = [Verdict(*what, 0, None, None, False) for what in zip(kinds, whole, area.tolist(), strict=True)]
+    if not kinds:
+        return []
+    slide = torch.from_numpy(alignment.map(footprint_points(measured, SUPERSAMPLE).numpy()))
+    shown = stain.planes[6] > 250
+    clear = shown & (candidates.labels == 0)
+    painted, repaired = _pooled(measured, stain, slide, candidates)
+    pixel, part, share = _touched(candidates.labels, stain.spacing_um, slide, measured.mask)
+    free = measured.mask.ravel() & (_pool(clear, stain.spacing_um, slide).ravel() >= 1 - CLEAR)
+    if free.sum() < LEAST_ROWS:
+        return unjudged
+    regression = _Regression(measured, painted, repaired)
+    found, real = unjudged, np.zeros(len(kinds), bool)
+    for _ in range(ROUNDS):
+        # Parts that are real anatomy: as painted; what is not decided teaches nothing.
+        doubtful = np.zeros(measured.mask.size, bool)
+        doubtful[pixel[~real[part] & (share > CLEAR)]] = True
+        joined = np.zeros(measured.mask.size, bool)
+        joined[pixel[real[part]]] = True
+        regression.fit((free | joined) & ~doubtful)
+        found = []
+        for number, kind in enumerate(kinds):
+            own = part == number
+            witnesses = pixel[own & (share >= TOUCHED)]
+            gain = evidence = None
+            if len(witnesses) >= LEAST_PX:
+                gain, evidence = regression.evidence(witnesses, pixel[own])
+            found.append(Verdict(kind, whole[number], float(area[number]), len(witnesses), gain, evidence, False))
+        before, real = real, np.array([v.evidence is not None and v.evidence < -MARGIN for v in found])
+        if (before == real).all():
+            break
+    return _decided(found)
+
+
+def _decided(found: list[Verdict]) -> list[Verdict]:
+    """Damage is what is not real of a candidate, if all of that has the evidence; or a part with twice as much."""
+    margin = MARGIN + float(np.log(len(found)))
+    total: dict[int, float] = {}
+    for v in found:
+        own = v.evidence or 0.0
+        total[v.whole] = total.get(v.whole, 0.0) + (own if own > -MARGIN else 0.0)
+    evidence = [v.evidence or 0.0 for v in found]
+    return [
+        replace(v, masked=own > 2 * margin or (own >= 0 and total[v.whole] > margin))
+        for v, own in zip(found, evidence, strict=True)
+    ]
+
+
+def masked_areas(verdicts: list[Verdict]) -> list[dict[str, Any]]:
+    """What is masked, one entry per candidate: kind, area (um2 on the slide), measured pixels and evidence (nats)."""
+    out: dict[int, dict[str, Any]] = {}
+    for v in verdicts:
+        if v.masked:
+            entry = out.setdefault(v.whole, {"kind": v.kind, "area_um2": 0.0, "measured_px": 0, "evidence": 0.0})
+            entry["area_um2"] += v.area_um2
+            entry["measured_px"] += v.measured_px
+            entry["evidence"] += v.evidence or 0.0
+    return [entry | {"decided_by": "measurement"} for entry in out.values()]
+
+
+def _pool(image: NDArray[Any], spacing_um: tuple[float, float], slide: torch.Tensor) -> NDArray[np.float64]:
+    """Footprint means (ny, nx) of one image (h, w) on the overview's grid."""
+    values = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))[..., None]
+    return sample_window(values, (0, 0), spacing_um, slide, SUPERSAMPLE)[0].double().numpy()
+
+
+def _pooled(
+    measured: MeasuredOverview, stain: StainOverview, slide: torch.Tensor, candidates: Candidates
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Footprint means (F, ny nx) of the features as they are, and with the candidates repaired."""
+    pitch, spacing = float(np.mean(measured.grid.pitch_um)), stain.spacing_um
+    candidate = candidates.labels > 0
+    gap = candidate & np.isin(candidates.labels - 1, [n for n, kind in enumerate(candidates.kinds) if kind == "tear"])
+    clear = (stain.planes[6] > 250) & ~candidate
+    block = max(1, int(pitch / 4 / max(spacing) + 1e-6))
+    sigmas = [[s * pitch / (block * u) for u in spacing] for s in INPAINTING_PITCH]
+
+    def convolved(image: NDArray[np.float32]) -> NDArray[np.float32]:
+        coarse = _blocks(image * clear, block)
+        return np.sum([1e-4**k * gaussian_filter(coarse, s, truncate=3) for k, s in enumerate(sigmas)], 0)
+
+    total = np.maximum(convolved(np.ones(clear.shape, np.float32)), 1e-14)
+    unfolded = _unfolded(stain, candidates.denser)
+    features = stain.features().numpy()
+    kept, repaired = [], []
+    for c in range(features.shape[-1]):
+        feature = features[..., c]
+        guess = np.repeat(np.repeat(convolved(feature) / total, block, 0), block, 1)[: clear.shape[0], : clear.shape[1]]
+        kept.append(_pool(feature, spacing, slide).ravel())
+        repaired.append(_pool(np.where(gap, guess, unfolded[..., c]), spacing, slide).ravel())
+    return np.stack(kept), np.stack(repaired)
+
+
+def _unfolded(stain: StainOverview, denser: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Features (h, w, F) of the overview with the density of its bands divided by so much."""
+    white = np.asarray(stain.reference.white, np.float32) + 1
+    rgb = np.moveaxis(stain.planes[:3], 0, -1).astype(np.float32) + 1
+    rgb = white * np.minimum(rgb / white, 1) ** (1 / denser[..., None]) - 1
+    planes = base_planes(rgb, stain.planes[6] / 255, 1, stain.reference)
+    return replace(stain, planes=planes).features().numpy()
+
+
+def _blocks(image: NDArray[np.float32], block: int) -> NDArray[np.float32]:
+    h, w = (-(-n // block) * block for n in image.shape)
+    padded = np.pad(image, ((0, h - image.shape[0]), (0, w - image.shape[1])))
+    return padded.reshape(h // block, block, w // block, block).mean((1, 3))
+
+
+def _touched(
+    labels: NDArray[np.int32], spacing_um: tuple[float, float], slide: torch.Tensor, mask: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Measured pixel (flat), number of the part on it, and the share that it covers: one row for each such pair."""
+    ny, nx, s = *mask.shape, SUPERSAMPLE
+    at = np.floor(slide.numpy() / np.asarray(spacing_um)).astype(np.int64)
+    on = ((at >= 0) & (at < labels.shape)).all(-1)
+    at = np.clip(at, 0, np.array(labels.shape) - 1)
+    seen = np.where(on, labels[at[..., 0], at[..., 1]], 0).astype(np.int64)
+    pixel = np.arange(ny * nx).reshape(ny, nx).repeat(s, 0).repeat(s, 1)
+    some = (seen > 0) & mask.repeat(s, 0).repeat(s, 1)
+    most = int(labels.max()) + 1
+    pairs, counts = np.unique(pixel[some] * most + seen[some], return_counts=True)
+    return pairs // most, pairs % most - 1, counts / s**2
+
+
+class _Regression:
+    """Ridge of the factors on features and slow trends, rows left out at will."""
+
+    def __init__(self, measured: MeasuredOverview, painted: NDArray, inpainted: NDArray) -> None:
+        ny, nx = self._shape = measured.mask.shape
+        waves = [[np.cos(np.pi * k * (np.arange(n) + 0.5) / n) for k in range(TRENDS)] for n in (ny, nx)]
+        trends = np.stack([np.outer(a, b).ravel() for a in waves[0] for b in waves[1]])
+        # The first trend is constant: the intercept.
+        self._painted, self._inpainted = (np.concatenate([trends, p]).T for p in (painted, inpainted))
+        self._targets = measured.images.reshape(len(measured.images), -1).T
+
+    def fit(self, rows: NDArray[np.bool_]) -> None:
+        """Use these rows (ny nx,)."""
+        self._rows = rows
+        x = self._painted[rows]
+        self._scale = np.concatenate([[1.0], x[:, 1:].std(0) + 1e-9])
+        self._gram, self._cross = self._moments(rows)
+        weights = self._solve(self._gram, self._cross, int(rows.sum()))
+        residual = np.full((rows.size, self._targets.shape[1]), np.nan)
+        residual[rows] = self._targets[rows] - self._painted[rows] / self._scale @ weights
+        inner = residual[rows]
+        covariance = inner.T @ inner / max(1, rows.sum() - len(weights))
+        # Independent components of the residuals, each with its own correlation of neighbours.
+        variance, axes = np.linalg.eigh(covariance)
+        self._whiten = axes / np.sqrt(np.maximum(variance, 1e-9 * variance[-1] + 1e-300))
+        image = (residual @ self._whiten).reshape(*self._shape, -1)
+        self._same = 1.0 + sum(
+            count * np.maximum(_mean_product(image[low], image[high]), 0.0)
+            for count, low, high in (
+                (2, np.s_[1:], np.s_[:-1]),
+                (2, np.s_[:, 1:], np.s_[:, :-1]),
+                (4, np.s_[1:, 1:], np.s_[:-1, :-1]),
+            )
+        )
+
+    def _moments(self, rows: NDArray) -> tuple[NDArray, NDArray]:
+        x = self._painted[rows] / self._scale
+        return x.T @ x, x.T @ self._targets[rows]
+
+    def _solve(self, gram: NDArray, cross: NDArray, count: int) -> NDArray:
+        penalty = RIDGE * count * np.eye(len(gram))
+        penalty[0, 0] = 1e-9 * count
+        return np.linalg.solve(gram + penalty, cross)
+
+    def evidence(self, witnesses: NDArray, own: NDArray) -> tuple[float, float]:
+        """Gain and log likelihood ratio of a part, the regression without the pixels (flat) that are its own."""
+        inside = own[self._rows[own]]
+        gram, cross = self._moments(inside)
+        weights = self._solve(self._gram - gram, self._cross - cross, int(self._rows.sum()) - len(inside))
+        filled = self._inpainted[witnesses] / self._scale
+        change = (self._painted[witnesses] / self._scale - filled) @ weights @ self._whiten
+        left = (self._targets[witnesses] - filled @ weights) @ self._whiten
+        # A residual whose neighbours say the same counts for as much less.
+        size, agreement = ((change * v / self._same).sum() for v in (change, left))
+        return float(agreement / max(size, 1e-12)), float(size / 2 - agreement)
+
+
+def _mean_product(a: NDArray, b: NDArray) -> NDArray[np.float64]:
+    """Mean of a b over space, per component; 0 where no two pixels are known."""
+    product = (a * b).reshape(-1, a.shape[-1])
+    known = np.isfinite(product).all(1)
+    return product[known].mean(0) if known.any() else np.zeros(a.shape[-1])
