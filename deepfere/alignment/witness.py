@@ -36,7 +36,7 @@ CLEAR = 0.05
 """Share of it that candidates may cover for it to count as free of them."""
 LEAST_PX = 2
 """Measured pixels that a part needs to be judged on."""
-MARGIN = 5.0
+MARGIN = 6.0
 """Difference of log likelihoods, in nats, that damage needs, besides the logarithm of the number of parts (Bonferroni);
 and its opposite is what anatomy needs before it joins the regression."""
 INPAINTING_PITCH = (0.75, 2.0, 6.0)
@@ -122,7 +122,7 @@ def judge(
 
 def _decided(found: list[Verdict]) -> list[Verdict]:
     """Damage is what is not real of a candidate, if all of that has the evidence; or a part with twice as much."""
-    margin = MARGIN + float(np.log(len(found)))
+    margin = MARGIN + float(np.log(max(1, sum(v.evidence is not None for v in found))))
     total: dict[int, float] = {}
     for v in found:
         own = v.evidence or 0.0

@@ -24,6 +24,10 @@ LEAST_AREA_PITCH2 = 1.5
 """Smaller candidates, in squared measured pixels, cannot be judged and are left in."""
 DENSER = 1.3
 """Density of a band over that around: two layers have 2, less where one of them is thinner."""
+LESS_DENSE = 1.15
+"""The same beside such pixels."""
+GROWTH_PITCH = 0.75
+"""How far beside them, in measured pixels."""
 HUE = 0.05
 """Largest change of red's and green's share in the density of a band."""
 AROUND_PITCH = 3.0
@@ -77,7 +81,7 @@ def find_candidates(
     density = optical_density(np.moveaxis(planes[:3], 0, -1), reference.white)
     tissue = (density.mean(2) > _glass_od(density.mean(2)[shown], reference)) & shown
     ratio, hue = _against_surroundings(density, tissue, step)
-    bands = (ratio > DENSER) & (hue < HUE) & tissue
+    bands = _hysteresis((hue < HUE) & tissue, ratio, step)
     for kind, mask in (("tear", _gaps(tissue, shown, step)), ("fold", bands)):
         pieces, count = ndimage.label(mask, np.ones((3, 3), bool))
         area = np.bincount(pieces.ravel(), minlength=count + 1) * step[0] * step[1]
@@ -142,6 +146,17 @@ def _gaps(tissue: NDArray[np.bool_], shown: NDArray[np.bool_], step: tuple[float
     # Specks of dust are no tissue: what is closed around them is no gap in it.
     inside = (closed > CLOSING_PITCH) | ndimage.binary_fill_holes(tissue)
     return inside & ~tissue & shown
+
+
+def _hysteresis(
+    allowed: NDArray[np.bool_], ratio: NDArray[np.float32], step: tuple[float, float]
+) -> NDArray[np.bool_]:
+    """Where the ratio (h, w) exceeds `DENSER`, and around that where it exceeds `LESS_DENSE`."""
+    clear = allowed & (ratio > DENSER)
+    if not clear.any():
+        return clear
+    close = ndimage.distance_transform_edt(~clear, sampling=step) <= GROWTH_PITCH
+    return clear | (allowed & (ratio > LESS_DENSE) & close)
 
 
 def _against_surroundings(
