@@ -1,14 +1,13 @@
 """The measurement as witness: which candidates on the slide are damage, and which are anatomy.
 
 Where tissue was torn or folded after it was measured, the measurement shows there what it shows around; in a lumen or
-in a dense layer it shows what the stain says. The regression of the factors on footprint-averaged stain features
-predicts how much the measurement has to change where the picture does: `d`, the prediction from the picture as it is
-less that from the picture inpainted from around (normalised convolution). With `e` what the measurement leaves of the
-latter and S the residuals' covariance, the log likelihood of "inpainted" less that of "as it is" is
+in a dense layer it shows what the stain says. So a regression of the factors on footprint-averaged stain features,
+fitted without the candidate, predicts its measured pixels twice: from the picture as it is, and from a repaired one (a
+gap inpainted from around by normalised convolution, a band with its density divided by how much denser it is). The
+difference of the two log likelihoods is the evidence. They know what the regression does not: its weights' covariance
+is part of theirs, without the normalising determinants, which would count ignorance against the picture.
 
-    sum over measured pixels of  d' S^-1 d / 2 - d' S^-1 e,
-
-positive where less than half of the change is there. Large candidates are judged in parts: a tear may run into a lumen.
+Large candidates are judged in parts: a tear may run into a lumen.
 """
 
 from __future__ import annotations
@@ -36,11 +35,13 @@ CLEAR = 0.05
 """Share of it that candidates may cover for it to count as free of them."""
 LEAST_PX = 2
 """Measured pixels that a part needs to be judged on."""
-MARGIN = 6.0
+MARGIN = 4.0
 """Difference of log likelihoods, in nats, that damage needs, besides the logarithm of the number of parts (Bonferroni);
 and its opposite is what anatomy needs before it joins the regression."""
 INPAINTING_PITCH = (0.75, 2.0, 6.0)
 """S.d. of the normalised convolutions, in measured pixels: a wider one where the narrower see nothing."""
+LINEAR = (0, 1, 2, 7, 8)
+"""Features that are used: densities, nuclei, tissue. Squares would have to be extrapolated into a fold."""
 TRENDS = 3
 """Cosines per axis that take up what changes smoothly over the section."""
 ROUNDS = 3
@@ -59,7 +60,7 @@ class Verdict:
         area_um2: On the slide.
         measured_px: Measured pixels that bore witness.
         gain: How much of the change that the picture claims is in the measurement: 1 in anatomy, 0 in damage.
-        evidence: Log likelihood of "inpainted" less that of "as it is", the correlation of neighbouring pixels'
+        evidence: Log likelihood of the repaired picture less that of the picture, the correlation of neighbouring pixels'
             residuals taken off; None = not judged.
         masked: Whether it is taken for damage.
     """
@@ -126,10 +127,10 @@ def _decided(found: list[Verdict]) -> list[Verdict]:
     total: dict[int, float] = {}
     for v in found:
         own = v.evidence or 0.0
-        total[v.whole] = total.get(v.whole, 0.0) + (own if own > -MARGIN else 0.0)
+        total[v.whole] = total.get(v.whole, 0.0) + (own if own > -margin else 0.0)
     evidence = [v.evidence or 0.0 for v in found]
     return [
-        replace(v, masked=own > 2 * margin or (own >= 0 and total[v.whole] > margin))
+        replace(v, masked=own > 2 * margin or (own > -margin and total[v.whole] > margin))
         for v, own in zip(found, evidence, strict=True)
     ]
 
@@ -171,7 +172,7 @@ def _pooled(
     unfolded = _unfolded(stain, candidates.denser)
     features = stain.features().numpy()
     kept, repaired = [], []
-    for c in range(features.shape[-1]):
+    for c in LINEAR:
         feature = features[..., c]
         guess = np.repeat(np.repeat(convolved(feature) / total, block, 0), block, 1)[: clear.shape[0], : clear.shape[1]]
         kept.append(_pool(feature, spacing, slide).ravel())
@@ -213,12 +214,12 @@ def _touched(
 class _Regression:
     """Ridge of the factors on features and slow trends, rows left out at will."""
 
-    def __init__(self, measured: MeasuredOverview, painted: NDArray, inpainted: NDArray) -> None:
+    def __init__(self, measured: MeasuredOverview, painted: NDArray, repaired: NDArray) -> None:
         ny, nx = self._shape = measured.mask.shape
         waves = [[np.cos(np.pi * k * (np.arange(n) + 0.5) / n) for k in range(TRENDS)] for n in (ny, nx)]
         trends = np.stack([np.outer(a, b).ravel() for a in waves[0] for b in waves[1]])
         # The first trend is constant: the intercept.
-        self._painted, self._inpainted = (np.concatenate([trends, p]).T for p in (painted, inpainted))
+        self._painted, self._repaired = (np.concatenate([trends, p]).T for p in (painted, repaired))
         self._targets = measured.images.reshape(len(measured.images), -1).T
 
     def fit(self, rows: NDArray[np.bool_]) -> None:
@@ -227,7 +228,7 @@ class _Regression:
         x = self._painted[rows]
         self._scale = np.concatenate([[1.0], x[:, 1:].std(0) + 1e-9])
         self._gram, self._cross = self._moments(rows)
-        weights = self._solve(self._gram, self._cross, int(rows.sum()))
+        weights, _ = self._solve(self._gram, self._cross, int(rows.sum()))
         residual = np.full((rows.size, self._targets.shape[1]), np.nan)
         residual[rows] = self._targets[rows] - self._painted[rows] / self._scale @ weights
         inner = residual[rows]
@@ -249,22 +250,31 @@ class _Regression:
         x = self._painted[rows] / self._scale
         return x.T @ x, x.T @ self._targets[rows]
 
-    def _solve(self, gram: NDArray, cross: NDArray, count: int) -> NDArray:
+    def _solve(self, gram: NDArray, cross: NDArray, count: int) -> tuple[NDArray, NDArray]:
+        """Weights, and their covariance in units of the residuals'."""
         penalty = RIDGE * count * np.eye(len(gram))
         penalty[0, 0] = 1e-9 * count
-        return np.linalg.solve(gram + penalty, cross)
+        inverse = np.linalg.inv(gram + penalty)
+        return inverse @ cross, inverse
 
     def evidence(self, witnesses: NDArray, own: NDArray) -> tuple[float, float]:
         """Gain and log likelihood ratio of a part, the regression without the pixels (flat) that are its own."""
         inside = own[self._rows[own]]
         gram, cross = self._moments(inside)
-        weights = self._solve(self._gram - gram, self._cross - cross, int(self._rows.sum()) - len(inside))
-        filled = self._inpainted[witnesses] / self._scale
-        change = (self._painted[witnesses] / self._scale - filled) @ weights @ self._whiten
-        left = (self._targets[witnesses] - filled @ weights) @ self._whiten
+        count = int(self._rows.sum()) - len(inside)
+        weights, spread = self._solve(self._gram - gram, self._cross - cross, count)
+        left, distance = [], []
+        for features in (self._painted, self._repaired):
+            x = features[witnesses] / self._scale
+            left.append((self._targets[witnesses] - x @ weights) @ self._whiten)
+            # Far from all that it was fitted to, the regression does not know: that must not count against the picture.
+            trust = np.linalg.inv(np.eye(len(x)) + x @ spread @ x.T)
+            distance.append(np.einsum("ik,ij,jk->k", left[-1], trust, left[-1]))
+        change = left[1] - left[0]
+        size = float((change**2 / self._same).sum())
+        gain = float((change * left[1] / self._same).sum()) / max(size, 1e-12)
         # A residual whose neighbours say the same counts for as much less.
-        size, agreement = ((change * v / self._same).sum() for v in (change, left))
-        return float(agreement / max(size, 1e-12)), float(size / 2 - agreement)
+        return gain, float(((distance[0] - distance[1]) / self._same).sum() / 2)
 
 
 def _mean_product(a: NDArray, b: NDArray) -> NDArray[np.float64]:

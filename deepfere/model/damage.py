@@ -36,7 +36,7 @@ ELONGATED = 3.0
 """Length over width of a band, at least."""
 RIM_PITCH = 0.25
 """What is blurred at the border of a gap or a band belongs to it: so far, in measured pixels."""
-PART_PITCH = 3.0
+PART_PITCH = 2.0
 """Reach of the parts that a candidate is judged in, in measured pixels."""
 COARSEST_PITCH = 0.4
 """An overview with larger pixels (in measured pixels) shows too little."""
