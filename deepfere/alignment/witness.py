@@ -18,30 +18,22 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter
 
 from deepfere.alignment.overview import MeasuredOverview, StainOverview
 from deepfere.alignment.refine import RIDGE, footprint_points
+from deepfere.alignment.repair import SUPERSAMPLE, pool, pooled_both, touched
 from deepfere.frame import Alignment
 from deepfere.model.damage import Candidates
-from deepfere.model.features import base_planes
-from deepfere.model.registration import sample_window
 
-SUPERSAMPLE = 4
-"""Sample points per measured pixel and axis."""
 TOUCHED = 0.2
 """Share of a measured pixel that a part has to cover for the pixel to bear witness."""
 CLEAR = 0.05
 """Share of it that candidates may cover for it to count as free of them."""
 LEAST_PX = 2
 """Measured pixels that a part needs to be judged on."""
-MARGIN = 4.0
+MARGIN = 6.0
 """Difference of log likelihoods, in nats, that damage needs, besides the logarithm of the number of parts (Bonferroni);
 and its opposite is what anatomy needs before it joins the regression."""
-INPAINTING_PITCH = (0.75, 2.0, 6.0)
-"""S.d. of the normalised convolutions, in measured pixels: a wider one where the narrower see nothing."""
-LINEAR = (0, 1, 2, 7, 8)
-"""Features that are used: densities, nuclei, tissue. Squares would have to be extrapolated into a fold."""
 TRENDS = 3
 """Cosines per axis that take up what changes smoothly over the section."""
 ROUNDS = 3
@@ -60,8 +52,8 @@ class Verdict:
         area_um2: On the slide.
         measured_px: Measured pixels that bore witness.
         gain: How much of the change that the picture claims is in the measurement: 1 in anatomy, 0 in damage.
-        evidence: Log likelihood of the repaired picture less that of the picture, the correlation of neighbouring pixels'
-            residuals taken off; None = not judged.
+        evidence: Log likelihood of the repaired picture less that of the picture, the correlation of neighbouring
+            pixels' residuals taken off; None = not judged.
         masked: Whether it is taken for damage.
     """
 
@@ -93,9 +85,9 @@ def judge(
     slide = torch.from_numpy(alignment.map(footprint_points(measured, SUPERSAMPLE).numpy()))
     shown = stain.planes[6] > 250
     clear = shown & (candidates.labels == 0)
-    painted, repaired = _pooled(measured, stain, slide, candidates)
-    pixel, part, share = _touched(candidates.labels, stain.spacing_um, slide, measured.mask)
-    free = measured.mask.ravel() & (_pool(clear, stain.spacing_um, slide).ravel() >= 1 - CLEAR)
+    painted, repaired = pooled_both(measured, stain, slide, candidates)
+    pixel, part, share = touched(candidates.labels, stain.spacing_um, slide, measured.mask)
+    free = measured.mask.ravel() & (pool(clear, stain.spacing_um, slide).ravel() >= 1 - CLEAR)
     if free.sum() < LEAST_ROWS:
         return unjudged
     regression = _Regression(measured, painted, repaired)
@@ -145,70 +137,6 @@ def masked_areas(verdicts: list[Verdict]) -> list[dict[str, Any]]:
             entry["measured_px"] += v.measured_px
             entry["evidence"] += v.evidence or 0.0
     return [entry | {"decided_by": "measurement"} for entry in out.values()]
-
-
-def _pool(image: NDArray[Any], spacing_um: tuple[float, float], slide: torch.Tensor) -> NDArray[np.float64]:
-    """Footprint means (ny, nx) of one image (h, w) on the overview's grid."""
-    values = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))[..., None]
-    return sample_window(values, (0, 0), spacing_um, slide, SUPERSAMPLE)[0].double().numpy()
-
-
-def _pooled(
-    measured: MeasuredOverview, stain: StainOverview, slide: torch.Tensor, candidates: Candidates
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Footprint means (F, ny nx) of the features as they are, and with the candidates repaired."""
-    pitch, spacing = float(np.mean(measured.grid.pitch_um)), stain.spacing_um
-    candidate = candidates.labels > 0
-    gap = candidate & np.isin(candidates.labels - 1, [n for n, kind in enumerate(candidates.kinds) if kind == "tear"])
-    clear = (stain.planes[6] > 250) & ~candidate
-    block = max(1, int(pitch / 4 / max(spacing) + 1e-6))
-    sigmas = [[s * pitch / (block * u) for u in spacing] for s in INPAINTING_PITCH]
-
-    def convolved(image: NDArray[np.float32]) -> NDArray[np.float32]:
-        coarse = _blocks(image * clear, block)
-        return np.sum([1e-4**k * gaussian_filter(coarse, s, truncate=3) for k, s in enumerate(sigmas)], 0)
-
-    total = np.maximum(convolved(np.ones(clear.shape, np.float32)), 1e-14)
-    unfolded = _unfolded(stain, candidates.denser)
-    features = stain.features().numpy()
-    kept, repaired = [], []
-    for c in LINEAR:
-        feature = features[..., c]
-        guess = np.repeat(np.repeat(convolved(feature) / total, block, 0), block, 1)[: clear.shape[0], : clear.shape[1]]
-        kept.append(_pool(feature, spacing, slide).ravel())
-        repaired.append(_pool(np.where(gap, guess, unfolded[..., c]), spacing, slide).ravel())
-    return np.stack(kept), np.stack(repaired)
-
-
-def _unfolded(stain: StainOverview, denser: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Features (h, w, F) of the overview with the density of its bands divided by so much."""
-    white = np.asarray(stain.reference.white, np.float32) + 1
-    rgb = np.moveaxis(stain.planes[:3], 0, -1).astype(np.float32) + 1
-    rgb = white * np.minimum(rgb / white, 1) ** (1 / denser[..., None]) - 1
-    planes = base_planes(rgb, stain.planes[6] / 255, 1, stain.reference)
-    return replace(stain, planes=planes).features().numpy()
-
-
-def _blocks(image: NDArray[np.float32], block: int) -> NDArray[np.float32]:
-    h, w = (-(-n // block) * block for n in image.shape)
-    padded = np.pad(image, ((0, h - image.shape[0]), (0, w - image.shape[1])))
-    return padded.reshape(h // block, block, w // block, block).mean((1, 3))
-
-
-def _touched(
-    labels: NDArray[np.int32], spacing_um: tuple[float, float], slide: torch.Tensor, mask: NDArray[np.bool_]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Measured pixel (flat), number of the part on it, and the share that it covers: one row for each such pair."""
-    ny, nx, s = *mask.shape, SUPERSAMPLE
-    at = np.floor(slide.numpy() / np.asarray(spacing_um)).astype(np.int64)
-    on = ((at >= 0) & (at < labels.shape)).all(-1)
-    at = np.clip(at, 0, np.array(labels.shape) - 1)
-    seen = np.where(on, labels[at[..., 0], at[..., 1]], 0).astype(np.int64)
-    pixel = np.arange(ny * nx).reshape(ny, nx).repeat(s, 0).repeat(s, 1)
-    some = (seen > 0) & mask.repeat(s, 0).repeat(s, 1)
-    most = int(labels.max()) + 1
-    pairs, counts = np.unique(pixel[some] * most + seen[some], return_counts=True)
-    return pairs // most, pairs % most - 1, counts / s**2
 
 
 class _Regression:

@@ -148,9 +148,7 @@ def _gaps(tissue: NDArray[np.bool_], shown: NDArray[np.bool_], step: tuple[float
     return inside & ~tissue & shown
 
 
-def _hysteresis(
-    allowed: NDArray[np.bool_], ratio: NDArray[np.float32], step: tuple[float, float]
-) -> NDArray[np.bool_]:
+def _hysteresis(allowed: NDArray[np.bool_], ratio: NDArray[np.float32], step: tuple[float, float]) -> NDArray[np.bool_]:
     """Where the ratio (h, w) exceeds `DENSER`, and around that where it exceeds `LESS_DENSE`."""
     clear = allowed & (ratio > DENSER)
     if not clear.any():
@@ -213,9 +211,7 @@ def _grown(
 ) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
     """A piece with its rim: the larger window and the mask in it."""
     reach = [int(np.ceil(RIM_PITCH / s)) for s in step]
-    wide = [
-        slice(max(0, s.start - r), min(n, s.stop + r)) for s, r, n in zip(window, reach, shape, strict=True)
-    ]
+    wide = [slice(max(0, s.start - r), min(n, s.stop + r)) for s, r, n in zip(window, reach, shape, strict=True)]
     mask = np.zeros([s.stop - s.start for s in wide], bool)
     first = [s.start - w.start for s, w in zip(window, wide, strict=True)]
     mask[first[0] : first[0] + piece.shape[0], first[1] : first[1] + piece.shape[1]] = piece

@@ -88,9 +88,9 @@ class DetailModel:
         top, left = cells.i0 - wide.i0, cells.j0 - wide.j0
         h, w = cells.shape
         # One cell of context: from the wide window where it has one, repeated at the grid's edge.
-        context = slice(top, top + h + 2), slice(left, left + w + 2)
-        around = pad_edge(cell_means(d, f))[:, *context]
-        seen = pad_edge(cell_means(cover.double().numpy(), f))[context] >= COVERED
+        ring = slice(top, top + h + 2), slice(left, left + w + 2)
+        around = pad_edge(cell_means(d, f))[:, *ring]
+        seen = pad_edge(cell_means(cover.double().numpy(), f))[ring] >= COVERED
         rows, cols = slice(top * f, (top + h) * f), slice(left * f, (left + w) * f)
         detail = d[:, rows, cols] - expand_seen(around, seen, f)
         usable = seen[1:-1, 1:-1] & self.mask[cells.i0 : cells.i1, cells.j0 : cells.j1]
