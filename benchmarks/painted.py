@@ -4,7 +4,7 @@ Cases: ``phantom-0``, ``phantom-1`` (generated sections as in the demo) and ``bl
 random place, direction, width, edge and strength are painted on the clean slide, one at a time, and the section is
 fused with artefacts masked and with ``artefacts=none``, at the alignment of the clean slide. What counts is the detail:
 
-* **inside**: energy of the detail in the painted region, with masking over without;
+* **inside**: energy of the detail in the painted region, as far as tissue was there, with masking over without;
 * **added**: energy of the detail less that of the clean slide, in the region and one measured pixel around it, where
   there is detail: pixels that are masked get none, so nothing is added to them;
 * **changed**: the same with the masked pixels, which lose the detail that the clean slide gave: **lost** is that alone.
@@ -193,7 +193,7 @@ def painted(case: Case, folder: Path, places: int, first: int) -> list[Row]:
                     alignment=placed,
                     slide_mpp_um=picture.mpp_um,
                 )
-                inside = at_section(alpha, picture.mpp_um, result, clean.alignment) & case.inside
+                inside = at_section(alpha * picture.tissue, picture.mpp_um, result, clean.alignment) & case.inside
                 near = binary_dilation(inside, iterations=f)
                 now = detail(result)
                 given = near & (now != 0).any(0)
