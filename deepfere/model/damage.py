@@ -3,7 +3,7 @@
 The look does not tell a tear from a lumen, nor a fold from a dense layer. So these are candidates, drawn generously;
 `deepfere.alignment.witness` lets the measurement decide about each.
 
-* **Gap**: glass inside the tissue, that is in its holes or where a closing by two measured pixels reaches.
+* **Gap**: glass inside the tissue, that is in its holes or where a closing by four measured pixels reaches.
 * **Band**: optical density well above that around, in the same hue (two layers of tissue absorb twice, in every
   colour alike), and longer than wide.
 """
@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from deepfere.model.features import StainReference, optical_density
 
-CLOSING_PITCH = 2.0
+CLOSING_PITCH = 4.0
 """Gaps that are open to the outside are found up to twice this width, in measured pixels."""
 LEAST_AREA_PITCH2 = 1.5
 """Smaller candidates, in squared measured pixels, cannot be judged and are left in."""
