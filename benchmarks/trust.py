@@ -122,8 +122,6 @@ def bladder(folder: Path, quick: bool) -> list[Row]:
 
 def marks(folder: Path, quick: bool) -> list[Row]:
     """Energy of the detail inside a painted pen mark, as a share of that without recognising it."""
-    import deepfere.model.artefacts as artefacts
-
     case = phantom_case(folder, PhantomSpec(seed=0, slide_mpp_um=3.0))
     slide = open_slide(str(case.slide))
     rgb, _ = read_area(slide, (0.0, 0.0), slide.shape_px, slide.mpp_um)
@@ -139,13 +137,10 @@ def marks(folder: Path, quick: bool) -> list[Row]:
     path = folder / "marked.tif"
     tifffile.imwrite(path, marked, photometric="rgb")
     other = Case("marks", case.msi, path, case.factor, case.truth, case.mz, case.inside, slide.mpp_um[0], case.labels)
-    energy, bar = {}, artefacts.FAR
-    for name, far in (("recognised", bar), ("not recognised", np.inf)):
-        artefacts.FAR = far
-        try:
-            result = fused(other, folder / f"marks-{name.replace(' ', '-')}.zarr", TIER, **other.given())
-        finally:
-            artefacts.FAR = bar
+    energy = {}
+    for name, how in (("recognised", "auto"), ("not recognised", "none")):
+        target = folder / f"marks-{name.replace(' ', '-')}.zarr"
+        result = fused(other, target, [*TIER, f"artefacts={how}"], **other.given())
         energy[name] = _energy(result, case.alignment, slide.mpp_um[0], (r, r + side[0], c - side[1], c + side[1]))
     lines = [[name, f"{value:.4g}"] for name, value in energy.items()]
     print("\n" + table("marks: mean squared detail inside a pen mark, all ions, in their s.d.", ["", "energy"], lines))

@@ -146,6 +146,9 @@ class Config(_Settings):
     seed: int = Field(0, ge=0)
     factor: int | None = Field(None, description="high-resolution pixels per measured pixel and axis")
     guide: bool = True
+    artefacts: Literal["auto", "none"] = Field(
+        "auto", description="none uses ink, tears and folds as if they were stain"
+    )
     ingest: IngestSettings = IngestSettings()
     slide: SlideSettings = SlideSettings()
     align: AlignSettings = AlignSettings()

@@ -78,6 +78,18 @@ class FakeResult:
             "run": {"command": "deepfere fuse"},
             "timings_s": {"ingest": 3.25, "align": 75.0, "reconstruct": 4000.0},
             "config": {"factor": factor},
+            "artefacts": {
+                "masked": [
+                    {
+                        "kind": "tear",
+                        "area_um2": 72000.0,
+                        "measured_px": 9,
+                        "evidence": 41.2,
+                        "decided_by": "measurement",
+                    }
+                ],
+                "candidates_left_in": 2,
+            },
             "warnings": ["12 negative intensities were set to zero"],
         }
 
@@ -116,6 +128,11 @@ class FakeResult:
         picture = np.full((60, 70, 3), 235, np.uint8)
         picture[15:45, 15:50] = (190, 110, 160)
         return picture, (25.0, 24.0)
+
+    def artefacts(self) -> np.ndarray:
+        kinds = np.zeros((60, 70), np.uint8)
+        kinds[20:26, 20:40] = 2
+        return kinds
 
 
 class Page(HTMLParser):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, minimum_filter
 
 from deepfere.frame import Alignment, Displacement, SectionGrid
 from deepfere.measured.operator import cell_means, expand, fill_missing, null_space, pad_edge, spline_coefficients
-from deepfere.model.detail import COVERED, DetailModel
+from deepfere.model.detail import COVERED, DetailModel, expand_seen
 from deepfere.model.features import FEATURES, PLANES
 from deepfere.model.guide import Cells, GuideSpec, features_of
 from deepfere.model.network import FusionNetwork
@@ -156,8 +156,13 @@ def test_against_the_definition(tier):
             d = 0.5 * d + 0.5 * model.network.double()(features.double()[None, : len(FEATURES)], up[None])[0].numpy()
         cover = cover[context:-context, context:-context]
         model.network.float()
-    expected = null_space(d * model.gate[:, None, None], f)
-    usable = (cell_means(cover.double().numpy(), f) >= COVERED) & model.mask
+    gated = d * model.gate[:, None, None]
+    seen = cell_means(cover.double().numpy(), f) >= COVERED
+    expected = gated - expand_seen(pad_edge(cell_means(gated, f)), pad_edge(seen), f)
+    inner = np.repeat(np.repeat(minimum_filter(seen, 3, mode="nearest"), f, 0), f, 1)
+    assert inner.mean() > 0.2 and not seen.all()
+    np.testing.assert_allclose(expected[:, inner], null_space(gated, f)[:, inner], atol=1e-6)
+    usable = seen & model.mask
     expected *= np.repeat(np.repeat(usable, f, 0), f, 1)
     found, _ = whole_of(model)
     np.testing.assert_allclose(found, expected, atol=2e-5 * max(1.0, np.abs(expected).max()))

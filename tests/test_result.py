@@ -171,6 +171,8 @@ def test_the_stain_lies_on_the_section_grid(fused):
     assert stain.std() > 5
     overview, mpp_um = fused.overview()
     assert overview.shape[2] == 3 and min(mpp_um) >= 2.0
+    assert fused.artefacts().shape == overview.shape[:2] and not fused.artefacts().any(), "nothing is torn or folded"
+    assert fused.provenance["artefacts"]["masked"] == []
 
 
 def test_the_result_says_what_made_it(fused, place, phantom):

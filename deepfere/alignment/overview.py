@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -40,6 +40,12 @@ class StainOverview:
     def extent_um(self) -> tuple[float, float]:
         """Outer size (y, x) of the overview, micrometres."""
         return self.planes.shape[1] * self.spacing_um[0], self.planes.shape[2] * self.spacing_um[1]
+
+    def without(self, mask: NDArray[np.bool_]) -> StainOverview:
+        """The same with pixels (h, w) that are not covered."""
+        planes = self.planes.copy()
+        planes[6, mask] = 0
+        return replace(self, planes=planes)
 
     def coarsen(self, spacing_um: float) -> StainOverview:
         """Block means, as many as fit into pixels of ``spacing_um``."""

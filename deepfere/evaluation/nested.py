@@ -92,7 +92,10 @@ def nested_scores(result: Result, config: Config, progress: Progress) -> dict[st
         return None
     pitch = float(np.mean(result.grid.pitch_um))
     with closing(open_slide(str(section["slide"]), section.get("slide_mpp_um"), config.slide.backend)) as slide:
-        stain, _ = stain_overview(slide, pitch)
+        stain, _ = stain_overview(slide, pitch, ink=config.artefacts == "auto")
+    unused = result.artefacts()
+    if unused is not None:
+        stain = stain.without(unused > 0)
     cube = np.nan_to_num(np.stack([result.measured(float(mz)) for mz in result.ions["mz"]]), nan=0.0)
     smoothing = result.provenance["model"]["notes"].get("smoothing_pitch", DEFAULT_SMOOTHING_PITCH)
     choice = SmoothingChoice(smoothing, float("nan"), float("nan"))

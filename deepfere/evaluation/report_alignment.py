@@ -14,7 +14,7 @@ from deepfere.evaluation.report_pictures import data_uri, frame_of
 from deepfere.evaluation.report_tables import number
 from deepfere.frame import Alignment, Points, SectionGrid
 
-BOX_COLOUR, OUTLINE_COLOUR = "#ffe14d", "#19e3ff"
+BOX_COLOUR, OUTLINE_COLOUR, ARTEFACT_COLOUR = "#ffe14d", "#19e3ff", "#ff4fc3"
 SUMMED_IONS = 32
 
 
@@ -126,6 +126,37 @@ def joint_words(model: Mapping[str, Any]) -> str:
     )
 
 
+def artefact_lines(result: Any, mpp_um: tuple[float, float]) -> list[figures.Line]:
+    """Outlines of what is not used of the slide, in slide micrometres."""
+    kinds = result.artefacts()
+    if kinds is None or not kinds.any():
+        return []
+    shape = (int(kinds.shape[0]), int(kinds.shape[1]))
+    grid = SectionGrid(shape, mpp_um)
+    return [figures.Line(line, ARTEFACT_COLOUR) for line in figures.contours_um(kinds > 0, 0.5, grid)]
+
+
+def artefact_words(provenance: Mapping[str, Any]) -> list[str]:
+    """What is not used of the slide, and who said so, in sentences."""
+    told = provenance.get("artefacts") or {}
+    out = []
+    for entry in told.get("masked") or []:
+        area = f"{entry['area_um2'] / 1e6:.3g} mm²"
+        if entry["kind"] == "ink":
+            out.append(f"Ink or the like on {area} of the slide, told by its colour, is not used.")
+        else:
+            out.append(
+                f"A {entry['kind']} of {area} on the slide is not used: {entry['measured_px']} measured pixels do not "
+                f"show what the picture shows there (log likelihood ratio {entry['evidence']:.0f})."
+            )
+    if told.get("candidates_left_in"):
+        out.append(
+            f"{told['candidates_left_in']} more places look like a tear or a fold and are used: the measurement shows "
+            "them too, or cannot tell."
+        )
+    return out
+
+
 def _window(shapes: Sequence[Points], slide_um: tuple[float, float]) -> tuple[float, float, float, float]:
     """A box around all outlines with a margin, kept near the slide."""
     points = np.concatenate(list(shapes))
@@ -159,9 +190,11 @@ def alignment_section(result: Any, stain: NDArray[np.uint8], side_px: int) -> di
     extent = window[2] - window[0], window[3] - window[1]
     slide_frame = frame_of(extent, figures.fit_shape(extent, side_px))
     pictures = []
+    marks = artefact_lines(result, mpp_um)
     for label, placed in placements:
         lines = [figures.Line(placed.map(line), OUTLINE_COLOUR) for line in outlines]
         lines.append(figures.Line(placed.map(border), BOX_COLOUR, dashed=True))
+        lines += marks
         drawn = figures.overlay(overview, mpp_um, lines, window, side_px)
         pictures.append(
             {
@@ -198,6 +231,8 @@ def alignment_section(result: Any, stain: NDArray[np.uint8], side_px: int) -> di
     return {
         "words": describe(found, grid, start),
         "joint": joint_words(result.provenance.get("model") or {}),
+        "artefacts": artefact_words(result.provenance),
+        "artefact_colour": ARTEFACT_COLOUR if marks else "",
         "pictures": pictures,
         "evidence": rows,
         "stages": stages,

@@ -4,8 +4,8 @@ A stain's colours form one cloud: the share of red and green in the optical dens
 stain there is. Ink lies far outside of it. The cloud is fitted robustly to the slide itself, so stains other than H&E
 have clouds of their own. What is found counts as not covered by the slide: it gives no detail, and no evidence.
 
-Not found: folds (dark, but of the stain's own colour: as dark as dense tissue is elsewhere), tears (they look like any
-other gap in the tissue), and ink of nearly the stain's colour (red on eosin).
+Tears and folds have no colour of their own: `deepfere.model.damage` finds what may be one and
+`deepfere.alignment.witness` asks the measurement. Not found: ink of nearly the stain's colour (red on eosin).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from scipy.ndimage import binary_dilation, gaussian_filter, label
 
 from deepfere.model.features import StainReference, optical_density
 
+ARTEFACTS = ("none", "ink", "tear", "fold")
+"""Kinds of what is not used of a slide; their numbers stand in the stored map."""
 FAR = 5.2
 """Distance from the cloud, in its standard deviations, from which a colour is no stain's.
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deepfere.frame import Alignment
-from deepfere.measured.operator import cell_means, expand, pad_edge, take
+from deepfere.measured.operator import cell_means, expand, pad_edge, phase_weights, take
 from deepfere.model.features import FEATURES, smooth_covered
 from deepfere.model.guide import Cells, GuideSpec, features_of
 from deepfere.model.network import NETWORK_SHARE, FusionNetwork
@@ -85,18 +85,42 @@ class DetailModel:
         if self.network is not None:
             raw = (1 - NETWORK_SHARE) * raw + NETWORK_SHARE * deep
         d = raw.double().numpy() * self.gate[:, None, None]
-        means = cell_means(d, f)
-        padded = pad_edge(means)
         top, left = cells.i0 - wide.i0, cells.j0 - wide.j0
         h, w = cells.shape
         # One cell of context: from the wide window where it has one, repeated at the grid's edge.
-        around = padded[:, top : top + h + 2, left : left + w + 2]
+        ring = slice(top, top + h + 2), slice(left, left + w + 2)
+        around = pad_edge(cell_means(d, f))[:, *ring]
+        seen = pad_edge(cell_means(cover.double().numpy(), f))[ring] >= COVERED
         rows, cols = slice(top * f, (top + h) * f), slice(left * f, (left + w) * f)
-        detail = d[:, rows, cols] - expand(around, f, "keys")
-        seen = cell_means(cover.double().numpy(), f)[top : top + h, left : left + w] >= COVERED
-        usable = seen & self.mask[cells.i0 : cells.i1, cells.j0 : cells.j1]
+        detail = d[:, rows, cols] - expand_seen(around, seen, f)
+        usable = seen[1:-1, 1:-1] & self.mask[cells.i0 : cells.i1, cells.j0 : cells.j1]
         detail *= np.repeat(np.repeat(usable, f, 0), f, 1)
         return detail.astype(np.float32), cover[rows, cols].numpy()
+
+
+def expand_seen(means: NDArray[np.float64], seen: NDArray[np.bool_], factor: int) -> NDArray[np.float64]:
+    """The local P of cell means, a neighbour that the slide does not show replaced by the cell itself.
+
+    What stands in an unseen cell says nothing: it must not reach its neighbours. The mean over a cell remains its own,
+    since over a cell the weights of its neighbours sum to zero.
+
+    Args:
+        means: (K, h + 2, w + 2), one cell of context on every side.
+        seen: (h + 2, w + 2) cells that the slide shows.
+        factor: High-resolution pixels per cell.
+
+    Returns:
+        (K, h factor, w factor).
+    """
+    if seen.all():
+        return expand(means, factor, "keys")
+    weights, (h, w) = phase_weights(factor, "keys"), (seen.shape[0] - 2, seen.shape[1] - 2)
+    own, out = means[:, 1:-1, 1:-1], np.zeros((len(means), h, factor, w, factor))
+    for i in range(3):
+        for j in range(3):
+            value = np.where(seen[i : i + h, j : j + w], means[:, i : i + h, j : j + w], own)
+            out += value[:, :, None, :, None] * weights[:, i][:, None, None] * weights[:, j]
+    return out.reshape(len(means), h * factor, w * factor)
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.alignment.bend import bend
-from deepfere.alignment.overview import MeasuredOverview, StainOverview
+from deepfere.alignment.overview import NO_ARTEFACTS, MeasuredOverview, StainOverview
 from deepfere.alignment.placement import centred_alignment, describe
 from deepfere.alignment.refine import AFFINE_STAGES, refine
 from deepfere.alignment.score import slide_cover
 from deepfere.alignment.search import MIN_COVER, search
+from deepfere.alignment.witness import judge, masked_areas
 from deepfere.cluster import Journal, connect, run_rows
 from deepfere.config import Config, IngestSettings, digest
 from deepfere.errors import InputError
@@ -27,7 +28,8 @@ from deepfere.frame import Alignment
 from deepfere.measured.factors import factor_weight, factorise
 from deepfere.measured.ingest import ingest
 from deepfere.measured.store import Measured, open_measured
-from deepfere.model.artefacts import Artefacts, find_artefacts
+from deepfere.model.artefacts import ARTEFACTS, Artefacts, find_artefacts
+from deepfere.model.damage import find_candidates
 from deepfere.model.features import StainReference, base_planes, stain_reference
 from deepfere.model.guide import GuideSpec
 from deepfere.model.paper import check_size
@@ -141,8 +143,14 @@ def prepared(section: Section, work: Workspace, config: Config) -> Prepared:
     return Prepared(section, folder, measured, factor)
 
 
-def stain_overview(slide: Slide, pitch_um: float) -> tuple[StainOverview, NDArray[np.uint8]]:
-    """Base planes and picture of the whole slide, at about an eighth of the measured pitch."""
+def stain_overview(slide: Slide, pitch_um: float, ink: bool = True) -> tuple[StainOverview, NDArray[np.uint8]]:
+    """Base planes and picture of the whole slide, at about an eighth of the measured pitch.
+
+    Args:
+        slide: The opened slide.
+        pitch_um: Measured pixel size.
+        ink: Whether ink is looked for, and painted over with glass.
+    """
     extent = (slide.shape_px[0] * slide.mpp_um[0], slide.shape_px[1] * slide.mpp_um[1])
     wanted = max(pitch_um / 8, float(np.sqrt(extent[0] * extent[1] / OVERVIEW_PX)), *slide.mpp_um)
     step = max(1, int(wanted / max(slide.mpp_um) + 1e-9))
@@ -150,7 +158,7 @@ def stain_overview(slide: Slide, pitch_um: float) -> tuple[StainOverview, NDArra
     shape = (max(1, slide.shape_px[0] // step), max(1, slide.shape_px[1] // step))
     rgb, coverage = read_area(slide, (0.0, 0.0), shape, spacing)
     reference = stain_reference(rgb, coverage)
-    artefacts = find_artefacts(rgb, coverage, reference, spacing, pitch_um)
+    artefacts = find_artefacts(rgb, coverage, reference, spacing, pitch_um) if ink else NO_ARTEFACTS
     bare = rgb
     if artefacts.mask.any():
         # Marks must neither set thresholds nor draw the search: they become glass.
@@ -173,13 +181,14 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
     """Slide and measurement -> ``alignment.json``; user-given alignments and landmarks win."""
     section, folder = prep.section, prep.folder
     given = {name: section.model_dump(mode="json")[name] for name in ("slide_mpp_um", "pitch_um")}
-    depends = [inputs, config.ingest.model_dump(), config.align.model_dump(), config.model.max_factors, given]
+    settings = [config.ingest.model_dump(), config.align.model_dump(), config.model.max_factors, config.artefacts]
+    depends = [inputs, *settings, given]
     with work.stage("align", depends, section.name) as facts:
         if facts is None:
             return
         pitch = float(np.mean(prep.measured.grid.pitch_um))
         with closing(open_slide(str(section.slide), section.slide_mpp_um, config.slide.backend)) as slide:
-            stain, rgb = stain_overview(slide, pitch)
+            stain, rgb = stain_overview(slide, pitch, ink=config.artefacts == "auto")
         measured = measured_overview(prep, config)
         start = centred_alignment(prep.measured.grid, stain.extent_um, np.eye(2))
         if not np.ptp(measured.images[:, measured.mask], axis=1).any():
@@ -214,11 +223,35 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
         found = found.with_evidence(flip=flip, rotation_deg=rotation, scale=scale, slide_cover=cover)
         found.save(folder.alignment)
         start.save(folder.alignment_start)
-        marks = stain.artefacts.mask
-        np.savez_compressed(folder.overview, rgb=rgb, spacing_um=np.asarray(stain.spacing_um), artefacts=marks)
+        kinds = np.zeros(rgb.shape[:2], np.uint8)
+        if config.artefacts == "auto":
+            kinds, facts["artefacts"], facts["left_in"] = _artefacts(measured, stain, found)
+        spacing = np.asarray(stain.spacing_um)
+        np.savez_compressed(folder.overview, rgb=rgb, spacing_um=spacing, artefacts=kinds)
         facts["reference"] = stain.reference.to_dict()
-        facts["artefact_share"] = float(marks.sum() / max(1, marks.sum() + (stain.planes[5] > 127).sum()))
+        ink = kinds == ARTEFACTS.index("ink")
+        for name, marks in (("ink_share", ink), ("damage_share", (kinds > 0) & ~ink)):
+            facts[name] = float(marks.sum() / max(1, (marks | (stain.planes[5] > 127)).sum()))
         progress("align", 1.0)
+
+
+def _artefacts(
+    measured: MeasuredOverview, stain: StainOverview, alignment: Alignment
+) -> tuple[NDArray[np.uint8], list[dict[str, Any]], int]:
+    """Kind (h, w) of what is not used of the overview, index into `ARTEFACTS`; what that is; candidates left in."""
+    pitch = float(np.mean(measured.grid.pitch_um))
+    kinds = np.zeros(stain.planes.shape[1:], np.uint8)
+    kinds[stain.artefacts.mask] = ARTEFACTS.index("ink")
+    candidates = find_candidates(stain.planes, stain.reference, stain.spacing_um, pitch)
+    verdicts = judge(measured, stain, alignment, candidates)
+    value = np.array([0, *[ARTEFACTS.index(v.kind) if v.masked else 0 for v in verdicts]], np.uint8)
+    damage = value[candidates.labels]
+    kinds[damage > 0] = damage[damage > 0]
+    found = masked_areas(verdicts)
+    if stain.artefacts.mask.any():
+        area = float(stain.artefacts.mask.sum() * np.prod(stain.spacing_um))
+        found.insert(0, {"kind": "ink", "area_um2": area, "decided_by": "colour"})
+    return kinds, found, len({v.whole for v in verdicts}) - len({v.whole for v in verdicts if v.masked})
 
 
 def _placed_by_hand(landmarks: str, prep: Prepared, mpp_um: tuple[float, float]) -> Alignment:
@@ -241,7 +274,7 @@ def guide_spec(prep: Prepared, inputs: dict[str, str], work: Workspace, config: 
     reference = StainReference.from_dict(work.facts("align", prep.section.name)["reference"])
     with np.load(prep.folder.overview) as data:
         spacing = data["spacing_um"]
-        artefacts = Artefacts(data["artefacts"], (float(spacing[0]), float(spacing[1])))
+        artefacts = Artefacts(data["artefacts"] > 0, (float(spacing[0]), float(spacing[1])))
     marks = hashlib.sha256(np.packbits(artefacts.mask).tobytes()).hexdigest()
     fingerprint = digest([inputs["slide"], mpp_um, planes.to_dict(), reference.to_dict(), marks])
     url, path = str(prep.folder.planes), str(prep.section.slide)

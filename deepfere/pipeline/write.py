@@ -16,6 +16,7 @@ from deepfere.cluster import Journal, connect, run_rows
 from deepfere.config import Config, digest
 from deepfere.errors import IdentityError, InputError
 from deepfere.frame import Alignment
+from deepfere.model.artefacts import ARTEFACTS
 from deepfere.model.denoise import Denoised
 from deepfere.model.fit import SectionFit
 from deepfere.pipeline.check import check_ions, checked_whole
@@ -246,12 +247,15 @@ def _seal(
         text = "stain on the section grid"
         group["stain"].attrs["ome"] = multiscale("stain", hr, len(shapes), ["red", "green", "blue"], text)
         with np.load(prep.folder.overview) as data:
-            rgb, spacing = data["rgb"], data["spacing_um"]
-        if "overview" in group:
-            del group["overview"]
-        stored = create_array(group, "overview", rgb.shape, "uint8", (512, 512, 3), dimension_names=("y", "x", "c"))
-        stored[:] = rgb
-        stored.attrs["spacing_um"] = spacing.tolist()
+            rgb, spacing, kinds = data["rgb"], data["spacing_um"], data["artefacts"]
+        for name, image in (("overview", rgb), ("artefacts", kinds)):
+            if name in group:
+                del group[name]
+            chunk, axes = (512, 512, 3)[: image.ndim], ("y", "x", "c")[: image.ndim]
+            stored = create_array(group, name, image.shape, "uint8", chunk, dimension_names=axes)
+            stored[:] = image
+            stored.attrs["spacing_um"] = spacing.tolist()
+        stored.attrs["kinds"] = list(ARTEFACTS)
         Alignment.from_dict(model["alignment"]).save(out / "alignment.json")
         shutil.copyfile(prep.folder.alignment_start, out / "alignment_start.json")
     denoised = Denoised.load(prep.folder.denoised)
@@ -335,9 +339,10 @@ def _provenance(
     packages = ("ray", "torch", "zarr", "numpy", "openslide-python", "imagecodecs", "pyimzml", "mlflow")
     notes = list(outcome.warnings)
     notes += work.facts("ingest", prep.section.name).get("warnings", [])
-    marked = work.facts("align", prep.section.name).get("artefact_share", 0.0)
-    if marked > 0:
-        notes.append(f"{100 * marked:.1f} % of what is stained on the slide is ink or the like, and is not used")
+    facts = work.facts("align", prep.section.name) if config.guide else {}
+    for name, what in (("ink_share", "ink or the like"), ("damage_share", "torn or folded, by the measurement's word")):
+        if facts.get(name, 0.0) > 0:
+            notes.append(f"{100 * facts[name]:.1f} % of what is stained on the slide is {what}, and is not used")
     uncovered = work.facts("reconstruct", prep.section.name).get("uncovered_px", 0)
     if uncovered:
         notes.append(
@@ -378,6 +383,7 @@ def _provenance(
             "run": outcome.run,
             "threads_per_worker": 1,
             "uncovered_px": uncovered,
+            "artefacts": {"masked": facts.get("artefacts", []), "candidates_left_in": facts.get("left_in", 0)},
             "consistency_checked": "all" if whole else "windows",
             "timings_s": work.timings_s(),
             "warnings": notes,

@@ -9,6 +9,7 @@ Layout of the store (Zarr v3; root attributes hold ``format_version``; without `
 * ``uncertainty/``: every ion's noise model.
 * ``stain/``: OME multiscale, the stain on the section grid, uint8 RGB.
 * ``overview``: the whole slide, small.
+* ``artefacts``: what of it is ink, torn or folded, and not used; on the overview's grid.
 * ``alignment.json``, ``provenance.json``.
 """
 
@@ -310,6 +311,13 @@ class Result:
         array = self._group["overview"]
         spacing = array.attrs["spacing_um"]
         return np.asarray(array[:]), (spacing[0], spacing[1])
+
+    def artefacts(self) -> NDArray[np.uint8] | None:
+        """What of the slide is not used, (h, w) on the grid of `overview`; None without a slide.
+
+        0 = nothing, 1 = ink, 2 = a tear, 3 = a fold.
+        """
+        return np.asarray(self._group["artefacts"][:]) if "artefacts" in self._group else None
 
 
 def _nanmean(block: NDArray[Any], axis: Any | None = None) -> NDArray[Any]:

@@ -1,0 +1,218 @@
+"""Where a slide's picture may show damage of handling: candidates for tears and folds, by their look alone.
+
+The look does not tell a tear from a lumen, nor a fold from a dense layer. So these are candidates, drawn generously;
+`deepfere.alignment.witness` lets the measurement decide about each.
+
+* **Gap**: glass inside the tissue, that is in its holes or where a closing by four measured pixels reaches.
+* **Band**: optical density well above that around, in the same hue (two layers of tissue absorb twice, in every
+  colour alike), and longer than wide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from deepfere.model.features import StainReference, optical_density
+
+CLOSING_PITCH = 4.0
+"""Gaps that are open to the outside are found up to twice this width, in measured pixels."""
+LEAST_AREA_PITCH2 = 1.5
+"""Smaller candidates, in squared measured pixels, cannot be judged and are left in."""
+DENSER = 1.3
+"""Density of a band over that around: two layers have 2, less where one of them is thinner."""
+LESS_DENSE = 1.15
+"""The same beside such pixels."""
+GROWTH_PITCH = 0.75
+"""How far beside them, in measured pixels."""
+HUE = 0.05
+"""Largest change of red's and green's share in the density of a band."""
+AROUND_PITCH = 3.0
+"""Half-width of the surroundings that a band is compared with, in measured pixels."""
+ELONGATED = 3.0
+"""Length over width of a band, at least."""
+RIM_PITCH = 0.25
+"""What is blurred at the border of a gap or a band belongs to it: so far, in measured pixels."""
+PART_PITCH = 2.0
+"""Reach of the parts that a candidate is judged in, in measured pixels."""
+COARSEST_PITCH = 0.4
+"""An overview with larger pixels (in measured pixels) shows too little."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What may be damage, on the grid of the slide's overview.
+
+    Attributes:
+        labels: (h, w) int32, 0 = none, else the number of the part plus one.
+        kinds: "tear" or "fold", one per part: what is large is judged in parts.
+        whole: Number of the candidate that each part belongs to.
+        denser: (h, w) how many times its surroundings' density a band has (median); 1 elsewhere.
+    """
+
+    labels: NDArray[np.int32]
+    kinds: list[str]
+    whole: list[int]
+    denser: NDArray[np.float32]
+
+
+def find_candidates(
+    planes: NDArray[np.uint8], reference: StainReference, spacing_um: tuple[float, float], pitch_um: float
+) -> Candidates:
+    """Gaps and bands of a slide's overview.
+
+    Args:
+        planes: (7, h, w) base planes of the overview, ink not covered.
+        reference: The slide's stain constants.
+        spacing_um: Overview pixel size (y, x).
+        pitch_um: Measured pixel size.
+    """
+    labels = np.zeros(planes.shape[1:], np.int32)
+    kinds: list[str] = []
+    whole: list[int] = []
+    denser = np.ones(planes.shape[1:], np.float32)
+    if max(spacing_um) > COARSEST_PITCH * pitch_um:
+        return Candidates(labels, kinds, whole, denser)
+    shown = planes[6] > 250
+    step = (spacing_um[0] / pitch_um, spacing_um[1] / pitch_um)
+    density = optical_density(np.moveaxis(planes[:3], 0, -1), reference.white)
+    tissue = (density.mean(2) > _glass_od(density.mean(2)[shown], reference)) & shown
+    ratio, hue = _against_surroundings(density, tissue, step)
+    bands = _hysteresis((hue < HUE) & tissue, ratio, step)
+    for kind, mask in (("tear", _gaps(tissue, shown, step)), ("fold", bands)):
+        pieces, count = ndimage.label(mask, np.ones((3, 3), bool))
+        area = np.bincount(pieces.ravel(), minlength=count + 1) * step[0] * step[1]
+        for number, window in enumerate(ndimage.find_objects(pieces), 1):
+            if window is None or area[number] < LEAST_AREA_PITCH2:
+                continue
+            piece = pieces[window] == number
+            if kind == "fold":
+                if _elongation(piece, step) < ELONGATED:
+                    continue
+                denser[window][piece] = np.median(ratio[window][piece])
+            wide, inner = _grown(window, piece, labels.shape, step)
+            target = labels[wide]
+            inner &= (target == 0) & shown[wide]
+            parts = _parts(inner, step)
+            target[inner] = len(kinds) + parts[inner]
+            whole += [len(set(whole))] * int(parts.max())
+            kinds += [kind] * int(parts.max())
+    return Candidates(labels, kinds, whole, denser)
+
+
+def _parts(piece: NDArray[np.bool_], step: tuple[float, float]) -> NDArray[np.int32]:
+    """A piece divided into parts 1, 2, ... (h, w) about twice `PART_PITCH` wide, around points far from each other."""
+    out = np.zeros(piece.shape, np.int32)
+    at = np.argwhere(piece) * np.asarray(step)
+    if len(at) == 0:
+        return out
+    nearest, owner = np.full(len(at), np.inf), np.zeros(len(at), np.int32)
+    centre, count = int(((at - at.mean(0)) ** 2).sum(1).argmax()), 0
+    while nearest[centre] > PART_PITCH:
+        count += 1
+        distance = np.linalg.norm(at - at[centre], axis=1)
+        owner[distance < nearest] = count
+        nearest = np.minimum(nearest, distance)
+        centre = int(nearest.argmax())
+    out[piece] = owner
+    return out
+
+
+def _glass_od(density: NDArray[np.float32], reference: StainReference) -> float:
+    """Mean optical density up to which a pixel is glass, from those of the overview (N,).
+
+    The lower of two thresholds that make three classes (Otsu, IEEE Trans. SMC 9, 62, 1979): on a strongly stained slide
+    one threshold would take its pale tissue for glass. Like the tissue's own it is taken with 0.6.
+    """
+    if len(density) == 0:
+        return reference.tissue_od
+    counts, edges = np.histogram(density[density < 1.5], bins=128)
+    mass = np.cumsum(counts)
+    first = np.cumsum(counts * (edges[:-1] + edges[1:]) / 2)
+    i, j = np.triu_indices(len(counts) - 1, 1)
+    parts = ((mass[i], first[i]), (mass[j] - mass[i], first[j] - first[i]), (mass[-1] - mass[j], first[-1] - first[j]))
+    between = sum(f**2 / np.maximum(m, 1) for m, f in parts)
+    return min(reference.tissue_od, 0.6 * float(edges[1 + i[int(np.argmax(between))]]))
+
+
+def _gaps(tissue: NDArray[np.bool_], shown: NDArray[np.bool_], step: tuple[float, float]) -> NDArray[np.bool_]:
+    """Glass (h, w) in holes of the tissue or within its closing; step = overview pixel in measured pixels."""
+    far = ndimage.distance_transform_edt(~tissue, sampling=step)
+    wide = far <= CLOSING_PITCH
+    closed = ndimage.distance_transform_edt(np.pad(wide, 1, constant_values=True), sampling=step)[1:-1, 1:-1]
+    # Specks of dust are no tissue: what is closed around them is no gap in it.
+    inside = (closed > CLOSING_PITCH) | ndimage.binary_fill_holes(tissue)
+    return inside & ~tissue & shown
+
+
+def _hysteresis(allowed: NDArray[np.bool_], ratio: NDArray[np.float32], step: tuple[float, float]) -> NDArray[np.bool_]:
+    """Where the ratio (h, w) exceeds `DENSER`, and around that where it exceeds `LESS_DENSE`."""
+    clear = allowed & (ratio > DENSER)
+    if not clear.any():
+        return clear
+    close = ndimage.distance_transform_edt(~clear, sampling=step) <= GROWTH_PITCH
+    return clear | (allowed & (ratio > LESS_DENSE) & close)
+
+
+def _against_surroundings(
+    density: NDArray[np.float32], tissue: NDArray[np.bool_], step: tuple[float, float]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Density (h, w, 3), summed, over that of the surroundings, and the largest change of a colour's share: (h, w)."""
+    sigma = [0.15 / s for s in step]
+    weight = ndimage.gaussian_filter(tissue.astype(np.float32), sigma)
+    smooth = np.stack([ndimage.gaussian_filter(density[..., c] * tissue, sigma) for c in range(3)])
+    smooth /= np.maximum(weight, 1e-3)
+    around = _surroundings(smooth, tissue, step)
+    total, ground = (np.maximum(image.sum(0), 1e-3) for image in (smooth, around))
+    return total / ground, np.abs(smooth[:2] / total - around[:2] / ground).max(0)
+
+
+def _surroundings(
+    density: NDArray[np.float32], tissue: NDArray[np.bool_], step: tuple[float, float]
+) -> NDArray[np.float32]:
+    """Median density (3, h, w) of the tissue within `AROUND_PITCH`, computed on blocks of half a measured pixel."""
+    block = [max(1, round(0.5 / s)) for s in step]
+    h, w = tissue.shape
+    ny, nx = -(-h // block[0]), -(-w // block[1])
+    pad = ((0, ny * block[0] - h), (0, nx * block[1] - w))
+
+    def means(image: NDArray) -> NDArray:
+        return np.pad(image, pad).reshape(ny, block[0], nx, block[1]).mean((1, 3))
+
+    share = means(tissue.astype(np.float32))
+    coarse = np.stack([means(d * tissue) for d in density]) / np.maximum(share, 1e-3)
+    coarse[:, share < 0.3] = np.nan
+    reach = [max(1, round(AROUND_PITCH / (s * b))) for s, b in zip(step, block, strict=True)]
+    padded = np.pad(coarse, ((0, 0), (reach[0],) * 2, (reach[1],) * 2), constant_values=np.nan)
+    out = np.zeros_like(coarse)
+    size = (2 * reach[0] + 1, 2 * reach[1] + 1)
+    for i in range(ny):
+        rows = np.lib.stride_tricks.sliding_window_view(padded[:, i : i + size[0]], size, (1, 2))[:, 0]
+        flat = np.sort(rows.reshape(3, nx, -1), axis=-1)  # NaN last
+        count = np.isfinite(flat[0]).sum(-1)
+        middle = np.maximum(count - 1, 0) // 2
+        out[:, i] = np.where(count > 0, np.take_along_axis(flat, middle[None, :, None], -1)[..., 0], 0)
+    zoomed = np.repeat(np.repeat(out, block[0], 1), block[1], 2)
+    return zoomed[:, :h, :w].astype(np.float32)
+
+
+def _elongation(piece: NDArray[np.bool_], step: tuple[float, float]) -> float:
+    """Length over width of a piece: its area over its squared width, the width by the deepest points."""
+    depth = ndimage.distance_transform_edt(np.pad(piece, 1), sampling=step)[1:-1, 1:-1]
+    width = 2 * float(np.quantile(depth[piece], 0.95))
+    return float(piece.sum()) * step[0] * step[1] / width**2
+
+
+def _grown(
+    window: tuple[slice, ...], piece: NDArray[np.bool_], shape: tuple[int, ...], step: tuple[float, float]
+) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
+    """A piece with its rim: the larger window and the mask in it."""
+    reach = [int(np.ceil(RIM_PITCH / s)) for s in step]
+    wide = [slice(max(0, s.start - r), min(n, s.stop + r)) for s, r, n in zip(window, reach, shape, strict=True)]
+    mask = np.zeros([s.stop - s.start for s in wide], bool)
+    first = [s.start - w.start for s, w in zip(window, wide, strict=True)]
+    mask[first[0] : first[0] + piece.shape[0], first[1] : first[1] + piece.shape[1]] = piece
+    return (wide[0], wide[1]), ndimage.distance_transform_edt(~mask, sampling=step) <= RIM_PITCH

@@ -1,0 +1,145 @@
+"""Tears and folds: found by their look, and believed only where the measurement contradicts the picture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter
+
+from deepfere.alignment.overview import MeasuredOverview, StainOverview
+from deepfere.alignment.witness import Verdict, _decided, judge, masked_areas
+from deepfere.frame import Alignment, SectionGrid
+from deepfere.measured.operator import cell_means, expand, pad_edge
+from deepfere.model.damage import find_candidates
+from deepfere.model.detail import expand_seen
+from deepfere.model.features import StainReference, base_planes
+
+PITCH_UM, SIDE, BLOCK = 50.0, 36, 8
+WHITE = (245.0, 243.0, 246.0)
+HUES = np.array([[0.65, 0.70, 0.29], [0.22, 0.80, 0.56]])
+REFERENCE = StainReference(WHITE, 0.08, 0.35)
+SPACING_UM = (PITCH_UM / BLOCK, PITCH_UM / BLOCK)
+
+
+def amounts(seed=0):
+    """Two stains (2, h, w) of round tissue with a round lumen and a dense straight layer."""
+    rng = np.random.default_rng(seed)
+    size = SIDE * BLOCK
+    fields = [gaussian_filter(rng.standard_normal((size, size)), s) for s in (6, 14)]
+    haematoxylin, eosin = (0.35 * (1 + 0.25 * f / f.std()) for f in fields)
+    y, x = np.indices((size, size)) / BLOCK - SIDE / 2
+    layer = (np.abs(y + 8) < 0.8) & (np.abs(x) < 7)
+    tissue = (np.hypot(y, x) < 15) & (np.hypot(y - 3, x + 6) > 2.2)
+    out = np.clip([haematoxylin, eosin], 0.1, None) * tissue
+    out[:, layer] *= 2
+    return out
+
+
+def overview(stains, seed=1):
+    density = np.einsum("syx,sc->yxc", stains, HUES)
+    rgb = (np.array(WHITE) + 1) * 10**-density - 1 + np.random.default_rng(seed).normal(0, 1.5, (*density.shape[:2], 3))
+    planes = base_planes(np.clip(np.rint(rgb), 0, 255).astype(np.uint8), np.ones(rgb.shape[:2]), 1, REFERENCE)
+    return StainOverview(planes, SPACING_UM, REFERENCE)
+
+
+def measurement(stains, noise=0.01, seed=2):
+    """Three factors (3, ny, nx): both stains and where there is tissue, as footprint means."""
+    images = cell_means(np.stack([*stains, 0.5 * (stains[0] > 0)]), BLOCK)
+    images += noise * np.random.default_rng(seed).standard_normal(images.shape)
+    grid = SectionGrid((SIDE, SIDE), (PITCH_UM, PITCH_UM))
+    return MeasuredOverview.build(images, np.ones((SIDE, SIDE), bool), np.ones(3), grid)
+
+
+def stripe(angle, length, width):
+    """A straight band (h, w) bool, 5.5 measured pixels beside the lumen."""
+    offset = 3 * np.cos(angle) + 6 * np.sin(angle) - 5.5
+    y, x = np.indices((SIDE * BLOCK, SIDE * BLOCK)) / BLOCK - SIDE / 2
+    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    return (np.abs(along) < length / 2) & (np.abs(across - offset) < width / 2)
+
+
+def masked(stain, measured):
+    candidates = find_candidates(stain.planes, stain.reference, stain.spacing_um, PITCH_UM)
+    verdicts = judge(measured, stain, Alignment.identity(), candidates)
+    assert len(verdicts) == len(candidates.kinds)
+    found = np.array([0, *[(v.kind == "fold") + 1 if v.masked else 0 for v in verdicts]])
+    return found[candidates.labels], candidates, verdicts
+
+
+@pytest.fixture(scope="module")
+def clean():
+    return amounts()
+
+
+def test_anatomy_that_the_measurement_shows_too_stays(clean):
+    found, candidates, verdicts = masked(overview(clean), measurement(clean))
+    assert set(candidates.kinds) == {"tear", "fold"}, "the lumen and the layer look like damage"
+    assert not found.any()
+    judged = [v.gain for v in verdicts if v.gain is not None]
+    assert min(judged) > 0.5
+
+
+@pytest.mark.parametrize(("angle", "width"), [(0.3, 1.3), (1.2, 2.5), (2.4, 1.0)])
+def test_a_tear_is_masked_and_the_lumen_is_not(clean, angle, width):
+    tear = stripe(angle, 11, width) & (clean[0] > 0)
+    found, _, verdicts = masked(overview(np.where(tear, 0, clean)), measurement(clean))
+    assert (found[tear] == 1).mean() > 0.95
+    assert found[~tear].astype(bool).sum() < 0.8 * tear.sum(), "its rim, no more"
+    y, x = np.indices(tear.shape) / BLOCK - SIDE / 2
+    assert not found[np.hypot(y - 3, x + 6) < 2.2].any()
+    told = masked_areas(verdicts)
+    assert [entry["kind"] for entry in told] == ["tear"]
+    assert told[0]["area_um2"] == pytest.approx((found > 0).sum() * np.prod(SPACING_UM))
+
+
+@pytest.mark.parametrize(("angle", "layers"), [(0.2, 2.0), (1.4, 1.7), (2.6, 2.4)])
+def test_a_fold_is_masked_and_the_dense_layer_is_not(clean, angle, layers):
+    fold = stripe(angle, 10, 1.5) & (clean[0] > 0)
+    found, _, _ = masked(overview(np.where(fold, layers * clean, clean)), measurement(clean))
+    assert (found[fold] > 0).mean() > 0.85
+    y, x = np.indices(fold.shape) / BLOCK - SIDE / 2
+    layer = (np.abs(y + 8) < 0.8) & (np.abs(x) < 7) & ~stripe(angle, 13, 4.5)
+    assert not found[layer].any()
+
+
+def test_a_measurement_that_says_nothing_masks_nothing(clean):
+    tear = stripe(0.3, 11, 1.5)
+    measured = measurement(clean)
+    noise = np.random.default_rng(5).standard_normal(measured.images.shape)
+    found, candidates, _ = masked(overview(np.where(tear, 0, clean)), replace(measured, images=noise))
+    assert candidates.kinds and not found.any()
+
+
+def test_too_coarse_an_overview_shows_no_candidates(clean):
+    stain = overview(clean)
+    assert find_candidates(stain.planes, REFERENCE, SPACING_UM, PITCH_UM).kinds
+    coarse = find_candidates(stain.planes, REFERENCE, SPACING_UM, 2 * SPACING_UM[0])
+    assert not coarse.kinds and not coarse.labels.any()
+    assert judge(measurement(clean), stain, Alignment.identity(), coarse) == []
+
+
+def test_parts_of_one_candidate_are_decided_together():
+    def part(whole, evidence):
+        return Verdict("fold", whole, 1.0, 4, None if evidence is None else 0.1, evidence, False)
+
+    # 5 + 5 nats are enough together; what is real of it stays, what is too small goes with the rest.
+    verdicts = _decided([part(0, 5.0), part(0, 5.0), part(0, -50.0), part(0, None), part(1, 5.0), part(2, 40.0)])
+    assert [v.masked for v in verdicts] == [True, True, False, True, False, True]
+
+
+def test_unseen_neighbours_do_not_reach_the_detail_of_a_pixel():
+    rng = np.random.default_rng(0)
+    means, seen = rng.standard_normal((2, 7, 6)), rng.random((7, 6)) > 0.3
+    out = expand_seen(means, seen, 4)
+    np.testing.assert_allclose(cell_means(out, 4), means[:, 1:-1, 1:-1], atol=1e-12)
+    other = np.where(seen, means, 1e6)
+    inner = np.repeat(np.repeat(seen[1:-1, 1:-1], 4, 0), 4, 1)
+    np.testing.assert_array_equal(expand_seen(other, seen, 4)[:, inner], out[:, inner])
+    padded = pad_edge(means)
+    np.testing.assert_allclose(expand_seen(padded, np.ones((9, 8), bool), 4), expand(padded, 4, "keys"))
+    # Without the shortcut, all neighbours seen: the same.
+    almost = np.ones((7, 6), bool)
+    almost[0, 0] = False
+    np.testing.assert_allclose(expand_seen(means, almost, 4)[:, 4:, 4:], expand(means, 4, "keys")[:, 4:, 4:])
