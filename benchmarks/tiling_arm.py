@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from itertools import islice
 from typing import Any
@@ -138,8 +139,10 @@ if __name__ == "__main__":
     parser.add_argument("--mpp", type=float, default=0.5)
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.0)
+    parser.add_argument("--nice", type=int, default=0, help="as Ray's workers are: 15")
     parser.add_argument("--most", type=int, default=1 << 40)
     given = parser.parse_args()
+    os.nice(given.nice)
     if given.arm == "ours":
         found = ours(given.slide, given.side, given.mpp, given.seconds)
     elif given.arm == "ours-ray":

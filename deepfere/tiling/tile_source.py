@@ -15,10 +15,8 @@ from deepfere.tiling.groups import TileReader, group_tiles
 from deepfere.tiling.tiles import TilePlan
 
 TASK_BYTES = 128 << 20
-"""Output of a read task, about: enough to pay for starting it, little enough to spread one slide over a cluster."""
-
-BLOCK_BYTES = 32 << 20
-"""Output of a block, about: each costs Ray a millisecond."""
+"""Output of a read task, about, which it holds in memory: enough to pay for starting it, no more than Ray's largest
+block, little enough to spread one slide over a cluster."""
 
 
 class SlideTiles(Datasource):
@@ -27,7 +25,7 @@ class SlideTiles(Datasource):
     Columns: ``slide`` (path), ``tile`` (number in its plan), ``row_px`` and ``col_px`` (corner, output pixels),
     ``y_um`` and ``x_um`` (the same, slide micrometres), ``tissue`` (share), ``valid_h`` and ``valid_w`` (pixels
     that the slide reaches), ``error`` (None, or what is wrong; the tile is background then) and ``pixels``
-    (side, side, 3) uint8. A block is some read groups.
+    (side, side, 3) uint8. A read task is one block: of several, Ray would make one by copying them.
 
     Args:
         plans: Tiles of each slide, all of one side.
@@ -89,20 +87,15 @@ def _tile_bytes(plan: TilePlan) -> int:
 
 
 def read_tiles(plan: TilePlan, numbers: NDArray[np.int64]) -> Iterator[Block]:
-    """Blocks of a plan's tiles, whose numbers in the whole plan are ``numbers``, of whole read groups."""
-    reader, groups = TileReader(plan), group_tiles(plan)
-    side, most = plan.spec.tile_px, max(1, BLOCK_BYTES // _tile_bytes(plan))
-    while groups:
-        some = [groups.pop(0)]
-        while groups and sum(len(group.tiles) for group in (*some, groups[0])) <= most:
-            some.append(groups.pop(0))
-        tiles = np.concatenate([group.tiles for group in some])
-        pixels, errors, done = np.empty((len(tiles), side, side, 3), np.uint8), [], 0
-        for group in some:
-            end = done + len(group.tiles)
-            errors += reader.read(group, pixels[done:end])[1]
-            done = end
-        yield BlockAccessor.batch_to_block(_columns(plan, numbers, tiles, pixels, errors))
+    """One block of a plan's tiles, whose numbers in the whole plan are ``numbers``."""
+    reader, groups, side = TileReader(plan), group_tiles(plan), plan.spec.tile_px
+    tiles = np.concatenate([group.tiles for group in groups])
+    pixels = np.empty((len(tiles), side, side, 3), np.uint8)
+    errors: list[str | None] = []
+    for group in groups:
+        done = len(errors)
+        errors += reader.read(group, pixels[done : done + len(group.tiles)])[1]
+    yield BlockAccessor.batch_to_block(_columns(plan, numbers, tiles, pixels, errors))
 
 
 def _columns(
