@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from deepfere.errors import InputError
 from deepfere.measured import store
-from deepfere.measured.ingest import Reducer, batches, put, shared_axis
-from deepfere.measured.raster import plan_raster
+from deepfere.measured.ingest import Reducer, put, shared_axis
+from deepfere.measured.raster import batches, plan_raster
 from deepfere.readers.imzml import read_index, spectrum
 from deepfere.store import StorageOptions, is_url
 
@@ -57,7 +57,7 @@ class RawMeasured:
         with self._index.ibd_path.open("rb") as ibd:
             axis = shared_axis(self._index, ibd)
             reduce = Reducer(self._index, axis, np.array([float(mz)]), "list", kind, width)
-            for rows in batches(self._index, np.arange(len(self._index)), 1):
+            for rows in batches(self._index.int_length, np.arange(len(self._index)), 1):
                 put(out, self._raster.row[rows] * nx + self._raster.col[rows], reduce(ibd, rows)[0], repeated)
         image = out.reshape(ny, nx)
         image[~self.mask] = np.nan
