@@ -53,7 +53,7 @@ def choose_ions(
                 f"{table.path}: {len(lost)} of {len(targets)} targets have no variable within {tolerance_ppm:g} ppm "
                 f"and are zero everywhere, first {lost[0]:.6g}",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=5,
             )
         return targets, {"ions": "list"}
     if len(axis) <= MAX_VARIABLES:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from scipy import sparse
 
 from deepfere.errors import InputError
 from deepfere.readers.digest import tree_digest
@@ -200,13 +201,12 @@ class RowReader:
         try:
             for row, column, value in _pieces(self.table, place):
                 # By pixel; where each goes is behind what its pixel has already.
-                order = np.argsort(row, kind="stable")
-                row = row[order]
-                begin = np.flatnonzero(np.diff(row, prepend=-1))
-                count = np.diff(begin, append=len(row))
-                into = np.repeat(fill[row[begin]] - begin, count) + np.arange(len(row))
+                count = np.bincount(row, minlength=len(held))
+                begin = np.cumsum(count) - count
+                into = np.repeat(fill - begin, count) + np.arange(len(row))
+                order = _by_row(row, count)
                 columns[into], values[into] = column[order], value[order]
-                fill[row[begin]] += count
+                fill += count
         except Exception as error:  # see `open_table`
             raise _damaged(self.table.path, error) from error
         if (fill != starts[1:]).any():
@@ -382,6 +382,14 @@ def _pieces(table: Table, place: NDArray[np.int64]) -> Iterator[Piece]:
         row, column = place[row[kept]], column[kept].astype(np.int32)
         if len(row):
             yield row, column, np.asarray(data[begin:end]).astype(np.float32, copy=False)[kept]
+
+
+def _by_row(row: NDArray[Any], count: NDArray[np.int64]) -> NDArray[Any] | slice:
+    """The order that sorts values by their row, stably; as scipy counts, several times faster than a sort."""
+    if len(row) < 2 or (row[1:] >= row[:-1]).all():
+        return slice(None)
+    each = sparse.coo_matrix((np.ones(len(row), np.int8), (row, np.arange(len(row)))), shape=(len(count), len(row)))
+    return np.asarray(each.tocsr().indices)
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array:
