@@ -20,7 +20,7 @@ class Section(BaseModel):
 
     Attributes:
         name: Unique in the study; names folders, so letters, digits, ``.``, ``_`` and ``-`` only.
-        msi: The .imzML file.
+        msi: The .imzML file, the store of a table (AnnData, SpatialData), or an ingested cube.
         slide: The slide; None for a run without the stain.
         pitch_um: Measured pixel size (y, x) where the file does not state it (always wins).
         slide_mpp_um: Slide pixel size (y, x) where the file does not state it (always wins).

@@ -1,8 +1,8 @@
 """The one place that opens Zarr stores, so that paths and URLs (``s3://``, ``gs://``) behave alike.
 
-Zarr v3 only. Chunks and shards are always given: the library's automatic choice has produced hundreds of
-thousands of tiny files before. A writer of a shard must own all of it: a shard is rewritten as a whole, and
-two writers in one shard lose data silently.
+Zarr v3 only, but for what another program wrote (``open_foreign``). Chunks and shards are always given: the
+library's automatic choice has produced hundreds of thousands of tiny files before. A writer of a shard must own all
+of it: a shard is rewritten as a whole, and two writers in one shard lose data silently.
 """
 
 from __future__ import annotations
@@ -73,6 +73,22 @@ def open_group(
         raise InputError(
             f"has a zarr.json that cannot be read ({error})", where=url, remedy="give a store that deepfere wrote"
         ) from error
+
+
+def open_foreign(path: str | Path) -> zarr.Group:
+    """Open another program's local group to read it, Zarr v3 or v2.
+
+    Raises:
+        InputError: There is no readable Zarr group there.
+    """
+    if not os.path.exists(path):  # noqa: PTH110 - see `open_group`
+        raise missing(path)
+    try:
+        return zarr.open_group(LocalStore(Path(path), read_only=True), mode="r")
+    except (FileNotFoundError, zarr.errors.GroupNotFoundError, zarr.errors.ContainsArrayError) as error:
+        raise InputError("is not a Zarr group", where=path, remedy="check the path") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"has metadata that cannot be read ({error})", where=path, remedy="write it again") from error
 
 
 def create_array(

@@ -62,7 +62,7 @@ def test_continuous_keeps_the_axis(tmp_path, out, band_rows):
 def test_same_bytes_twice_and_small_batches(tmp_path, monkeypatch):
     random_file(tmp_path / "a.imzML", mode="processed", jitter_ppm=2)
     first = ingest(tmp_path / "a.imzML", tmp_path / "1.zarr", pitch_um=10, band_rows=4)
-    monkeypatch.setattr(ingest_module, "BATCH_VALUES", 25)
+    monkeypatch.setattr("deepfere.measured.raster.BATCH_VALUES", 25)
     second = ingest(tmp_path / "a.imzML", tmp_path / "2.zarr", pitch_um=10, band_rows=4)
     files = sorted(p.relative_to(first.path) for p in (tmp_path / "1.zarr").rglob("*") if p.is_file())
     assert files == sorted(p.relative_to(second.path) for p in (tmp_path / "2.zarr").rglob("*") if p.is_file())

@@ -24,8 +24,9 @@ def describe(path: str | Path) -> Description:
     """Say what a file, folder or store is.
 
     Args:
-        path: An imzML, a slide or picture, a store (or its URL), a result, a ``.work`` folder, a study
-            manifest, settings, an alignment, landmarks, teaching points, or a phantom's folder.
+        path: An imzML, a table of pixels (AnnData, SpatialData), a slide or picture, a store (or its URL), a
+            result, a ``.work`` folder, a study manifest, settings, an alignment, landmarks, teaching points, or a
+            phantom's folder.
 
     Raises:
         InputError: It is absent, unreadable, refused by its reader, or nothing that deepfere knows.
@@ -92,7 +93,10 @@ def _file(path: Path) -> Description:
 
 def _folder(path: Path) -> Description:
     from deepfere.inspect import raw, stores
+    from deepfere.readers.table import is_table
 
+    if is_table(path):
+        return raw.table(path)
     if (path / "zarr.json").exists():
         return stores.zarr_group(str(path))
     if (path / "identity.json").exists():

@@ -1,4 +1,4 @@
-"""What users bring: imzML pairs and slides; and phantoms, which are both."""
+"""What users bring: imzML pairs, tables of pixels and slides; and phantoms, which are both."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from deepfere.inspect.notes import Description, Notes, add_mask, count_text, pai
 if TYPE_CHECKING:
     from deepfere.readers.imzml import ImzmlIndex
     from deepfere.readers.slide import Slide
+    from deepfere.readers.table import Table
 
 # imzML 1.1: the .ibd's checksum is one of IMS:1000090, -91 and -92.
 CHECKSUMS = {b"0": "md5", b"1": "sha1", b"2": "sha256"}
@@ -28,6 +29,7 @@ HEAD_BYTES = 1 << 17
 MZ_SAMPLE_BYTES = 64 << 20
 PROBES = (0.0, 0.5, 1.0)
 READ_BY = {"openslide": "OpenSlide", "tiff": "deepfere itself (JPEG tiles)", "flat": "deepfere itself"}
+STORED = {"csc": "by variable (csc)", "csr": "by pixel (csr)", "dense": "densely"}
 
 
 def imzml(path: Path) -> Description:
@@ -36,7 +38,6 @@ def imzml(path: Path) -> Description:
     Raises:
         InputError: The XML is broken or is not imzML.
     """
-    from deepfere.measured.ingest import plan_raster
     from deepfere.readers.imzml import read_index
 
     notes = Notes()
@@ -61,24 +62,56 @@ def imzml(path: Path) -> Description:
         notes.add("empty spectra", f"{empty:,}")
     if size and len(inside) < len(index):
         notes.add("cut off", f"{len(index) - len(inside):,} of {len(index):,} spectra end beyond the .ibd")
-    try:
-        raster = plan_raster(index, "sum")
-    except InputError as error:
-        notes.problem(error.what)
-    else:
-        notes.add("origin", f"x {raster.origin_px[1]}, y {raster.origin_px[0]} in the file's coordinates")
-        add_mask(notes, raster.mask, pitch)
-        repeated = int((raster.counts > 1).sum())
-        if repeated:
-            notes.add(
-                "repeated",
-                f"{count_text(repeated, 'pixel')} with several spectra (refused unless they are summed or averaged)",
-            )
+    _add_raster(notes, index, pitch)
     if len(inside):
         _add_mz(notes, index, inside)
     if size:
         _add_checks(notes, index, size)
     return notes.done(path, "imzML, a mass spectrometry image")
+
+
+def table(path: Path) -> Description:
+    """A table of pixels by m/z bins, in an AnnData or SpatialData store.
+
+    Raises:
+        InputError: There is no table, or several; see `deepfere.readers.table.open_table`.
+    """
+    from deepfere.readers.table import open_table
+
+    notes, found = Notes(), open_table(path)
+    pitch = found.pitch_um
+    notes.add("table", found.name)
+    notes.add("representation", found.representation or "not stated")
+    notes.add("pitch", f"{pair_text(pitch)} um" if pitch else f"not known ({found.pitch_problem}): give --pitch-um")
+    notes.add("pixels", f"{len(found):,}")
+    if found.empty:
+        notes.add("empty rows", f"{found.empty:,}, taken as not measured")
+    _add_raster(notes, found, pitch)
+    low, high = int(found.int_length.min()), int(found.int_length.max())
+    stored = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    notes.add("values", f"{stored} per pixel, stored {STORED[found.encoding]}")
+    mz = f"{found.mz.min():.4f} to {found.mz.max():.4f}"
+    notes.add("m/z", f"{mz} ({count_text(len(found.mz), 'variable')} for all pixels)")
+    return notes.done(path, "table of pixels by m/z, a mass spectrometry image")
+
+
+def _add_raster(notes: Notes, source: ImzmlIndex | Table, pitch_um: tuple[float, float] | None) -> None:
+    """Grid, regions, and pixels that were measured more than once."""
+    from deepfere.measured.raster import plan_raster
+
+    try:
+        raster = plan_raster(source, "sum")
+    except InputError as error:
+        notes.problem(error.what)
+        return
+    notes.add("origin", f"x {raster.origin_px[1]}, y {raster.origin_px[0]} in the file's coordinates")
+    add_mask(notes, raster.mask, pitch_um)
+    repeated = int((raster.counts > 1).sum())
+    if repeated:
+        notes.add(
+            "repeated",
+            f"{count_text(repeated, 'pixel')} with several spectra (refused unless they are summed or averaged)",
+        )
 
 
 def _index_despite(path: Path, error: InputError) -> ImzmlIndex:

@@ -1,4 +1,4 @@
-"""imzML to the measured store: one pass over the .ibd in image bands, memory one band.
+"""imzML, or a table of pixels, to the measured store: in image bands, memory one band.
 
 The index tells which bytes belong to which image rows, so every band is read, reduced to its ions and written
 to its own shards, whatever order the instrument scanned in. Only automatic ions look at a sample beforehand.
@@ -15,7 +15,9 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,15 +26,28 @@ from numpy.typing import NDArray
 
 from deepfere.errors import DeepfereError, InputError
 from deepfere.measured.peaks import PeakSpec, centroid_peaks, profile_peaks, sample_rows
-from deepfere.measured.raster import Raster, plan_raster
+from deepfere.measured.raster import Raster, batches, evenly, plan_raster
 from deepfere.measured.regions import choose_region
-from deepfere.measured.store import FACTORS, Measured, MeasuredWriter, refuse_occupied, spectrum_factors
+from deepfere.measured.store import (
+    FACTORS,
+    Measured,
+    MeasuredWriter,
+    fitting_band,
+    ragged_factors,
+    refuse_occupied,
+    spectrum_factors,
+)
+from deepfere.measured.table import TableReducer
+from deepfere.measured.table import choose_ions as choose_table_ions
 from deepfere.measured.windows import Windows
 from deepfere.readers.imzml import ImzmlIndex, read_arrays, read_flat, read_index
+from deepfere.readers.table import Table, is_table, open_table
 from deepfere.store import Codec, StorageOptions, remove
 
 BAND_BYTES = 512 << 20
-BATCH_VALUES = 1 << 18  # what a batch holds stays in the processor's cache
+
+Reduce = Callable[[NDArray[np.int64]], tuple[NDArray[np.float32], NDArray[np.float64], int]]
+"""Some spectra to ions (n, M), factors (3, n) and the number of negative intensities."""
 
 
 @dataclass
@@ -61,14 +76,15 @@ def ingest(
     codec: Codec = "zstd",
     index_cache: str | Path | None = None,
 ) -> Measured:
-    """Ingest an imzML pair.
+    """Ingest an imzML pair, or a table of pixels by m/z bins (AnnData, SpatialData).
 
     Ions: those of ``mz`` where given; else the file's own axis, no ion dropped, where all spectra share one
-    (continuous); else automatic, by `PeakSpec`. An ion's value is the sum of the centroids in its window, or
-    the area under the profile in it. Normalisation factors are those of the whole spectrum as read.
+    (continuous; a table of at most 5000 variables); else automatic, by `PeakSpec`. An ion's value is the sum of the
+    centroids or bins in its window, or the area under the profile in it. Normalisation factors are those of the whole
+    spectrum as read.
 
     Args:
-        msi_path: The .imzML.
+        msi_path: The .imzML, or the table's store (see `open_table`).
         out_path: Store to write, path or URL.
         pitch_um: Pixel pitch, one value or (y, x); wins over the file's.
         mz: Target m/z.
@@ -87,7 +103,7 @@ def ingest(
         The finished store, opened.
 
     Raises:
-        InputError: See `read_index`; several regions and none chosen; no pitch;
+        InputError: See `read_index` and `open_table`; several regions and none chosen; no pitch;
             fewer than four measured pixels; duplicate coordinates with
             "error"; intensities that are not finite; every ion zero; nothing says whether spectra are
             centroids or profiles and it matters; the store exists.
@@ -97,11 +113,11 @@ def ingest(
     Warns:
         UserWarning: Negative intensities were set to zero.
     """
-    index = read_index(msi_path, cache=index_cache)
+    source = open_table(msi_path) if is_table(msi_path) else read_index(msi_path, cache=index_cache)
     refuse_occupied(out_path, overwrite, storage_options)
-    pitch = _choose_pitch(index, pitch_um)
-    index, region = _choose_region(index, region)
-    raster = plan_raster(index, duplicates)
+    pitch = _choose_pitch(source, pitch_um)
+    source, region = _choose_region(source, region)
+    raster = plan_raster(source, duplicates)
     _give_back()
     if not (math.isfinite(tolerance_ppm) and 0 < tolerance_ppm < 1e5):
         raise InputError(f"a tolerance of {tolerance_ppm} ppm", where="--tolerance-ppm", remedy="give a positive one")
@@ -109,12 +125,9 @@ def ingest(
         raise InputError(f"bands of {band_rows} rows", where="ingest.band_rows", remedy="give a positive number")
     if representation not in (None, "centroid", "profile"):
         raise InputError(f"unknown representation {representation!r}", remedy="give centroid or profile")
-    kind = representation or index.representation
-    with index.ibd_path.open("rb") as ibd:
-        axis = shared_axis(index, ibd)
-        ions, how = _choose_ions(index, ibd, raster, axis, mz, tolerance_ppm, kind)
-        reduce = Reducer(index, axis, ions, how["ions"], kind, tolerance_ppm)
-        rows = min(band_rows, max(1, BAND_BYTES // (4 * len(ions) * raster.shape_px[1])))
+    kind = representation or source.representation
+    targets = None if mz is None else _targets(mz)
+    with _open_reduce(source, raster, targets, tolerance_ppm, kind, band_rows) as (ions, how, rows, reduce):
         with _whole_or_not(out_path, storage_options):
             writer = MeasuredWriter(
                 out_path,
@@ -125,16 +138,16 @@ def ingest(
                 storage_options=storage_options,
                 codec=codec,
             )
-            tally = _write_bands(index, ibd, raster, reduce, writer, duplicates, progress)
+            tally = _write_bands(source.int_length, raster, reduce, writer, duplicates, progress)
             if not tally.positive:
                 raise InputError(
                     "every ion is zero in every pixel",
-                    where=index.path,
+                    where=source.path,
                     remedy="check the file, --mz and --tolerance-ppm",
                 )
         if tally.negatives:
             warnings.warn(
-                f"{index.path}: {tally.negatives} negative intensities set to zero", UserWarning, stacklevel=2
+                f"{source.path}: {tally.negatives} negative intensities set to zero", UserWarning, stacklevel=2
             )
         attrs = {
             **how,
@@ -142,22 +155,65 @@ def ingest(
             "origin_px": list(raster.origin_px),
             "region": region,
             "pitch_source": "given" if pitch_um is not None else "file",
-            "mode": index.mode,
             "representation": kind,
-            "polarity": index.polarity,
-            "source": [index.path.name, index.ibd_path.name],
-            "uuid": index.uuid,
-            "uuid_matches": index.uuid_matches,
-            "spectra": len(index),
+            **_provenance(source),
+            "spectra": len(source),
             "pixels": int(raster.mask.sum()),
             "duplicates": duplicates,
-            "duplicate_spectra": int(len(index) - raster.mask.sum()),
+            "duplicate_spectra": int(len(source) - raster.mask.sum()),
             "negative_intensities": tally.negatives,
             "written_by": f"deepfere {_version()}",
         }
         factors = {name: image.astype(np.float32, copy=False) for name, image in tally.factors.items()}
         with _whole_or_not(out_path, storage_options):
             return writer.finish(raster.mask, factors, pitch, attrs)
+
+
+def _provenance(source: ImzmlIndex | Table) -> dict[str, Any]:
+    if isinstance(source, Table):
+        names = [source.path.name, source.name] if source.name else [source.path.name]
+        return {"mode": "table", "encoding": source.encoding, "source": names, "empty_rows": source.empty}
+    return {
+        "mode": source.mode,
+        "polarity": source.polarity,
+        "source": [source.path.name, source.ibd_path.name],
+        "uuid": source.uuid,
+        "uuid_matches": source.uuid_matches,
+    }
+
+
+@contextmanager
+def _open_reduce(
+    source: ImzmlIndex | Table,
+    raster: Raster,
+    targets: NDArray[np.float64] | None,
+    tolerance_ppm: float,
+    kind: str | None,
+    band_rows: int,
+) -> Iterator[tuple[NDArray[np.float64], dict[str, Any], int, Reduce]]:
+    """The ions, how they were chosen, the rows of a band, and what reduces spectra to the ions."""
+    if isinstance(source, Table):
+        ions, how = choose_table_ions(source, raster, targets, tolerance_ppm, kind)
+        rows = _band_rows(band_rows, len(ions), raster)
+        order = np.concatenate(list(_by_band(raster, fitting_band(rows, raster.shape_px))))
+        yield ions, how, rows, TableReducer(source, ions, how["ions"], tolerance_ppm, order)
+        return
+    with source.ibd_path.open("rb") as ibd:
+        axis = shared_axis(source, ibd)
+        ions, how = _choose_ions(source, ibd, raster, axis, targets, tolerance_ppm, kind)
+        reduce = Reducer(source, axis, ions, how["ions"], kind, tolerance_ppm)
+        yield ions, how, _band_rows(band_rows, len(ions), raster), partial(reduce, ibd)
+
+
+def _band_rows(most: int, ions: int, raster: Raster) -> int:
+    return min(most, max(1, BAND_BYTES // (4 * ions * raster.shape_px[1])))
+
+
+def _targets(mz: Sequence[float]) -> NDArray[np.float64]:
+    ions = np.sort(np.asarray(list(mz), dtype=np.float64))
+    if not len(ions) or not np.isfinite(ions).all() or ions[0] <= 0 or (np.diff(ions) == 0).any():
+        raise InputError("is not a list of different positive m/z", where="--mz", remedy="correct it")
+    return ions
 
 
 @contextmanager
@@ -186,11 +242,11 @@ def _version() -> str:
         return "unknown"
 
 
-def _choose_pitch(index: ImzmlIndex, given: float | tuple[float, float] | None) -> tuple[float, float]:
+def _choose_pitch(source: ImzmlIndex | Table, given: float | tuple[float, float] | None) -> tuple[float, float]:
     if given is None:
-        if index.pitch_um is None:
-            raise InputError(index.pitch_problem, where=index.path, remedy="give --pitch-um")
-        return index.pitch_um
+        if source.pitch_um is None:
+            raise InputError(source.pitch_problem, where=source.path, remedy="give --pitch-um")
+        return source.pitch_um
     pair = given if isinstance(given, tuple | list) else (given, given)
     values = tuple(float(v) for v in pair)
     if len(values) != 2 or not all(math.isfinite(v) and v > 0 for v in values):
@@ -198,12 +254,12 @@ def _choose_pitch(index: ImzmlIndex, given: float | tuple[float, float] | None) 
     return values[0], values[1]
 
 
-def _choose_region(index: ImzmlIndex, region: int | str | None) -> tuple[ImzmlIndex, int | str | None]:
-    """The index of the region's spectra alone, and what was chosen; "all" of one region is no choice."""
-    whole = plan_raster(index, "sum")
-    chosen = choose_region(whole.mask, region, whole.origin_px, index.path)
+def _choose_region(source: ImzmlIndex | Table, region: int | str | None) -> tuple[ImzmlIndex | Table, int | str | None]:
+    """The region's spectra alone, and what was chosen; "all" of one region is no choice."""
+    whole = plan_raster(source, "sum")
+    chosen = choose_region(whole.mask, region, whole.origin_px, source.path)
     kept = np.flatnonzero(chosen[whole.row, whole.col])
-    return (index, region) if len(kept) == len(index) else (index.only(kept), region)
+    return (source, region) if len(kept) == len(source) else (source.only(kept), region)
 
 
 def _check_axis(index: ImzmlIndex, axis: NDArray[np.float64], i: int) -> None:
@@ -229,7 +285,7 @@ def shared_axis(index: ImzmlIndex, ibd: IO[bytes]) -> NDArray[np.float64] | None
             for i, other in zip(part, read_arrays(index, ibd, part, "mz"), strict=True):
                 if not np.array_equal(axis, other):
                     raise InputError(
-                        f"says continuous, but spectrum {index.number(i)} has other m/z than the first",
+                        f"says continuous, but spectrum {index.number(int(i))} has other m/z than the first",
                         where=index.path,
                         remedy="export it as processed",
                     )
@@ -245,12 +301,12 @@ def _choose_ions(
     ibd: IO[bytes],
     raster: Raster,
     axis: NDArray[np.float64] | None,
-    mz: Sequence[float] | None,
+    targets: NDArray[np.float64] | None,
     tolerance_ppm: float,
     kind: str | None,
 ) -> tuple[NDArray[np.float64], dict[str, Any]]:
     """The ions (M,) ascending, and how they were chosen."""
-    if mz is None and axis is not None:
+    if targets is None and axis is not None:
         ions = np.sort(axis, kind="stable")
         twice = np.flatnonzero(np.diff(ions) == 0)
         if len(twice):
@@ -262,18 +318,13 @@ def _choose_ions(
         return ions, {"ions": "axis"}
     if kind is None:
         raise InputError("says neither centroid nor profile", where=index.path, remedy="give --representation")
-    if mz is not None:
-        ions = np.sort(np.asarray(list(mz), dtype=np.float64))
-        if not len(ions) or not np.isfinite(ions).all() or ions[0] <= 0 or (np.diff(ions) == 0).any():
-            raise InputError("is not a list of different positive m/z", where="--mz", remedy="correct it")
-        return ions, {"ions": "list"}
+    if targets is not None:
+        return targets, {"ions": "list"}
     spec = PeakSpec(tolerance_ppm)
-    # Sampled evenly over the image, not over the acquisition.
-    order = np.lexsort((raster.col, raster.row))
-    rows = order[sample_rows(len(index), spec)]
+    rows = evenly(raster)[sample_rows(len(index), spec)]
 
     def spectra() -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-        for batch in batches(index, rows, 1):
+        for batch in batches(index.int_length, rows, 1):
             mzs, values = read_arrays(index, ibd, batch, "mz"), read_arrays(index, ibd, batch, "int")
             for i, m, v in zip(batch, mzs, values, strict=True):
                 m64, v64 = m.astype(np.float64), v.astype(np.float64)
@@ -298,17 +349,6 @@ def _ascending(mz: NDArray[Any], values: NDArray[Any]) -> tuple[NDArray[Any], ND
         return mz, values
     order = np.argsort(mz, kind="stable")
     return mz[order], values[order]
-
-
-def batches(index: ImzmlIndex, rows: NDArray[np.int64], per_spectrum: int) -> Iterator[NDArray[np.int64]]:
-    """Cut spectra into runs whose arrays and ions (``per_spectrum``) stay within the memory of a batch."""
-    sizes = np.cumsum(np.maximum(index.int_length[rows], per_spectrum))
-    begin = 0
-    while begin < len(rows):
-        done = int(sizes[begin - 1]) if begin else 0
-        end = max(begin + 1, int(np.searchsorted(sizes, done + BATCH_VALUES, side="right")))
-        yield rows[begin:end]
-        begin = end
 
 
 def _refuse_values(index: ImzmlIndex, i: int) -> None:
@@ -359,7 +399,7 @@ class Reducer:
         if len(mz) and not (mz.min() > 0 and mz.max() < np.inf):
             for i, m in zip(rows, np.split(mz, np.cumsum(lengths)[:-1]), strict=True):
                 _check_axis(self.index, m, int(i))
-        factors = _ragged_factors(values, lengths)
+        factors = ragged_factors(values, lengths)
         if self.kind == "centroid":
             return self.windows.sum_ragged(mz, values, lengths), factors, negatives
         areas = np.zeros((len(rows), len(self.ions)), dtype=np.float32)
@@ -384,26 +424,18 @@ class Reducer:
         return np.maximum(values, 0), int((values < 0).sum())
 
 
-def _ragged_factors(values: NDArray[np.float32], lengths: NDArray[np.int64]) -> NDArray[np.float64]:
-    """`spectrum_factors` of spectra that lie one behind the other."""
-    ends = np.cumsum(lengths)
-    out = np.zeros((3, len(lengths)))
-    longest = int(lengths.max(initial=0))
-    # Of similar length they are put side by side, zeros behind the shorter ones; else each is alone.
-    step = len(lengths) if longest * len(lengths) <= 4 * len(values) + 4096 else 1
-    for k in range(0, len(lengths), step):
-        part = lengths[k : k + step]
-        block = np.zeros((len(part), int(part.max())), dtype=np.float32)
-        block[np.arange(block.shape[1]) < part[:, None]] = values[ends[k] - part[0] : ends[k + len(part) - 1]]
-        out[:, k : k + step] = spectrum_factors(block, part)
-    return out
+def _by_band(raster: Raster, band_rows: int) -> Iterator[NDArray[np.int64]]:
+    """The spectra of each band."""
+    by_row = None if (np.diff(raster.row) >= 0).all() else np.argsort(raster.row, kind="stable")
+    edges = np.append(np.arange(0, raster.shape_px[0], band_rows), raster.shape_px[0])
+    for begin, end in pairwise(np.searchsorted(raster.row, edges, sorter=by_row).tolist()):
+        yield np.arange(begin, end) if by_row is None else np.sort(by_row[begin:end])
 
 
 def _write_bands(
-    index: ImzmlIndex,
-    ibd: IO[bytes],
+    lengths: NDArray[np.int64],
     raster: Raster,
-    reduce: Reducer,
+    reduce: Reduce,
     writer: MeasuredWriter,
     duplicates: str,
     progress: Callable[[int, int], None] | None,
@@ -411,20 +443,16 @@ def _write_bands(
     ny, nx = raster.shape_px
     repeated = bool(raster.counts.max() > 1)
     tally = _Tally(factors={name: np.zeros((ny, nx), np.float64 if repeated else np.float32) for name in FACTORS})
-    by_row = None if (np.diff(raster.row) >= 0).all() else np.argsort(raster.row, kind="stable")
-    row_starts = np.searchsorted(raster.row, np.arange(ny + 1), sorter=by_row)
     bands = writer.bands
-    images = np.empty((len(reduce.ions), writer.band_rows, nx), dtype=np.float32)  # one band, used again for the next
-    for done, (begin, end) in enumerate(bands):
-        flat = images.reshape(len(images), -1)
+    ions = writer.ions.shape[0]
+    images = np.empty((ions, writer.band_rows, nx), dtype=np.float32)  # one band, used again for the next
+    for done, ((begin, end), rows) in enumerate(zip(bands, _by_band(raster, writer.band_rows), strict=True)):
+        flat = images.reshape(ions, -1)
         counts = raster.counts[begin:end]
         if repeated or not counts.all():
             flat[:] = 0
-        rows = np.arange(row_starts[begin], row_starts[end])
-        if by_row is not None:
-            rows = np.sort(by_row[rows])
-        for batch in batches(index, rows, len(reduce.ions)):
-            values, factors, negatives = reduce(ibd, batch)
+        for batch in batches(lengths, rows, ions):
+            values, factors, negatives = reduce(batch)
             tally.negatives += negatives
             tally.positive = tally.positive or bool(values.any())
             put(flat, (raster.row[batch] - begin) * nx + raster.col[batch], values, repeated)

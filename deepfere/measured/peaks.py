@@ -92,7 +92,7 @@ def centroid_peaks(spectra: Spectra, count: int, spec: PeakSpec) -> NDArray[np.f
         (smooth > 0) & (smooth >= _shifted(smooth, 1)) & (smooth > _shifted(smooth, -1)) & (filled > 0)
     )
     rate = _background(filled, window * 500)
-    intensity = _box(total, half)[top]
+    intensity = _around(total, top, half)
     often = filled[top] >= spec.min_fraction * count
     strong = intensity >= spec.strong_fraction * intensity.max(initial=0.0)
     chance = stats.poisson.sf(filled[top] - 1, rate[top])
@@ -102,7 +102,7 @@ def centroid_peaks(spectra: Spectra, count: int, spec: PeakSpec) -> NDArray[np.f
     top = _separate(top, smooth, half)
     if not len(top):
         return np.empty(0)
-    centre = _box(moment, half)[top] / _box(total, half)[top]
+    centre = _around(moment, top, half) / _around(total, top, half)
     return _merge(centre, smooth[top], spec.tolerance_ppm)
 
 
@@ -162,6 +162,11 @@ def _box(values: NDArray[Any], half: int) -> NDArray[Any]:
     total = np.concatenate([[0], np.cumsum(values, dtype=np.float64)])
     k = np.arange(len(values))
     return total[np.minimum(k + half + 1, len(values))] - total[np.maximum(k - half, 0)]
+
+
+def _around(values: NDArray[np.float64], top: NDArray[np.int64], half: int) -> NDArray[np.float64]:
+    """`_box` at some bins: added up there, since differences of running sums lose what is weak."""
+    return np.pad(values, half)[top[:, None] + np.arange(2 * half + 1)].sum(axis=1)
 
 
 def _shifted(values: NDArray[Any], by: int) -> NDArray[Any]:

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
-from deepfere.readers.imzml import ImzmlIndex
 
 MIN_PIXELS = 4
 MAX_GRID_PER_PIXEL = 1000
 DUPLICATES = ("error", "sum", "mean")
+BATCH_VALUES = 1 << 18  # what a batch holds stays in the processor's cache
+
+
+class Placed(Protocol):
+    """Spectra with positions: an imzML's index, or a table."""
+
+    @property
+    def path(self) -> Path:
+        """Where they are from."""
+        ...
+
+    @property
+    def x(self) -> NDArray[np.int64]:
+        """(N,) position x."""
+        ...
+
+    @property
+    def y(self) -> NDArray[np.int64]:
+        """(N,) position y."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -39,7 +61,7 @@ class Raster:
         return self.counts > 0
 
 
-def plan_raster(index: ImzmlIndex, duplicates: str = "error") -> Raster:
+def plan_raster(source: Placed, duplicates: str = "error") -> Raster:
     """The measured grid from the coordinates alone: their smallest is its origin, their largest its end.
 
     Raises:
@@ -48,26 +70,48 @@ def plan_raster(index: ImzmlIndex, duplicates: str = "error") -> Raster:
     """
     if duplicates not in DUPLICATES:
         raise InputError(f"unknown policy {duplicates!r} for duplicates", remedy=f"give {', '.join(DUPLICATES)}")
-    origin = (int(index.y.min()), int(index.x.min()))
-    row, col = index.y - origin[0], index.x - origin[1]
+    origin = (int(source.y.min()), int(source.x.min()))
+    row, col = source.y - origin[0], source.x - origin[1]
     ny, nx = int(row.max()) + 1, int(col.max()) + 1
-    if ny * nx > MAX_GRID_PER_PIXEL * max(len(index), 1000):
+    if ny * nx > MAX_GRID_PER_PIXEL * max(len(source.x), 1000):
         raise InputError(
-            f"its coordinates span {ny} x {nx} pixels but only {len(index)} spectra exist",
-            where=index.path,
+            f"its coordinates span {ny} x {nx} pixels but only {len(source.x)} spectra exist",
+            where=source.path,
             remedy="export it with pixel numbers as coordinates",
         )
     counts = np.bincount(row * nx + col, minlength=ny * nx).reshape(ny, nx).astype(np.int32)
     pixels = int((counts > 0).sum())
     if pixels < MIN_PIXELS:
         number = "one measured pixel" if pixels == 1 else f"only {pixels} measured pixels"
-        raise InputError(f"has {number}", where=index.path, remedy=f"at least {MIN_PIXELS} make an image")
+        raise InputError(f"has {number}", where=source.path, remedy=f"at least {MIN_PIXELS} make an image")
     if duplicates == "error" and counts.max() > 1:
         y, x = np.unravel_index(int(counts.argmax()), counts.shape)
         raise InputError(
             f"has {int((counts > 1).sum())} pixels with several spectra, first x {int(x) + origin[1]}, "
             f"y {int(y) + origin[0]}",
-            where=index.path,
+            where=source.path,
             remedy="give --duplicates sum or mean",
         )
     return Raster(row, col, (ny, nx), origin, counts)
+
+
+def evenly(raster: Raster) -> NDArray[np.int64]:
+    """The spectra in the order of the image, not of the acquisition: a part of them is spread over the image."""
+    return np.lexsort((raster.col, raster.row))
+
+
+def batches(lengths: NDArray[np.int64], rows: NDArray[np.int64], per_spectrum: int) -> Iterator[NDArray[np.int64]]:
+    """Cut spectra into runs whose arrays and ions stay within the memory of a batch.
+
+    Args:
+        lengths: (N,) values of each spectrum.
+        rows: Which spectra.
+        per_spectrum: Ions.
+    """
+    sizes = np.cumsum(np.maximum(lengths[rows], per_spectrum))
+    begin = 0
+    while begin < len(rows):
+        done = int(sizes[begin - 1]) if begin else 0
+        end = max(begin + 1, int(np.searchsorted(sizes, done + BATCH_VALUES, side="right")))
+        yield rows[begin:end]
+        begin = end

@@ -1,8 +1,11 @@
-"""An imzML pair looked at without ingesting it: images of any m/z, spectra, and which pixels were measured."""
+"""An imzML pair, or a table of pixels, looked at without ingesting it: images of any m/z, spectra, measured pixels."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +13,21 @@ from numpy.typing import NDArray
 
 from deepfere.errors import InputError
 from deepfere.measured import store
-from deepfere.measured.ingest import Reducer, batches, put, shared_axis
-from deepfere.measured.raster import plan_raster
+from deepfere.measured.ingest import Reduce, Reducer, put, shared_axis
+from deepfere.measured.raster import batches, plan_raster
+from deepfere.measured.table import TableReducer
 from deepfere.readers.imzml import read_index, spectrum
+from deepfere.readers.table import RowReader, Table, is_table, open_table
 from deepfere.store import StorageOptions, is_url
 
 
 class RawMeasured:
-    """An imzML pair, read when asked. Pixels with several spectra hold their sum; their spectrum is refused.
+    """An imzML pair or a table of pixels, read when asked.
+
+    Pixels with several spectra hold their sum; their spectrum is refused.
 
     Attributes:
-        path: The .imzML.
+        path: The .imzML, or the table's store.
         mask: (ny, nx) bool, True where a pixel was measured.
         tolerance_ppm: Half-width of an ion's window where none is given.
     """
@@ -28,14 +35,15 @@ class RawMeasured:
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
         self.tolerance_ppm = 5.0
-        self._index = read_index(path)
-        self._raster = plan_raster(self._index, "sum")
+        self._source = open_table(path) if is_table(path) else read_index(path)
+        self._raster = plan_raster(self._source, "sum")
         self.mask: NDArray[np.bool_] = self._raster.mask
 
     def ion_image(self, mz: float, ppm: float | None = None, representation: str | None = None) -> NDArray[np.float32]:
         """What the window of one m/z holds in every pixel, (ny, nx) float32, NaN where not measured.
 
-        The sum of the centroids in the window, or the area under the profile in it; reads the whole .ibd once.
+        The sum of the centroids (of a table: the variables) in the window, or the area under the profile in it; reads
+        all of the file once.
 
         Args:
             mz: Wanted m/z.
@@ -48,20 +56,27 @@ class RawMeasured:
         width = self.tolerance_ppm if ppm is None else ppm
         if not (math.isfinite(mz) and mz > 0 and math.isfinite(width) and 0 < width < 1e5):
             raise InputError(f"no window of {width:g} ppm around m/z {mz:g}", where=self.path, remedy="give another")
-        kind = representation or self._index.representation
-        if kind not in ("centroid", "profile"):
-            raise InputError("says neither centroid nor profile", where=self.path, remedy="give representation")
         ny, nx = self.mask.shape
         out = np.zeros((1, ny * nx), dtype=np.float32)
         repeated = bool(self._raster.counts.max() > 1)
-        with self._index.ibd_path.open("rb") as ibd:
-            axis = shared_axis(self._index, ibd)
-            reduce = Reducer(self._index, axis, np.array([float(mz)]), "list", kind, width)
-            for rows in batches(self._index, np.arange(len(self._index)), 1):
-                put(out, self._raster.row[rows] * nx + self._raster.col[rows], reduce(ibd, rows)[0], repeated)
+        with self._reduce(np.array([float(mz)]), width, representation) as reduce:
+            for rows in batches(self._source.int_length, np.arange(len(self._source)), 1):
+                put(out, self._raster.row[rows] * nx + self._raster.col[rows], reduce(rows)[0], repeated)
         image = out.reshape(ny, nx)
         image[~self.mask] = np.nan
         return image
+
+    @contextmanager
+    def _reduce(self, ions: NDArray[np.float64], width: float, representation: str | None) -> Iterator[Reduce]:
+        source = self._source
+        if isinstance(source, Table):
+            yield TableReducer(source, ions, "list", width, np.arange(len(source)))
+            return
+        kind = representation or source.representation
+        if kind not in ("centroid", "profile"):
+            raise InputError("says neither centroid nor profile", where=self.path, remedy="give representation")
+        with source.ibd_path.open("rb") as ibd:
+            yield partial(Reducer(source, shared_axis(source, ibd), ions, "list", kind, width), ibd)
 
     def spectrum(self, y: int, x: int) -> tuple[NDArray[np.float64], NDArray[np.float32] | NDArray[np.float64]]:
         """m/z and intensity of one pixel (row, column) of the grid, as they are in the file.
@@ -77,19 +92,24 @@ class RawMeasured:
         if len(found) != 1:
             what = f"has {len(found)} spectra" if len(found) else "was not measured"
             raise InputError(f"pixel ({y}, {x}) {what}", where=self.path, remedy="give another pixel")
-        with self._index.ibd_path.open("rb") as ibd:
-            return spectrum(self._index, ibd, int(found[0]))
+        if isinstance(self._source, Table):
+            columns, values, _ = RowReader(self._source, found).read(found)
+            mz = self._source.mz[columns]
+            order = np.argsort(mz, kind="stable")
+            return mz[order], values[order]
+        with self._source.ibd_path.open("rb") as ibd:
+            return spectrum(self._source, ibd, int(found[0]))
 
 
 def open_measured(path: str | Path, storage_options: StorageOptions | None = None) -> store.Measured | RawMeasured:
-    """Open a measurement: one that was ingested, or an .imzML as it is.
+    """Open a measurement: one that was ingested, or an .imzML or a table of pixels as it is.
 
-    Both have ``ion_image(mz, ppm)``, ``spectrum(y, x)`` and ``mask``. Of an ingested one an ion image is that of the
-    stored ion nearest to the m/z; of an imzML it is the window around the m/z itself.
+    All have ``ion_image(mz, ppm)``, ``spectrum(y, x)`` and ``mask``. Of an ingested one an ion image is that of the
+    stored ion nearest to the m/z; of the others it is the window around the m/z itself.
 
     Raises:
-        InputError: It is absent, neither of the two, or unfinished; see `read_index` and `plan_raster`.
+        InputError: It is absent, none of these, or unfinished; see `read_index`, `open_table` and `plan_raster`.
     """
-    if not is_url(path) and Path(path).suffix.lower() in (".imzml", ".ibd"):
+    if not is_url(path) and (Path(path).suffix.lower() in (".imzml", ".ibd") or is_table(path)):
         return RawMeasured(path)
     return store.open_measured(path, storage_options)

@@ -216,10 +216,8 @@ class MeasuredWriter:
         remove(path, storage_options)
         m, (ny, nx) = len(mz), shape_px
         self.shape_px = shape_px
-        # A shard never reaches past the image by more than a chunk, so a small image is not padded to 64 rows.
-        band_rows = max(1, min(band_rows, ny))
-        chunk_y = min(CHUNK_PX, band_rows)
-        self.band_rows = -(-band_rows // chunk_y) * chunk_y
+        self.band_rows = fitting_band(band_rows, shape_px)
+        chunk_y = min(CHUNK_PX, self.band_rows)
         chunk = (min(CHUNK_IONS, m), chunk_y, min(CHUNK_PX, nx))
         across = -(-nx // chunk[2]) * chunk[2]
         deep = max(1, SHARD_BYTES // (4 * chunk[0] * self.band_rows * across))
@@ -299,6 +297,13 @@ class MeasuredWriter:
         return Measured(self.path, self._options)
 
 
+def fitting_band(band_rows: int, shape_px: tuple[int, int]) -> int:
+    """The rows of a band: whole chunks, and a small image is not padded to 64 rows."""
+    band_rows = max(1, min(band_rows, shape_px[0]))
+    chunk = min(CHUNK_PX, band_rows)
+    return -(-band_rows // chunk) * chunk
+
+
 def refuse_occupied(path: str | Path, overwrite: bool = False, storage_options: StorageOptions | None = None) -> None:
     """Refuse a path where something stands that must not be replaced.
 
@@ -340,6 +345,21 @@ def spectrum_factors(values: NDArray[np.float32], lengths: NDArray[np.int64] | N
     low = m - positive[rows] + (positive[rows] - 1) // 2
     high = m - positive[rows] + positive[rows] // 2
     out[2, rows] = 0.5 * (ordered[rows, low].astype(np.float64) + ordered[rows, high])
+    return out
+
+
+def ragged_factors(values: NDArray[np.float32], lengths: NDArray[np.int64]) -> NDArray[np.float64]:
+    """`spectrum_factors` of spectra that lie one behind the other."""
+    ends = np.cumsum(lengths)
+    out = np.zeros((3, len(lengths)))
+    longest = int(lengths.max(initial=0))
+    # Of similar length they are put side by side, zeros behind the shorter ones; else each is alone.
+    step = len(lengths) if longest * len(lengths) <= 4 * len(values) + 4096 else 1
+    for k in range(0, len(lengths), step):
+        part = lengths[k : k + step]
+        block = np.zeros((len(part), int(part.max())), dtype=np.float32)
+        block[np.arange(block.shape[1]) < part[:, None]] = values[ends[k] - part[0] : ends[k + len(part) - 1]]
+        out[:, k : k + step] = spectrum_factors(block, part)
     return out
 
 

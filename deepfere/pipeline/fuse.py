@@ -14,12 +14,11 @@ from deepfere.errors import InputError
 from deepfere.frame import Alignment
 from deepfere.pipeline.deep import check_patches
 from deepfere.pipeline.learn import learn_stage
-from deepfere.pipeline.prepare import align_stage, ingest_stage, is_ingested, prepared, tile_stage
+from deepfere.pipeline.prepare import align_stage, ingest_stage, msi_input_digest, prepared, tile_stage
 from deepfere.pipeline.track import check_tracking, tracked
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.pipeline.write import Outcome, claim_result, reconstruct_stage
-from deepfere.readers.digest import content_digest, tree_digest
-from deepfere.readers.imzml import msi_digest
+from deepfere.readers.digest import content_digest
 from deepfere.readers.mis import MIS, read_mis, teaching_points_beside
 from deepfere.readers.slide import open_slide
 from deepfere.reconstruction.result import Result, open
@@ -40,7 +39,7 @@ def input_digests(section: Section, config: Config) -> dict[str, str]:
     Raises:
         InputError: A file is missing or cannot be read.
     """
-    out = {"msi": tree_digest(section.msi) if is_ingested(section.msi) else msi_digest(section.msi)}
+    out = {"msi": msi_input_digest(section.msi)}
     named = {"alignment": section.alignment, "landmarks": section.landmarks}
     if config.guide:
         named["slide"] = section.slide
@@ -145,7 +144,7 @@ def fuse(
     The same call again resumes unfinished work and leaves a finished result as it is.
 
     Args:
-        msi: The .imzML file.
+        msi: The .imzML file, the store of a table (AnnData, SpatialData), or a cube that was ingested before.
         slide: The stained slide; None with ``guide=False``.
         out: Where the result store goes; unfinished work lies in ``OUT.work/``.
         factor: High-resolution pixels per measured pixel and axis; None lets the data choose.

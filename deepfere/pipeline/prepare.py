@@ -35,8 +35,11 @@ from deepfere.model.guide import GuideSpec
 from deepfere.model.paper import check_size
 from deepfere.model.transfer import SMOOTHINGS_PITCH
 from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace, write_json
+from deepfere.readers.digest import tree_digest
+from deepfere.readers.imzml import msi_digest
 from deepfere.readers.mis import MIS, read_mis
 from deepfere.readers.slide import Reading, Slide, open_slide, read_area
+from deepfere.readers.table import is_table, table_digest
 from deepfere.reconstruction.shards import CacheWorker, PoolWorker
 from deepfere.section import Section
 from deepfere.store import create_array, open_group, remove
@@ -69,7 +72,7 @@ class Prepared:
 
 
 def ingest_stage(section: Section, inputs: dict[str, str], work: Workspace, config: Config, progress: Progress) -> None:
-    """ImzML -> ``measured.zarr``."""
+    """ImzML, or a table of pixels -> ``measured.zarr``."""
     folder = work.section(section.name)
     depends = [inputs, config.ingest.model_dump(), section.pitch_um, section.region]
     with work.stage("ingest", depends, section.name) as facts:
@@ -100,8 +103,19 @@ def ingest_stage(section: Section, inputs: dict[str, str], work: Workspace, conf
 
 
 def is_ingested(msi: str) -> bool:
-    """Whether the measurement is a cube that was ingested before (a Zarr folder) instead of an imzML."""
-    return Path(msi).is_dir()
+    """Whether the measurement is a cube that was ingested before instead of an imzML or a table."""
+    return Path(msi).is_dir() and not is_table(msi)
+
+
+def msi_input_digest(msi: str) -> str:
+    """Content digest of a measurement, whatever it is.
+
+    Raises:
+        InputError: It is missing or cannot be read.
+    """
+    if is_table(msi):
+        return table_digest(msi)
+    return tree_digest(msi) if Path(msi).is_dir() else msi_digest(msi)
 
 
 def _take_over(section: Section, folder: SectionFolder, settings: IngestSettings) -> None:
@@ -119,7 +133,7 @@ def _take_over(section: Section, folder: SectionFolder, settings: IngestSettings
         raise InputError(
             f"{section.msi} is ingested: its {name.replace('-um', '').replace('-ppm', '')} was settled then",
             where=f"--{name}",
-            remedy="leave it out, or give the imzML",
+            remedy="leave it out, or give what it was ingested from",
         )
     shutil.copytree(section.msi, folder.measured)
 

@@ -32,6 +32,7 @@ from deepfere.pipeline.track import tracked
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.pipeline.write import Outcome, claim_result, reconstruct_stage
 from deepfere.readers.imzml import read_index
+from deepfere.readers.table import is_table, open_table
 from deepfere.reconstruction.result import open
 from deepfere.section import EACH, Section, Study, load_study, validated
 from deepfere.tiling.plan import check_range
@@ -92,9 +93,10 @@ def each_region(sections: list[Section], study: str | Path) -> list[Section]:
             raise InputError(
                 f"section {section.name}: {section.msi} is ingested: its region was settled then",
                 where=study,
-                remedy="leave region out, or give the imzML",
+                remedy="leave region out, or give what it was ingested from",
             )
-        raster = plan_raster(read_index(section.msi), "sum")
+        source = open_table(section.msi) if is_table(section.msi) else read_index(section.msi)
+        raster = plan_raster(source, "sum")
         _, regions = find_regions(raster.mask)
         if len(regions) == 1:
             out.append(section.model_copy(update={"region": None}))

@@ -1,0 +1,191 @@
+"""A table of pixels by m/z bins, reduced to ions: sums of bins."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepfere.errors import InputError
+from deepfere.measured.peaks import PeakSpec, centroid_peaks, profile_peaks, sample_rows
+from deepfere.measured.raster import Raster, batches, evenly
+from deepfere.measured.store import ragged_factors
+from deepfere.measured.windows import Windows
+from deepfere.readers.table import RowReader, Table
+
+MAX_VARIABLES = 5000
+"""Up to so many variables are ions themselves; of more, peaks are found."""
+
+
+def choose_ions(
+    table: Table, raster: Raster, targets: NDArray[np.float64] | None, tolerance_ppm: float, kind: str | None
+) -> tuple[NDArray[np.float64], dict[str, Any]]:
+    """The ions (M,) ascending, and how they were chosen.
+
+    Args:
+        table: Of the store.
+        raster: Its pixels.
+        targets: Given m/z, ascending.
+        tolerance_ppm: Half-width of an ion's window.
+        kind: "centroid" or "profile".
+
+    Raises:
+        InputError: Nothing says how to find ions, none is found, or windows are narrower than the table's bins.
+
+    Warns:
+        UserWarning: A target has no variable in its window.
+    """
+    axis, rank = table.sorted_mz()
+    if targets is not None:
+        lost = targets[_held(axis, targets, tolerance_ppm) == 0]
+        if len(lost) == len(targets):
+            raise InputError(
+                f"has no variable within {tolerance_ppm:g} ppm of a target; the nearest is {_nearest(axis, lost)}",
+                where=table.path,
+                remedy="correct --mz or widen --tolerance-ppm",
+            )
+        if len(lost):
+            warnings.warn(
+                f"{table.path}: {len(lost)} of {len(targets)} targets have no variable within {tolerance_ppm:g} ppm "
+                f"and are zero everywhere, first {lost[0]:.6g}",
+                UserWarning,
+                stacklevel=5,
+            )
+        return targets, {"ions": "list"}
+    if len(axis) <= MAX_VARIABLES:
+        twice = np.flatnonzero(np.diff(axis) == 0)
+        if len(twice):
+            raise InputError(
+                f"holds m/z {axis[twice[0]]} twice among its variables",
+                where=table.path,
+                remedy="say which ions to take (--mz)",
+            )
+        return axis, {"ions": "axis"}
+    if kind is None:
+        raise InputError("says neither centroid nor profile", where=table.path, remedy="give --representation")
+    spec = PeakSpec(tolerance_ppm)
+    rows = np.sort(evenly(raster)[sample_rows(len(table), spec)])
+    reader = RowReader(table, rows)
+
+    def spectra() -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        for batch in batches(table.int_length, rows, 1):
+            columns, values, lengths = reader.read(batch)
+            check_finite(table, batch, values, lengths)
+            ends = np.cumsum(lengths)
+            for first, last in zip(ends - lengths, ends, strict=True):
+                yield axis[rank[columns[first:last]]], np.maximum(values[first:last].astype(np.float64), 0.0)
+
+    def mean() -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        """All bins of the one axis: the mean spectrum is found at once."""
+        total = np.zeros(len(axis))
+        for batch in batches(table.int_length, rows, 1):
+            columns, values, lengths = reader.read(batch)
+            check_finite(table, batch, values, lengths)
+            total += np.bincount(rank[columns], weights=np.maximum(values, 0), minlength=len(axis))
+        return [(axis, total / len(rows))]
+
+    if kind == "centroid":
+        ions = centroid_peaks(spectra, len(rows), spec)
+    else:
+        whole = mean()
+        ions = profile_peaks(lambda: whole, 1, spec)
+    if not len(ions):
+        raise InputError(
+            f"no m/z recurs within {tolerance_ppm:g} ppm in {spec.min_fraction:.0%} of its spectra (at least 3)",
+            where=table.path,
+            remedy="give --mz or a wider --tolerance-ppm",
+        )
+    lost = ions[_held(axis, ions, tolerance_ppm) == 0]
+    if len(lost):
+        k = np.clip(np.searchsorted(axis, lost), 1, len(axis) - 1)
+        wide = float(((axis[k] - axis[k - 1]) / lost).max() * 1e6)
+        raise InputError(
+            f"has bins that are up to {wide:.3g} ppm wide, and windows of {tolerance_ppm:g} ppm miss them",
+            where=table.path,
+            remedy=f"give --tolerance-ppm {math.ceil(wide)}, or convert it with finer bins",
+        )
+    return ions, {"ions": "automatic", "peaks": {**spec.to_dict(kind), "sampled_spectra": len(rows)}}
+
+
+def _held(axis: NDArray[np.float64], ions: NDArray[np.float64], tolerance_ppm: float) -> NDArray[np.int64]:
+    """How many variables lie in each ion's window."""
+    windows = Windows(ions, tolerance_ppm)
+    return np.searchsorted(axis, windows.high, "right") - np.searchsorted(axis, windows.low, "left")
+
+
+def _nearest(axis: NDArray[np.float64], mz: NDArray[np.float64]) -> str:
+    k = np.clip(np.searchsorted(axis, mz), 1, max(1, len(axis) - 1))
+    near = np.concatenate([axis[k - 1], axis[np.minimum(k, len(axis) - 1)]])
+    ppm = np.abs(near / np.concatenate([mz, mz]) - 1) * 1e6
+    return f"{near[ppm.argmin()]:.6g} ({ppm.min():.3g} ppm)"
+
+
+def check_finite(
+    table: Table, rows: NDArray[np.int64], values: NDArray[np.float32], lengths: NDArray[np.int64]
+) -> None:
+    """Refuse values that are not finite numbers.
+
+    Raises:
+        InputError: There is one; names the pixel.
+    """
+    if len(values) and not (values.min() > -np.inf and values.max() < np.inf):
+        first = int(np.isfinite(values).argmin())
+        i = int(rows[int(np.searchsorted(np.cumsum(lengths), first, side="right"))])
+        raise InputError(
+            f"the spectrum at x {table.x[i]}, y {table.y[i]} has intensities that are not finite numbers",
+            where=table.path,
+            remedy="convert it again or leave that pixel out",
+        )
+
+
+class TableReducer:
+    """Pixels to ions and factors, a batch at a time.
+
+    An ion is the sum of the variables in its window, each of them whole; a table's values are sums already, of
+    centroids and of profiles alike, so that windows that share no variable share no signal.
+
+    Args:
+        table: Of the store.
+        ions: (M,) ascending.
+        how: "axis" where the ions are the variables themselves.
+        tolerance_ppm: Half-width of an ion's window.
+        order: Pixels in the order in which they will be asked for.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        ions: NDArray[np.float64],
+        how: str,
+        tolerance_ppm: float,
+        order: NDArray[np.int64],
+    ) -> None:
+        self.table, self.ions = table, ions
+        self.axis, self.rank = table.sorted_mz()
+        self.windows = None if how == "axis" else Windows(ions, tolerance_ppm)
+        self.reader = RowReader(table, order)
+
+    def __call__(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float64], int]:
+        """Ions (n, M), factors (3, n) and the number of negative intensities of some pixels.
+
+        Raises:
+            InputError: An intensity is not finite.
+        """
+        columns, values, lengths = self.reader.read(rows)
+        check_finite(self.table, rows, values, lengths)
+        negatives = int((values < 0).sum())
+        if negatives:
+            values = np.maximum(values, 0)
+        factors = ragged_factors(values, lengths)
+        # Every variable is a value of every spectrum, stored or not.
+        factors[1] *= np.sqrt(lengths / len(self.axis))
+        place = self.rank[columns]
+        if self.windows is not None:
+            return self.windows.sum_ragged(self.axis[place], values, lengths), factors, negatives
+        n, a = len(rows), len(self.axis)
+        cell = np.repeat(np.arange(n) * a, lengths) + place
+        return np.bincount(cell, values, n * a).reshape(n, a).astype(np.float32), factors, negatives
