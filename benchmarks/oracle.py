@@ -23,7 +23,8 @@ from deepfere.model.features import FEATURES
 from deepfere.model.guide import Cells, GuideSpec, features_of
 from deepfere.model.ridge import DENSITIES, LEADING, with_products
 from deepfere.model.stain_types import StainTypes
-from deepfere.pipeline.prepare import reach_um, stain_overview
+from deepfere.pipeline.prepare import stain_overview
+from deepfere.pipeline.tile import reach_um
 from deepfere.readers.slide import open_slide
 from deepfere.reconstruction.result import Result
 from deepfere.tiling.cache import CacheSpec, compute_shard

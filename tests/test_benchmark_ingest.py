@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from deepfere.measured.ingest import ingest
-from deepfere.readers.imzml import read_arrays, read_index
+from deepfere.readers.imzml import read_index
+from deepfere.readers.imzml_arrays import read_arrays
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from deepfere.errors import InputError
-from deepfere.readers.imzml import msi_digest, read_arrays, read_index, spectrum
+from deepfere.readers.imzml import msi_digest, read_index
+from deepfere.readers.imzml_arrays import read_arrays, spectrum
 
 from .imzml_bytes import simple_spectra, write_pair
 from .realdata import real_data

@@ -182,10 +182,10 @@ def test_a_promoted_model_takes_the_place_of_training(stage, manifest, tracking)
 
 
 def test_a_promoted_model_brings_its_own_reach_and_may_be_left_aside(stage, manifest, monkeypatch):
-    from deepfere.pipeline import prepare
+    from deepfere.pipeline import tile
 
-    reaches, reach_um = [], prepare.reach_um
-    monkeypatch.setattr(prepare, "reach_um", lambda *a: reaches.append(a[2]) or reach_um(*a))
+    reaches, reach_um = [], tile.reach_um
+    monkeypatch.setattr(tile, "reach_um", lambda *a: reaches.append(a[2]) or reach_um(*a))
     given = ["--model", "models:/deepfere@champion", "model.depth=1", "model.tier=T1", "--overwrite"]
     done = stage("reconstruct", *given)
     assert done.code == 0, done

@@ -126,7 +126,7 @@ def _index_despite(path: Path, error: InputError) -> ImzmlIndex:
 
 def _add_mz(notes: Notes, index: ImzmlIndex, inside: NDArray[np.int64]) -> None:
     """The m/z range: of the shared axis, of all spectra, or of a sample, which it says."""
-    from deepfere.readers.imzml import read_arrays
+    from deepfere.readers.imzml_arrays import read_arrays
 
     if index.shared_axis:
         rows, what = inside[:1], "one axis for all spectra"

@@ -27,27 +27,23 @@ from numpy.typing import NDArray
 from deepfere.errors import DeepfereError, InputError
 from deepfere.measured.peaks import PeakSpec, centroid_peaks, profile_peaks, sample_rows
 from deepfere.measured.raster import Raster, batches, evenly, plan_raster
+from deepfere.measured.reduce import Reduce, Reducer, ascending, check_axis, put, refuse_values, shared_axis
 from deepfere.measured.regions import choose_region
 from deepfere.measured.store import (
     FACTORS,
     Measured,
     MeasuredWriter,
     fitting_band,
-    ragged_factors,
     refuse_occupied,
-    spectrum_factors,
 )
 from deepfere.measured.table import TableReducer
 from deepfere.measured.table import choose_ions as choose_table_ions
-from deepfere.measured.windows import Windows
-from deepfere.readers.imzml import ImzmlIndex, read_arrays, read_flat, read_index
+from deepfere.readers.imzml import ImzmlIndex, read_index
+from deepfere.readers.imzml_arrays import read_arrays
 from deepfere.readers.table import Table, is_table, open_table
 from deepfere.store import Codec, StorageOptions, remove
 
 BAND_BYTES = 512 << 20
-
-Reduce = Callable[[NDArray[np.int64]], tuple[NDArray[np.float32], NDArray[np.float64], int]]
-"""Some spectra to ions (n, M), factors (3, n) and the number of negative intensities."""
 
 
 @dataclass
@@ -262,40 +258,6 @@ def _choose_region(source: ImzmlIndex | Table, region: int | str | None) -> tupl
     return (source, region) if len(kept) == len(source) else (source.only(kept), region)
 
 
-def _check_axis(index: ImzmlIndex, axis: NDArray[np.float64], i: int) -> None:
-    if len(axis) and not (np.isfinite(axis).all() and axis.min() > 0):
-        raise InputError(
-            f"spectrum {index.number(i)} (x {index.x[i]}, y {index.y[i]}) has m/z that are not positive numbers",
-            where=index.ibd_path,
-            remedy="export it again",
-        )
-
-
-def shared_axis(index: ImzmlIndex, ibd: IO[bytes]) -> NDArray[np.float64] | None:
-    """The one m/z axis of a continuous file, in its own order; None where spectra have their own.
-
-    A file that says continuous but stores an axis per spectrum is believed once all of them are equal.
-    """
-    if index.mode != "continuous" and not index.shared_axis:
-        return None
-    axis = read_arrays(index, ibd, np.arange(1), "mz")[0]
-    if not index.shared_axis:
-        for begin in range(0, len(index), 256):
-            part = np.arange(begin, min(begin + 256, len(index)))
-            for i, other in zip(part, read_arrays(index, ibd, part, "mz"), strict=True):
-                if not np.array_equal(axis, other):
-                    raise InputError(
-                        f"says continuous, but spectrum {index.number(int(i))} has other m/z than the first",
-                        where=index.path,
-                        remedy="export it as processed",
-                    )
-    if not len(axis):
-        raise InputError("its m/z axis is empty", where=index.path, remedy="export it again")
-    out = axis.astype(np.float64)
-    _check_axis(index, out, 0)
-    return out
-
-
 def _choose_ions(
     index: ImzmlIndex,
     ibd: IO[bytes],
@@ -328,10 +290,10 @@ def _choose_ions(
             mzs, values = read_arrays(index, ibd, batch, "mz"), read_arrays(index, ibd, batch, "int")
             for i, m, v in zip(batch, mzs, values, strict=True):
                 m64, v64 = m.astype(np.float64), v.astype(np.float64)
-                _check_axis(index, m64, int(i))
+                check_axis(index, m64, int(i))
                 if not np.isfinite(v64).all():
-                    _refuse_values(index, int(i))
-                yield _ascending(m64, np.maximum(v64, 0.0))
+                    refuse_values(index, int(i))
+                yield ascending(m64, np.maximum(v64, 0.0))
 
     find = centroid_peaks if kind == "centroid" else profile_peaks
     ions = find(spectra, len(rows), spec)
@@ -342,86 +304,6 @@ def _choose_ions(
             remedy="give --mz or a wider --tolerance-ppm",
         )
     return ions, {"ions": "automatic", "peaks": {**spec.to_dict(kind), "sampled_spectra": len(rows)}}
-
-
-def _ascending(mz: NDArray[Any], values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    if len(mz) < 2 or (mz[1:] >= mz[:-1]).all():
-        return mz, values
-    order = np.argsort(mz, kind="stable")
-    return mz[order], values[order]
-
-
-def _refuse_values(index: ImzmlIndex, i: int) -> None:
-    raise InputError(
-        f"the spectrum at x {index.x[i]}, y {index.y[i]} has intensities that are not finite numbers",
-        where=index.ibd_path,
-        remedy="export it again or leave that pixel out",
-    )
-
-
-class Reducer:
-    """Spectra to ions and factors, a batch at a time."""
-
-    def __init__(
-        self,
-        index: ImzmlIndex,
-        axis: NDArray[np.float64] | None,
-        ions: NDArray[np.float64],
-        how: str,
-        kind: str | None,
-        tolerance_ppm: float,
-    ) -> None:
-        self.index, self.kind, self.ions = index, kind, ions
-        self.windows = None if how == "axis" else Windows(ions, tolerance_ppm)
-        self.axis = axis
-        self.order: NDArray[np.int64] | None = None
-        if axis is not None and (np.diff(axis) < 0).any():
-            self.order = np.argsort(axis, kind="stable")
-            self.axis = axis[self.order]
-
-    def __call__(self, ibd: IO[bytes], rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float64], int]:
-        """Ions (n, M), factors (3, n) and the number of negative intensities of some spectra."""
-        lengths = self.index.int_length[rows]
-        if self.axis is not None:
-            block = read_flat(self.index, ibd, rows, ("int",))[0].astype(np.float32, copy=False)
-            block, negatives = self._not_negative(block, rows, lengths)
-            block = block.reshape(len(rows), len(self.axis))
-            factors = spectrum_factors(block)
-            if self.order is not None:
-                block = block[:, self.order]
-            if self.windows is None:
-                return block, factors, negatives
-            reduce = self.windows.sum_shared if self.kind == "centroid" else self.windows.area
-            return reduce(self.axis, block), factors, negatives
-        assert self.windows is not None
-        mz, values = read_flat(self.index, ibd, rows)
-        values, negatives = self._not_negative(values.astype(np.float32, copy=False), rows, lengths)
-        if len(mz) and not (mz.min() > 0 and mz.max() < np.inf):
-            for i, m in zip(rows, np.split(mz, np.cumsum(lengths)[:-1]), strict=True):
-                _check_axis(self.index, m, int(i))
-        factors = ragged_factors(values, lengths)
-        if self.kind == "centroid":
-            return self.windows.sum_ragged(mz, values, lengths), factors, negatives
-        areas = np.zeros((len(rows), len(self.ions)), dtype=np.float32)
-        ends = np.cumsum(lengths)
-        for k, (first, last) in enumerate(zip(ends - lengths, ends, strict=True)):
-            m64, ordered = _ascending(mz[first:last].astype(np.float64), values[first:last])
-            areas[k] = self.windows.area(m64, ordered[None])[0]
-        return areas, factors, negatives
-
-    def _not_negative(
-        self, values: NDArray[np.float32], rows: NDArray[np.int64], lengths: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float32], int]:
-        """The intensities of some spectra with zero for what is below it, and how many were; all are finite."""
-        if not len(values):
-            return values, 0
-        least, most = values.min(), values.max()  # not a number wherever one of them is none
-        if not (least > -np.inf and most < np.inf):
-            first = int(np.isfinite(values).argmin())
-            _refuse_values(self.index, int(rows[int(np.searchsorted(np.cumsum(lengths), first, side="right"))]))
-        if least >= 0:
-            return values, 0
-        return np.maximum(values, 0), int((values < 0).sum())
 
 
 def _by_band(raster: Raster, band_rows: int) -> Iterator[NDArray[np.int64]]:
@@ -475,14 +357,3 @@ def _write_bands(
             image /= np.maximum(raster.counts, 1)
         image[raster.counts == 0] = np.nan
     return tally
-
-
-def put(images: NDArray[np.float32], at: NDArray[np.int64], values: NDArray[np.float32], repeated: bool) -> None:
-    """Spectra (n, M) into the pixels (n,) of images (M, pixels), added where a pixel has several."""
-    if repeated:
-        np.add.at(images.T, at, values)
-    else:
-        row = bool((np.diff(at) == 1).all())
-        where: slice | NDArray[np.int64] = slice(at[0], at[0] + len(at)) if row else at
-        for k in range(0, len(images), 16):  # as many values as a line of the cache holds
-            images[k : k + 16, where] = values[:, k : k + 16].T

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from deepfere.errors import InputError
 from deepfere.measured import store
-from deepfere.measured.ingest import Reduce, Reducer, put, shared_axis
 from deepfere.measured.raster import batches, plan_raster
+from deepfere.measured.reduce import Reduce, Reducer, put, shared_axis
 from deepfere.measured.table import TableReducer
-from deepfere.readers.imzml import read_index, spectrum
+from deepfere.readers.imzml import read_index
+from deepfere.readers.imzml_arrays import spectrum
 from deepfere.readers.table import RowReader, Table, is_table, open_table
 from deepfere.store import StorageOptions, is_url
 

@@ -31,7 +31,8 @@ from deepfere.model.network import NETWORK_SHARE, FusionNetwork
 from deepfere.model.reduced import network_rows, reduced_detail, ridge_detail
 from deepfere.model.ridge import RidgeFit, null_guides
 from deepfere.model.transfer import SmoothingChoice
-from deepfere.pipeline.prepare import Prepared, pool, read_pooled
+from deepfere.pipeline.prepare import Prepared
+from deepfere.pipeline.tile import pool, read_pooled
 from deepfere.pipeline.workspace import Progress
 
 TIER_EVIDENCE = 2.0

@@ -20,7 +20,8 @@ from deepfere.model.fit import Evidence as Problem
 from deepfere.model.network import FusionNetwork
 from deepfere.model.ridge import RidgeFit, detail_rows, fit_average
 from deepfere.pipeline.choose import feature_scale
-from deepfere.pipeline.prepare import Prepared, load_plan
+from deepfere.pipeline.prepare import Prepared
+from deepfere.pipeline.tile import load_plan
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.tiling.patches import PatchSource
 from deepfere.tiling.plan import plan_patches

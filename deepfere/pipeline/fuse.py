@@ -14,7 +14,8 @@ from deepfere.errors import InputError
 from deepfere.frame import Alignment
 from deepfere.pipeline.deep import check_patches
 from deepfere.pipeline.learn import learn_stage
-from deepfere.pipeline.prepare import align_stage, ingest_stage, msi_input_digest, prepared, tile_stage
+from deepfere.pipeline.prepare import align_stage, ingest_stage, msi_input_digest, prepared
+from deepfere.pipeline.tile import tile_stage
 from deepfere.pipeline.track import check_tracking, tracked
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.pipeline.write import Outcome, claim_result, reconstruct_stage

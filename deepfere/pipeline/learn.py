@@ -23,7 +23,8 @@ from deepfere.pipeline.choose import Learned, choose, section_problem, without_g
 from deepfere.pipeline.deep import held_out_blocks, train_network
 from deepfere.pipeline.given import GivenModel, given_factors
 from deepfere.pipeline.paper import published
-from deepfere.pipeline.prepare import Prepared, pool, smoothings_pitch
+from deepfere.pipeline.prepare import Prepared
+from deepfere.pipeline.tile import pool, smoothings_pitch
 from deepfere.pipeline.types import typed_spec
 from deepfere.pipeline.workspace import Progress, Workspace, write_json
 

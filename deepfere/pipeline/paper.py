@@ -28,7 +28,8 @@ from deepfere.model.fit import SectionFit, select_positivity
 from deepfere.model.guide import Cells, GuideSpec, stain_of
 from deepfere.model.paper import Recipe, Training
 from deepfere.pipeline.choose import Learned
-from deepfere.pipeline.prepare import Prepared, load_plan
+from deepfere.pipeline.prepare import Prepared
+from deepfere.pipeline.tile import load_plan
 from deepfere.reconstruction.shards import tiles
 from deepfere.store import sync
 from deepfere.tiling.cache import PlaneReader

@@ -27,7 +27,8 @@ from deepfere.pipeline.fuse import (
 )
 from deepfere.pipeline.given import GivenModel
 from deepfere.pipeline.learn import learn_stage, same_ions
-from deepfere.pipeline.prepare import Prepared, align_stage, ingest_stage, is_ingested, prepared, tile_stage
+from deepfere.pipeline.prepare import Prepared, align_stage, ingest_stage, is_ingested, prepared
+from deepfere.pipeline.tile import tile_stage
 from deepfere.pipeline.track import tracked
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.pipeline.write import Outcome, claim_result, reconstruct_stage

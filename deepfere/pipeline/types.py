@@ -12,7 +12,8 @@ from deepfere.frame import Alignment
 from deepfere.model.fit import Evidence
 from deepfere.model.guide import Cells, GuideSpec, features_of
 from deepfere.model.stain_types import StainTypes, type_count
-from deepfere.pipeline.prepare import Prepared, load_plan
+from deepfere.pipeline.prepare import Prepared
+from deepfere.pipeline.tile import load_plan
 from deepfere.tiling.cache import PlaneReader
 
 SAMPLED_CELLS = 256

@@ -7,12 +7,10 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import warnings
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from xml.parsers import expat
 
 import numpy as np
@@ -22,26 +20,8 @@ from deepfere.errors import InputError
 from deepfere.readers import imzml_cache
 from deepfere.readers import imzml_head as head
 from deepfere.readers.digest import content_digest
+from deepfere.readers.imzml_pitch import stated_pitch
 from deepfere.readers.imzml_scan import Unsure, scan
-
-# Metres and friends in micrometres, by Unit Ontology accession or by name.
-UNITS_UM = {
-    "UO:0000008": 1e6,
-    "UO:0000015": 1e4,
-    "UO:0000016": 1e3,
-    "UO:0000017": 1.0,
-    "UO:0000018": 1e-3,
-    "meter": 1e6,
-    "centimeter": 1e4,
-    "millimeter": 1e3,
-    "micrometer": 1.0,
-    "micron": 1.0,
-    "um": 1.0,
-    "nanometer": 1e-3,
-    "": 1.0,  # the convention where a file states none
-}
-COALESCE_GAP_BYTES = 1 << 16
-COALESCE_READ_BYTES = 1 << 25
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +156,7 @@ def read_index(path: str | Path, *, check_ibd: bool = True, cache: str | Path | 
         columns["mz_offset"] = np.broadcast_to(columns["mz_offset"][:1].copy(), len(columns["x"]))
     by_kind = {kind: columns.pop(f"{kind}_bytes") for kind in ("mz", "int")}
     walk.columns.clear()
-    pitch_um, problem = _pitch(walk.scan_settings)
+    pitch_um, problem = stated_pitch(walk.scan_settings)
     # What the spectra say is nearer to the data than what the file says.
     representations = walk.representations or {
         name for a, name in ((head.CENTROID, "centroid"), (head.PROFILE, "profile")) if a in walk.content
@@ -201,103 +181,6 @@ def read_index(path: str | Path, *, check_ibd: bool = True, cache: str | Path | 
         stated_bytes={kind: sizes for kind, sizes in by_kind.items() if walk.compressed[kind]},
         **columns,
     )
-
-
-def spectrum(index: ImzmlIndex, ibd: Any, i: int) -> tuple[NDArray[np.float64], NDArray[Any]]:
-    """One spectrum.
-
-    Args:
-        index: Of the file.
-        ibd: The .ibd's bytes (a memory map, an array, bytes) or a binary file opened for reading.
-        i: Which spectrum, in file order.
-
-    Returns:
-        m/z (P,) float64 and intensity (P,), float64 or float32 (float32 only where the file has it).
-
-    Raises:
-        InputError: The bytes are missing or not a valid zlib stream.
-    """
-    mz = _decode(index, "mz", _cut(ibd, int(index.mz_offset[i]), int(index.mz_bytes[i])), i)
-    values = _decode(index, "int", _cut(ibd, int(index.int_offset[i]), int(index.int_bytes[i])), i)
-    kind = np.float32 if values.dtype == np.float32 else np.float64
-    return mz.astype(np.float64), values.astype(kind)
-
-
-def read_arrays(index: ImzmlIndex, ibd: IO[bytes], rows: NDArray[np.int64], kind: str) -> list[NDArray[Any]]:
-    """The m/z ("mz") or intensity ("int") arrays of many spectra, in the file's own number type.
-
-    Reads are in file order, and byte ranges that nearly touch are read as one; memory is what the arrays
-    need, however large the .ibd.
-
-    Args:
-        index: Of the file.
-        ibd: The .ibd, opened for binary reading.
-        rows: Which spectra.
-        kind: "mz" or "int".
-
-    Returns:
-        One read-only array per entry of ``rows``, in its order.
-    """
-    return [_decode(index, kind, raw, int(i)) for i, raw in zip(rows, _read(index, ibd, rows, (kind,))[0], strict=True)]
-
-
-def read_flat(
-    index: ImzmlIndex, ibd: IO[bytes], rows: NDArray[np.int64], kinds: tuple[str, ...] = ("mz", "int")
-) -> list[NDArray[Any]]:
-    """As `read_arrays`, every kind in the same pass over the bytes, and the arrays of all spectra as one.
-
-    Args:
-        index: Of the file.
-        ibd: The .ibd, opened for binary reading.
-        rows: Which spectra.
-        kinds: Of "mz" and "int".
-
-    Returns:
-        Per kind one read-only array: those of ``rows`` in its order, one behind the other.
-    """
-    out: list[NDArray[Any]] = []
-    for kind, parts in zip(kinds, _read(index, ibd, rows, kinds), strict=True):
-        dtype, packed, lengths = _layout(index, kind)
-        missing = int(index.sizes(kind, rows).sum()) != sum(map(len, parts))
-        if missing or (packed and lengths[rows].any()):
-            arrays = [_decode(index, kind, raw, int(i)) for i, raw in zip(rows, parts, strict=True)]
-            out.append(np.concatenate(arrays) if arrays else np.empty(0, dtype))
-        else:
-            out.append(np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), dtype=dtype))
-    return out
-
-
-def _layout(index: ImzmlIndex, kind: str) -> tuple[np.dtype[Any], bool, NDArray[np.int64]]:
-    if kind == "mz":
-        return index.mz_dtype, index.mz_compressed, index.mz_length
-    return index.int_dtype, index.int_compressed, index.int_length
-
-
-def _read(index: ImzmlIndex, ibd: IO[bytes], rows: NDArray[np.int64], kinds: tuple[str, ...]) -> list[list[memoryview]]:
-    """The bytes of each kind and spectrum; byte ranges that nearly touch are read as one, whatever their kind."""
-    offsets = np.concatenate([(index.mz_offset if kind == "mz" else index.int_offset)[rows] for kind in kinds])
-    sizes = np.concatenate([index.sizes(kind, rows) for kind in kinds])
-    order = np.argsort(offsets, kind="stable")
-    begins = offsets[order]
-    ends = np.maximum.accumulate(begins + sizes[order])
-    cuts = np.flatnonzero(begins[1:] - ends[:-1] > COALESCE_GAP_BYTES) + 1
-    out = [memoryview(b"")] * len(offsets)
-    for first, last in zip([0, *cuts.tolist()], [*cuts.tolist(), len(order)], strict=True):
-        start = first
-        while start < last:
-            origin = int(begins[start])
-            stop = max(start + 1, start + int(np.searchsorted(ends[start:last], origin + COALESCE_READ_BYTES, "right")))
-            block = _cut(ibd, origin, int(ends[stop - 1]) - origin)
-            where = order[start:stop]
-            if stop - start == len(out):  # all in one: in the order of the rows, not of the file
-                at = offsets - origin
-                out = [block[a:b] for a, b in zip(at.tolist(), (at + sizes).tolist(), strict=True)]
-                break
-            at = offsets[where] - origin
-            for k, a, b in zip(where.tolist(), at.tolist(), (at + sizes[where]).tolist(), strict=True):
-                out[k] = block[a:b]
-            start = stop
-    return [out[k * len(rows) : (k + 1) * len(rows)] for k in range(len(kinds))]
 
 
 def msi_digest(path: str | Path) -> str:
@@ -395,100 +278,3 @@ def _check_uuid(content: head.Terms, path: Path, ibd_path: Path) -> tuple[str | 
             stacklevel=3,
         )
     return uuid, matches
-
-
-def _length_um(terms: head.Terms, accession: str) -> tuple[float | None, str]:
-    """A length in micrometres and, where it cannot be had, why."""
-    if accession not in terms:
-        return None, ""
-    text, unit, name = terms[accession]
-    scale = UNITS_UM.get(unit, UNITS_UM.get(unit.lower().replace("metre", "meter").replace("µ", "u")))
-    if scale is None:
-        return None, f"{name or accession} is in {unit!r}, not a length that is known"
-    try:
-        value = float(text) * scale
-    except ValueError:
-        return None, f"{name or accession} is {text!r}, not a number"
-    if not (math.isfinite(value) and value > 0):
-        return None, f"{name or accession} is {text}, not a positive length"
-    return value, ""
-
-
-def _pitch(settings: list[head.Terms]) -> tuple[tuple[float, float] | None, str]:
-    """The one pitch (y, x) that all scanSettings agree on, or why there is none."""
-    found: list[tuple[float, float]] = []
-    for terms in settings:
-        x, problem_x = _length_um(terms, "IMS:1000046")
-        y, problem_y = _length_um(terms, "IMS:1000047")
-        if problem_x or problem_y:
-            return None, problem_x or problem_y
-        if x is None and y is None:
-            continue
-        if x is None:
-            return None, "states pixel size y but not x"
-        if y is None:
-            problem = _lone_size_problem(terms, x)
-            if problem:
-                return None, problem
-        found.append((x if y is None else y, x))
-    if not found:
-        return None, "states no pixel size"
-    if any(not np.allclose(f, found[0], rtol=1e-6) for f in found):
-        sizes = " and ".join(f"{x:g} x {y:g} um" for y, x in dict.fromkeys(found))
-        return None, f"its scanSettings contradict each other on the pixel size ({sizes})"
-    return found[0], ""
-
-
-def _lone_size_problem(terms: head.Terms, size: float) -> str:
-    """Why a pixel size given once, for both axes, cannot be believed; empty where it can.
-
-    Older versions of the vocabulary called IMS:1000046 "pixel size" and meant an area; the image's outer
-    dimensions tell, where they are there. A term named "pixel size x" is a length, and pixels are square.
-    """
-    agree, known = True, False
-    for count_term, extent_term in (("IMS:1000042", "IMS:1000044"), ("IMS:1000043", "IMS:1000045")):
-        extent, _ = _length_um(terms, extent_term)
-        try:
-            count = float(terms[count_term][0])
-        except (KeyError, ValueError):
-            continue
-        if extent is None or count < 1:
-            continue
-        known = True
-        # Extents are rounded to whole micrometres, and some count first to last centre.
-        agree &= any(abs(extent - n * size) <= 1.0 + 0.02 * extent for n in (count, count - 1))
-    name = terms["IMS:1000046"][2]
-    if known and not agree:
-        return f"its {name or 'pixel size'} {size:g} contradicts its dimensions (it may be an area)"
-    if not known and name.strip().lower() == "pixel size":
-        return f"its only 'pixel size', {size:g}, may be a length or an area"
-    return ""
-
-
-def _cut(ibd: Any, offset: int, size: int) -> memoryview:
-    if hasattr(ibd, "read"):
-        ibd.seek(offset)
-        return memoryview(ibd.read(size))
-    return memoryview(ibd)[offset : offset + size]
-
-
-def _decode(index: ImzmlIndex, kind: str, raw: memoryview, i: int) -> NDArray[Any]:
-    dtype, compressed, lengths = _layout(index, kind)
-    length = int(lengths[i])
-    data: bytes | memoryview = raw
-    if compressed and length:
-        try:
-            data = zlib.decompress(raw)
-        except zlib.error as error:
-            raise InputError(
-                f"the {kind} array of spectrum {index.number(i)} is not a valid zlib stream ({error})",
-                where=index.ibd_path,
-                remedy="copy the .ibd again",
-            ) from error
-    if len(data) < length * dtype.itemsize:
-        raise InputError(
-            f"the {kind} array of spectrum {index.number(i)} has {len(data)} bytes, not {length * dtype.itemsize}",
-            where=index.ibd_path,
-            remedy="copy the .ibd again",
-        )
-    return np.frombuffer(data, dtype=dtype, count=length)

@@ -1,0 +1,181 @@
+"""The stage that decodes the slide: base planes into the cache, and their averages over measured pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepfere.cluster import Journal, connect, run_rows
+from deepfere.config import Config, digest
+from deepfere.frame import Alignment
+from deepfere.model.artefacts import Artefacts
+from deepfere.model.features import StainReference
+from deepfere.model.guide import GuideSpec
+from deepfere.model.transfer import SMOOTHINGS_PITCH
+from deepfere.pipeline.prepare import Prepared
+from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace, write_json
+from deepfere.readers.slide import Reading, open_slide
+from deepfere.reconstruction.shards import CacheWorker, PoolWorker
+from deepfere.store import create_array, open_group
+from deepfere.tiling.cache import CacheSpec, create_cache, is_cache
+from deepfere.tiling.plan import needed_shards, plan_planes, plan_windows
+
+POOL_PX = 1024
+
+
+def guide_spec(prep: Prepared, inputs: dict[str, str], work: Workspace, config: Config) -> tuple[GuideSpec, CacheSpec]:
+    """Geometry of the section's guide and the cache of its planes, from the slide and the alignment stage.
+
+    Its smoothing is the widest that learning may choose: what is cached reaches far enough for all.
+    """
+    hr = prep.measured.grid.refine(prep.factor).pitch_um
+    with closing(open_slide(str(prep.section.slide), prep.section.slide_mpp_um, config.slide.backend)) as slide:
+        mpp_um = slide.mpp_um
+        planes = plan_planes(slide.shape_px, mpp_um, hr)
+        # Workers take the reader that was chosen here: what was proven equal once is not proven again.
+        reading = Reading.of(slide, planes.fine_mpp_um)
+    reference = StainReference.from_dict(work.facts("align", prep.section.name)["reference"])
+    with np.load(prep.folder.overview) as data:
+        spacing = data["spacing_um"]
+        artefacts = Artefacts(data["artefacts"] > 0, (float(spacing[0]), float(spacing[1])))
+    marks = hashlib.sha256(np.packbits(artefacts.mask).tobytes()).hexdigest()
+    fingerprint = digest([inputs["slide"], mpp_um, planes.to_dict(), reference.to_dict(), marks])
+    url, path = str(prep.folder.planes), str(prep.section.slide)
+    cache = CacheSpec(url, path, fingerprint, mpp_um, planes, reference, artefacts, reading)
+    spec = GuideSpec(
+        prep.measured.grid,
+        prep.factor,
+        planes.spacing_um,
+        planes.shape_px,
+        reference.white,
+        max(smoothings_pitch(config)),
+    )
+    return spec, cache
+
+
+def tile_stage(
+    prep: Prepared,
+    inputs: dict[str, str],
+    work: Workspace,
+    config: Config,
+    progress: Progress,
+    depth: int | None = None,
+) -> None:
+    """Plan, then decode the slide once into the plane cache (Ray Data), then average over footprints.
+
+    Args:
+        prep: The section, aligned.
+        inputs: Digests of what the user gave.
+        work: Unfinished work.
+        config: Settings.
+        progress: Called with ("tile", share).
+        depth: Of a model that takes the place of training; None takes that of the settings.
+    """
+    folder, name = prep.folder, prep.section.name
+    alignment = Alignment.load(folder.alignment)
+    spec, cache = guide_spec(prep, inputs, work, config)
+    margin = reach_um(spec, alignment, 2 ** (depth or config.model.depth) - 1)
+    # The published model looks at everything, measured or not.
+    wanted = np.ones_like(prep.measured.mask) if config.model.tier == "paper" else prep.measured.mask
+    shards = needed_shards(cache.planes, alignment, prep.measured.grid, wanted, margin)
+    depends = [inputs, spec.to_dict(), cache.fingerprint, alignment.to_dict(), shards.tolist()]
+    with work.stage("tile", depends, name) as facts:
+        if facts is None:
+            return
+        write_json(folder.plan, {"guide": spec.to_dict(), "planes": cache.planes.to_dict()})
+        # Planes do not depend on the alignment: another one, or a wider reach, adds the shards that it needs.
+        journal = Journal(folder.journal / "tile", cache.fingerprint)
+        if not is_cache(cache):
+            journal.clear()
+            create_cache(cache)
+        finished = journal.done()
+        rows = [{"unit": f"{r}/{c}", "row": int(r), "col": int(c)} for r, c in shards]
+        todo = [row for row in rows if row["unit"] not in finished]
+        connect(config.ray)
+        counter = _Counter(progress, "tile", len(rows), len(rows) - len(todo), 0.0, 0.7)
+        run_rows(
+            todo,
+            CacheWorker,
+            (cache, str(journal.folder), cache.fingerprint),
+            what=f"tiling {name}",
+            on_done=counter.step,
+        )
+        pool(prep, spec, alignment, progress, folder.pooled, smoothings_pitch(config))
+        facts["shards"] = len(rows)
+        facts["slide"] = asdict(cache.reading)
+
+
+def reach_um(spec: GuideSpec, alignment: Alignment, network_px: int) -> float:
+    """How far on the slide the detail of a measured pixel depends on the stain, slide micrometres.
+
+    One pixel of projection, the network's and the smoothing's context, at the corner, stretched by the
+    alignment; half a pixel for the joint registration to move; and the planes' own interpolation.
+    """
+    context = 1.5 + (network_px + spec.radius_px + 1) / spec.factor
+    pitch = float(np.hypot(*spec.grid.pitch_um))
+    return context * pitch * alignment.max_stretch(spec.grid.extent_um) + 3 * max(spec.spacing_um)
+
+
+def smoothings_pitch(config: Config) -> tuple[float, ...]:
+    """Smoothings of the stain features that are tried, in measured pixels; one if the settings fix it."""
+    fixed = config.model.smoothing_pitch
+    return SMOOTHINGS_PITCH if fixed is None else (fixed,)
+
+
+def pool(
+    prep: Prepared,
+    spec: GuideSpec,
+    alignment: Alignment,
+    progress: Progress,
+    out: Path,
+    smoothings: tuple[float, ...],
+) -> None:
+    """Footprint averages of the stain features, types included, under an alignment -> ``out`` (S F + 1, ny, nx)."""
+    folder, grid = prep.folder, prep.measured.grid
+    side = max(1, POOL_PX // spec.factor)
+    group = open_group(out, "w")
+    count = len(smoothings) * spec.count + 1
+    create_array(
+        group,
+        "pooled",
+        (count, *grid.shape_px),
+        "float64",
+        (count, side, side),
+        fill_value=0.0,
+        dimension_names=("feature", "y", "x"),
+    )
+    windows = plan_windows(grid, prep.measured.mask, side)
+    rows = [{"unit": f"{c.i0}/{c.j0}", "cells": [c.i0, c.i1, c.j0, c.j1]} for c in windows]
+    arguments = (spec.to_dict(), alignment.to_dict(), str(folder.planes), str(out), list(smoothings))
+    counter = _Counter(progress, "tile", len(rows), 0, 0.7, 1.0)
+    what = f"averaging {prep.section.name}"
+    run_rows(rows, PoolWorker, arguments, what=what, on_done=counter.step, inline_up_to=2)
+
+
+def read_pooled(path: Path, smoothings: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Pooled features (S, F, ny, nx) at every one of so many smoothings, and cover (ny, nx)."""
+    array: Any = open_group(path, "r")["pooled"]
+    values = np.asarray(array[:])
+    return values[:-1].reshape(smoothings, -1, *values.shape[1:]), values[-1]
+
+
+def load_plan(folder: SectionFolder) -> GuideSpec:
+    """The guide geometry that the plane cache was made for."""
+    return GuideSpec.from_dict(json.loads(folder.plan.read_text())["guide"])
+
+
+class _Counter:
+    def __init__(self, progress: Progress, stage: str, total: int, done: int, low: float, high: float) -> None:
+        self._tell = lambda n: progress(stage, low + (high - low) * n / max(total, 1))
+        self._done = done
+
+    def step(self, record: dict[str, Any]) -> None:
+        self._done += 1
+        self._tell(self._done)
