@@ -140,14 +140,8 @@ def test_option_names_in_the_text_exist(page):
     known = {option for command in main.commands.values() for p in command.params for option in p.opts}
     foreign = {"--working-dir", "--backend-store-uri", "--quick", "--json", "--help"}
     foreign |= {"--seed", "--shape"}  # of the phantom's own program
-    foreign |= {
-        "--write-docs",
-        "--from",
-        "--work",
-        "--recompute-paper",
-        "--paper",
-        "--thyra-python",
-    }  # of the benchmarks
+    foreign |= {"--write-docs", "--from", "--work", "--recompute-paper", "--paper"}  # of the benchmarks
+    foreign |= {"--thyra-python", "--peer-python"}
     foreign |= {"--address", "--generate", "--head", "--no-wait", "--port"}  # Ray
     foreign |= {"--build-arg", "--cpus-per-task", "--gpus-per-node", "--nodes", "--time", "--version"}  # others
     named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", page.read_text()))

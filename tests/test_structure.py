@@ -58,7 +58,8 @@ def test_readers_and_measurement_need_no_engine():
 
 
 def test_one_module_starts_ray():
-    assert [path.name for path in SOURCES if "ray.init" in called(path)] == ["cluster.py"]
+    # The benchmark's arm also runs in a peer's environment, where there is no deepfere.
+    assert [path.name for path in SOURCES if "ray.init" in called(path)] == ["tiling_arm.py", "cluster.py"]
 
 
 def test_one_module_opens_stores():
