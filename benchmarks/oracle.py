@@ -25,7 +25,7 @@ from deepfere.model.ridge import DENSITIES, LEADING, with_products
 from deepfere.model.stain_types import StainTypes
 from deepfere.pipeline.prepare import stain_overview
 from deepfere.pipeline.tile import reach_um
-from deepfere.readers.slide import open_slide
+from deepfere.readers.slide import Reading, open_slide
 from deepfere.reconstruction.result import Result
 from deepfere.tiling.cache import CacheSpec, compute_shard
 from deepfere.tiling.plan import needed_shards, plan_planes
@@ -43,7 +43,8 @@ def stain_features(case: Case, result: Result, alignment: Alignment) -> tuple[ND
     smoothing = float(result.provenance["model"]["notes"]["smoothing_pitch"])
     types = StainTypes.from_dict(result.provenance["model"]["stain_types"])
     spec = GuideSpec(grid, f, planes.spacing_um, planes.shape_px, overview.reference.white, smoothing, types)
-    cache = CacheSpec("", str(case.slide), "", slide.mpp_um, planes, overview.reference, overview.artefacts)
+    reading = Reading.of(slide, planes.fine_mpp_um)
+    cache = CacheSpec("", str(case.slide), "", slide.mpp_um, planes, overview.reference, overview.artefacts, reading)
     whole = np.zeros((7, *planes.shape_px), np.uint8)
     for row, col in needed_shards(planes, alignment, grid, result.mask, reach_um(spec, alignment, 0)):
         r0, r1, c0, c1 = planes.shard_window(int(row), int(col))
