@@ -36,6 +36,7 @@ from deepfere.model.uncertainty import NoiseModel, local_variance, variance_mode
 
 Array = NDArray[np.float64]
 RATIO = 2
+IONS_AT_ONCE = 32
 POSITIVITY = (1, 3, 5)
 """Steps tried. At least one: below zero an intensity means nothing, and one step never cost accuracy."""
 
@@ -146,9 +147,12 @@ def evidence(
     filled = fill_missing(features, inside) if inside.any() else features
     chemistry = Chemistry(images[:LEADING], filled[list(DENSITIES)][:, inside].mean(1) if inside.any() else np.zeros(3))
     rows = detail_rows(filled, inside, blocks, RATIO, chemistry)
-    ions = fill_missing(np.asarray(cube, np.float64), mask)
-    targets = target_rows(images, inside, RATIO), target_rows(ions, inside, RATIO)
-    return Evidence(choice, filled, inside, blocks, chemistry, rows, *targets)
+    ion_rows = np.empty((len(rows.block), len(cube)))
+    # A few ions at a time: with many of them, every copy of the cube counts.
+    for k in range(0, len(cube), IONS_AT_ONCE):
+        part = fill_missing(np.asarray(cube[k : k + IONS_AT_ONCE], np.float64), mask)
+        ion_rows[:, k : k + IONS_AT_ONCE] = target_rows(part, inside, RATIO)
+    return Evidence(choice, filled, inside, blocks, chemistry, rows, target_rows(images, inside, RATIO), ion_rows)
 
 
 def gate_ions(
@@ -172,16 +176,18 @@ def gate_ions(
     eye = np.eye(basis.shape[1])
     per_side = 4 if judged is None else 12
     block = spatial_blocks(problem.mask, per_side).ravel()[problem.rows.index][rows]
-    factor_rows, ion_rows = problem.factor_rows[rows], problem.ion_rows[rows]
+    # All rows are taken as they are: with many ions a copy of them is large.
+    some: Any = rows if judged is not None else slice(None)
+    factor_rows, ion_rows = problem.factor_rows[some], problem.ion_rows[some]
 
     def factor_gain(p: Array) -> gates.Gain:
-        return gates.gains(gates.moments(factor_rows, p[rows], block), eye)
+        return gates.gains(gates.moments(factor_rows, p[some], block), eye)
 
     factor = gates.decide(factor_gain(predicted), [factor_gain(p) for p in nulls], gates.LEAST_FACTOR_R2)
     loadings = basis * factor.gate
 
     def ion_gain(p: Array) -> gates.Gain:
-        return gates.gains(gates.moments(ion_rows, p[rows], block), loadings)
+        return gates.gains(gates.moments(ion_rows, p[some], block), loadings)
 
     ion = gates.decide(ion_gain(predicted), [ion_gain(p) for p in nulls], gates.LEAST_R2)
     return factor, ion

@@ -47,7 +47,7 @@ def network_rows(network: FusionNetwork, problem: Evidence, factors: Factors, fe
     guide = (problem.features if features is None else features)[: len(FEATURES)]
     images = fill_missing(factors.images, _measured(factors, problem))
     out = []
-    for phase in phases(RATIO):
+    for phase in phases(RATIO, int(problem.mask.sum())):
         n = [(problem.mask.shape[d] - phase[d]) // RATIO * RATIO for d in (0, 1)]
         if min(n) < 2 * RATIO:
             continue

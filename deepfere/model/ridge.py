@@ -38,6 +38,8 @@ FEATURE_SETS: dict[str, tuple[int, ...]] = {
 some that hold at the measured scale alone, and the mean is near the best of them on every section that was looked at.
 """
 RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+MANY_PX = 100_000
+"""Measured pixels above which one phase has rows enough; rows take memory, each as much as there are ions."""
 LEADING = 4
 """Factors whose level may change the weights of the optical densities."""
 
@@ -106,11 +108,18 @@ class DetailRows:
     products: int = 0
 
 
-def phases(ratio: int) -> list[tuple[int, int]]:
-    """Offsets of the degradation grid that are used (at most four, spread evenly)."""
-    if ratio == 1:
-        return [(0, 0)]
+def phases(ratio: int, pixels: int = 0) -> list[tuple[int, int]]:
+    """Offsets of the degradation grid that are used: at most four, spread evenly; fewer of a large section.
+
+    Args:
+        ratio: Degradation.
+        pixels: Measured pixels. Every phase gives a row for each of them.
+    """
     half = ratio // 2
+    if ratio == 1 or pixels > MANY_PX:
+        return [(0, 0)]
+    if pixels > MANY_PX // 2:
+        return [(0, 0), (half, half)]
     return [(0, 0), (half, 0), (0, half), (half, half)]
 
 
@@ -170,7 +179,7 @@ def detail_rows(
     products = 0 if chemistry is None else len(DENSITIES) * len(chemistry.images)
     stain, block, index, phase_no = [], [], [], []
     numbers = np.arange(mask.size).reshape(mask.shape)
-    for n, phase in enumerate(phases(ratio)):
+    for n, phase in enumerate(phases(ratio, int(mask.sum()))):
         rows, cols = _crop(mask.shape, ratio, phase)
         if rows.stop - rows.start < 2 * ratio or cols.stop - cols.start < 2 * ratio:
             continue
@@ -195,7 +204,7 @@ def target_rows(images: Array, mask: NDArray[np.bool_], ratio: int) -> Array:
         ratio: Degradation.
     """
     out = []
-    for phase in phases(ratio):
+    for phase in phases(ratio, int(mask.sum())):
         rows, cols = _crop(mask.shape, ratio, phase)
         if rows.stop - rows.start < 2 * ratio or cols.stop - cols.start < 2 * ratio:
             continue
