@@ -425,3 +425,13 @@ def test_a_tier_needs_evidence_over_blocks():
     assert tier_evidence(problem, weight, good, poor, every) < -2
     assert abs(tier_evidence(problem, weight, good, again, every)) < 3
     assert tier_evidence(problem, weight, poor, good, ~every) == 0.0
+
+
+def test_large_sections_use_fewer_phases():
+    assert len(phases(2)) == len(phases(2, 50_000)) == 4
+    assert phases(2, 50_001) == [(0, 0), (1, 1)]
+    assert phases(2, 100_001) == [(0, 0)]
+    mask = np.ones((320, 320), bool)
+    features = np.random.default_rng(0).standard_normal((1, *mask.shape))
+    rows = detail_rows(features, mask, np.zeros(mask.shape, np.int64), 2)
+    assert len(rows.block) == len(target_rows(features, mask, 2)) == mask.size
