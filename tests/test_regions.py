@@ -12,6 +12,7 @@ from deepfere.errors import InputError
 from deepfere.measured.ingest import ingest
 from deepfere.measured.regions import ALL, choose_region, find_regions
 from deepfere.pipeline.study import each_region
+from deepfere.readers.imzml import read_index
 from deepfere.section import load_study
 
 from .imzml_bytes import write_pair
@@ -100,7 +101,7 @@ def test_regions_part_the_mask(boxes):
 MZ = [100.0, 200.0, 300.0]
 
 
-def two_pieces(path, first_value=1.0):
+def two_pieces(path):
     """A 6 x 5 and, to its right, a 7 x 4 piece, and one stray; every pixel's values are its own."""
     rng = np.random.default_rng(0)
     pixels = [(x + 3, y + 2) for y in range(6) for x in range(5)] + [
@@ -131,7 +132,7 @@ def test_ingest_asks_which_region(tmp_path):
     assert not (tmp_path / "m.zarr").exists()
 
 
-def test_errors_name_the_spectrum_in_the_file(tmp_path):
+def test_a_broken_spectrum_spoils_its_own_region_only(tmp_path):
     path, spectra = two_pieces(tmp_path / "a.imzML")
     spectra[35] = (*spectra[35][:3], [1.0, float("nan"), 2.0])
     write_pair(path, spectra, mode="continuous")
@@ -140,6 +141,16 @@ def test_errors_name_the_spectrum_in_the_file(tmp_path):
         ingest(path, tmp_path / "m.zarr", region=2)
     # The other piece does not read it.
     ingest(path, tmp_path / "m.zarr", region=1)
+
+
+def test_a_part_of_an_index_keeps_the_numbers_of_the_file(tmp_path):
+    path, spectra = two_pieces(tmp_path / "a.imzML")
+    index = read_index(path)
+    part = index.only(np.arange(30, 58))
+    assert (len(part), part.number(0), part.number(27)) == (28, 31, 58)
+    assert part.only(np.array([5])).number(0) == 36
+    assert (part.x[0], part.y[0]) == spectra[30][:2]
+    assert index.number(0) == 1
 
 
 def test_each_region_becomes_a_section(tmp_path):

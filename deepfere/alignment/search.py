@@ -224,7 +224,7 @@ def search(
         stain: Slide overview.
         angle_step_deg: Step of the rotation search.
         scales: Scale factors tried (the pitches in micrometres fix the scale to a few per cent).
-        refined: How many of the coarse candidates are refined and ranked.
+        refined: How many candidates of either kind (as they are, and fine structure) are refined and ranked.
         progress: Called with the share done.
 
     Returns:
