@@ -27,7 +27,16 @@ from numpy.typing import NDArray
 from deepfere.errors import DeepfereError, InputError
 from deepfere.measured.peaks import PeakSpec, centroid_peaks, profile_peaks, sample_rows
 from deepfere.measured.raster import Raster, batches, evenly, plan_raster
-from deepfere.measured.reduce import Reduce, Reducer, ascending, check_axis, put, refuse_values, shared_axis
+from deepfere.measured.reduce import (
+    Reduce,
+    Reducer,
+    ascending,
+    check_axis,
+    put,
+    refuse_twice,
+    refuse_values,
+    shared_axis,
+)
 from deepfere.measured.regions import choose_region
 from deepfere.measured.store import (
     FACTORS,
@@ -112,7 +121,7 @@ def ingest(
     source = open_table(msi_path) if is_table(msi_path) else read_index(msi_path, cache=index_cache)
     refuse_occupied(out_path, overwrite, storage_options)
     pitch = _choose_pitch(source, pitch_um)
-    source, region = _choose_region(source, region)
+    source = _of_region(source, region)
     raster = plan_raster(source, duplicates)
     _give_back()
     if not (math.isfinite(tolerance_ppm) and 0 < tolerance_ppm < 1e5):
@@ -250,12 +259,12 @@ def _choose_pitch(source: ImzmlIndex | Table, given: float | tuple[float, float]
     return values[0], values[1]
 
 
-def _choose_region(source: ImzmlIndex | Table, region: int | str | None) -> tuple[ImzmlIndex | Table, int | str | None]:
-    """The region's spectra alone, and what was chosen; "all" of one region is no choice."""
+def _of_region(source: ImzmlIndex | Table, region: int | str | None) -> ImzmlIndex | Table:
+    """The spectra of a region alone; see `choose_region`."""
     whole = plan_raster(source, "sum")
     chosen = choose_region(whole.mask, region, whole.origin_px, source.path)
     kept = np.flatnonzero(chosen[whole.row, whole.col])
-    return (source, region) if len(kept) == len(source) else (source.only(kept), region)
+    return source if len(kept) == len(source) else source.only(kept)
 
 
 def _choose_ions(
@@ -270,13 +279,7 @@ def _choose_ions(
     """The ions (M,) ascending, and how they were chosen."""
     if targets is None and axis is not None:
         ions = np.sort(axis, kind="stable")
-        twice = np.flatnonzero(np.diff(ions) == 0)
-        if len(twice):
-            raise InputError(
-                f"holds m/z {ions[twice[0]]} twice on its axis",
-                where=index.path,
-                remedy="say which ions to take (--mz)",
-            )
+        refuse_twice(ions, index.path)
         return ions, {"ions": "axis"}
     if kind is None:
         raise InputError("says neither centroid nor profile", where=index.path, remedy="give --representation")

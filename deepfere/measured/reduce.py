@@ -61,6 +61,15 @@ def ascending(mz: NDArray[Any], values: NDArray[Any]) -> tuple[NDArray[Any], NDA
     return mz[order], values[order]
 
 
+def refuse_twice(axis: NDArray[np.float64], where: object) -> None:
+    """Refuse an ascending axis (A,) as ions where it holds an m/z twice."""
+    twice = np.flatnonzero(np.diff(axis) == 0)
+    if len(twice):
+        raise InputError(
+            f"holds m/z {axis[twice[0]]} twice on its axis", where=where, remedy="say which ions to take (--mz)"
+        )
+
+
 def refuse_values(index: ImzmlIndex, i: int) -> None:
     """Refuse the intensities of spectrum ``i``."""
     raise InputError(

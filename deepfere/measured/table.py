@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from deepfere.errors import InputError
 from deepfere.measured.peaks import PeakSpec, centroid_peaks, profile_peaks, sample_rows
 from deepfere.measured.raster import Raster, batches, evenly
+from deepfere.measured.reduce import refuse_twice
 from deepfere.measured.store import ragged_factors
 from deepfere.measured.windows import Windows
 from deepfere.readers.table import RowReader, Table
@@ -57,13 +58,7 @@ def choose_ions(
             )
         return targets, {"ions": "list"}
     if len(axis) <= MAX_VARIABLES:
-        twice = np.flatnonzero(np.diff(axis) == 0)
-        if len(twice):
-            raise InputError(
-                f"holds m/z {axis[twice[0]]} twice among its variables",
-                where=table.path,
-                remedy="say which ions to take (--mz)",
-            )
+        refuse_twice(axis, table.path)
         return axis, {"ions": "axis"}
     if kind is None:
         raise InputError("says neither centroid nor profile", where=table.path, remedy="give --representation")
