@@ -252,7 +252,7 @@ def _run(
             tile_stage(prep, inputs, work, config, progress)
         with tracked(work, [section], [inputs], config, target.name) as run:
             history = learn_stage([prep], [inputs], work, config, progress, f"run-{identity[:12]}")
-            model = run.log_learning([prep], [inputs], history)
+            model = run.log_learning([prep], [inputs], history, work.facts("learn").get("timing", {}))
             outcome = Outcome(identity, inputs, run.describe(), model, [])
             result = reconstruct_stage(prep, target, [inputs, config.digest()], outcome, work, config, progress)
             run.log_result(result)
