@@ -48,7 +48,8 @@ def fuse(msi: str, slide: str | None, overrides: tuple[str, ...], out: str, no_g
     """
     from deepfere.pipeline import fuse as run
 
-    if slide is not None and "=" in slide and not os.path.exists(slide):  # noqa: PTH110 - any text, of any length
+    # Of any length: Path.exists may raise. A URL may hold a "=", but none before its "://".
+    if slide is not None and "=" in slide.partition("://")[0] and not os.path.exists(slide):  # noqa: PTH110
         overrides, slide = (slide, *overrides), None
     worked = False
     with progress_bar("fuse") as bar:
