@@ -56,7 +56,7 @@ def input_digests(section: Section, config: Config) -> dict[str, str]:
 
 def identity_of(sections: list[Section], inputs: list[dict[str, str]], config: Config) -> str:
     """Hash of inputs and resolved settings: what makes a result what it is."""
-    stated = [[s.name, s.pitch_um, s.slide_mpp_um, s.region] for s in sections]
+    stated = [[s.name, s.pitch_um, s.slide_mpp_um, s.region, s.mz_range] for s in sections]
     return digest([RESULT_FORMAT, stated, inputs, config.digest()])
 
 

@@ -24,6 +24,7 @@ from deepfere.errors import InputError
 from deepfere.frame import Alignment
 from deepfere.measured.factors import factor_weight, factorise
 from deepfere.measured.ingest import ingest
+from deepfere.measured.peaks import SharedIons
 from deepfere.measured.store import Measured, open_measured
 from deepfere.model.artefacts import ARTEFACTS, find_artefacts
 from deepfere.model.damage import find_candidates
@@ -63,10 +64,18 @@ class Prepared:
         return np.nan_to_num(self.measured.cube(config.ingest.normalisation), nan=0.0)
 
 
-def ingest_stage(section: Section, inputs: dict[str, str], work: Workspace, config: Config, progress: Progress) -> None:
-    """ImzML, or a table of pixels -> ``measured.zarr``."""
+def ingest_stage(
+    section: Section,
+    inputs: dict[str, str],
+    work: Workspace,
+    config: Config,
+    progress: Progress,
+    shared: SharedIons | None = None,
+) -> None:
+    """ImzML, or a table of pixels -> ``measured.zarr``; with the ions that a study found, where it did."""
     folder = work.section(section.name)
-    depends = [inputs, config.ingest.model_dump(), section.pitch_um, section.region]
+    found = None if shared is None else [shared.mz.tolist(), shared.peaks]
+    depends = [inputs["msi"], config.ingest.model_dump(), section.pitch_um, section.region, found]
     with work.stage("ingest", depends, section.name) as facts:
         if facts is None:
             return
@@ -82,12 +91,13 @@ def ingest_stage(section: Section, inputs: dict[str, str], work: Workspace, conf
                 section.msi,
                 folder.measured,
                 pitch_um=section.pitch_um,
-                mz=config.ingest.mz,
+                mz=shared or config.ingest.mz,
+                mz_range=config.ingest.mz_range,
                 tolerance_ppm=config.ingest.tolerance_ppm,
                 representation=config.ingest.representation,
                 duplicates=config.ingest.duplicates,
                 band_rows=config.ingest.band_rows,
-                index_cache=folder.root / "index.parquet",
+                index_cache=folder.index,
                 region=section.region,
                 progress=lambda done, total: progress("ingest", done / max(total, 1)),
             )
@@ -188,7 +198,7 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
     section, folder = prep.section, prep.folder
     given = {name: section.model_dump(mode="json")[name] for name in ("slide_mpp_um", "pitch_um")}
     settings = [config.ingest.model_dump(), config.align.model_dump(), config.model.max_factors, config.artefacts]
-    depends = [inputs, *settings, given]
+    depends = [inputs, *settings, given, work.facts("ingest", section.name).get("fingerprint")]
     with work.stage("align", depends, section.name) as facts:
         if facts is None:
             return
