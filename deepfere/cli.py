@@ -122,9 +122,10 @@ def _targets(context: click.Context, parameter: click.Parameter, value: str | No
 
     if value is None:
         return None
-    text, where = value, "--mz"
+    flag = parameter.opts[0]
+    text, where = value, flag
     if os.path.isfile(value):  # noqa: PTH113 - a long list is no possible file name, at which Path.is_file raises
-        where = f"--mz {value}"
+        where = f"{flag} {value}"
         try:
             text = Path(value).read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
@@ -159,6 +160,7 @@ def _region(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option("--mz", callback=_targets, help="Target m/z: a list 798.54,826.57 or a file with one a line.")
 @click.option("--tolerance-ppm", type=float, help="Half-width of an ion's m/z window [default: 5].")
 @click.option("--representation", type=click.Choice(["centroid", "profile"]), help="Where the file does not say.")
+@click.option("--lock-mass", callback=_targets, help="True m/z of peaks that correct each spectrum's m/z: 798.5410,...")
 @click.option("--duplicates", type=click.Choice(["error", "sum", "mean"]), help="Several spectra for one pixel.")
 @click.option("--pitch-um", help="Measured pixel size, micrometres: 50 or 50,40 (y,x).")
 @click.option("--slide-mpp-um", help="Slide pixel size, micrometres per pixel: 0.25 or 0.25,0.25 (y,x).")

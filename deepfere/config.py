@@ -52,10 +52,12 @@ class IngestSettings(_Settings):
     mz_range: tuple[float, float] | None = Field(None, description="lowest and highest m/z of automatic peaks")
     normalisation: Literal["none", "tic", "rms", "median"] = "none"
     representation: Literal["centroid", "profile"] | None = Field(None, description="where the file does not say")
+    lock_mass_mz: list[float] | None = Field(None, description="true m/z of peaks that correct each spectrum's m/z")
+    lock_mass_tolerance_ppm: float = Field(20.0, gt=0, le=1000, description="how far off they are looked for")
     duplicates: Literal["error", "sum", "mean"] = Field("error", description="several spectra for one pixel")
     band_rows: int = Field(64, ge=1)
 
-    @field_validator("mz")
+    @field_validator("mz", "lock_mass_mz")
     @classmethod
     def _targets(cls, value: list[float] | None) -> list[float] | None:
         return None if value is None else target_list(value)
@@ -67,7 +69,7 @@ class IngestSettings(_Settings):
 
     def sampled(self) -> dict[str, Any]:
         """What a sample of a section's spectra depends on."""
-        return self.model_dump(include={"tolerance_ppm", "representation"})
+        return self.model_dump(exclude={"mz", "mz_range", "normalisation", "duplicates", "band_rows"})
 
 
 class SlideSettings(_Settings):

@@ -26,12 +26,15 @@ from numpy.typing import NDArray
 
 from deepfere.errors import DeepfereError, InputError
 from deepfere.measured.ions import Source, choose_ions, of_region, open_source
+from deepfere.measured.lock_mass import describe, fill_shifts, shift_image, told
 from deepfere.measured.peaks import SharedIons
 from deepfere.measured.raster import Raster, batches, plan_raster
 from deepfere.measured.reduce import Reduce, Reducer, put, shared_axis
 from deepfere.measured.sampled import PeakSpec
 from deepfere.measured.store import (
     FACTORS,
+    FOUND,
+    SHIFT,
     Measured,
     MeasuredWriter,
     fitting_band,
@@ -39,6 +42,7 @@ from deepfere.measured.store import (
 )
 from deepfere.measured.table import TableReducer
 from deepfere.measured.table import choose_ions as choose_table_ions
+from deepfere.measured.treatment import UNTREATED, Treatment
 from deepfere.readers.table import Table
 from deepfere.store import Codec, StorageOptions, remove
 
@@ -54,6 +58,25 @@ class _Tally:
     factors: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be written.
+
+    Attributes:
+        ions: (M,) ascending.
+        how: How they were chosen, and what is done to spectra.
+        band_rows: Image rows of a band.
+        reduce: Spectra to ions.
+        images: Further images (ny, nx) of the store.
+    """
+
+    ions: NDArray[np.float64]
+    how: dict[str, Any]
+    band_rows: int
+    reduce: Reduce
+    images: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+
 def ingest(
     msi_path: str | Path,
     out_path: str | Path,
@@ -63,6 +86,7 @@ def ingest(
     mz_range: tuple[float, float] | None = None,
     tolerance_ppm: float = 5.0,
     representation: str | None = None,
+    treatment: Treatment = UNTREATED,
     band_rows: int = 64,
     progress: Callable[[int, int], None] | None = None,
     duplicates: str = "error",
@@ -87,6 +111,8 @@ def ingest(
         mz_range: Lowest and highest m/z of automatic ions.
         tolerance_ppm: Half-width of an ion's window.
         representation: "centroid" or "profile"; wins over what the file says.
+        treatment: What is done to spectra before windows are taken. With a lock mass the file is read twice, first
+            for the shift of every spectrum; an image of them is stored.
         band_rows: Image rows per band at most; fewer where a band would exceed 512 MiB.
         progress: Called with (bands done, bands).
         duplicates: What to do where a pixel has several spectra: "error", "sum" or "mean".
@@ -100,7 +126,8 @@ def ingest(
         The finished store, opened.
 
     Raises:
-        InputError: See `read_index` and `open_table`; several regions and none chosen; no pitch;
+        InputError: See `read_index`, `open_table` and `Treatment.check`; a lock mass is hardly found;
+            several regions and none chosen; no pitch;
             fewer than four measured pixels; duplicate coordinates with
             "error"; intensities that are not finite; every ion zero; nothing says whether spectra are
             centroids or profiles and it matters; the store exists.
@@ -108,7 +135,7 @@ def ingest(
         DeepfereError: The disk is full; nothing of the store is left behind.
 
     Warns:
-        UserWarning: Negative intensities were set to zero.
+        UserWarning: Negative intensities were set to zero; what a lock mass did.
     """
     source = open_source(msi_path, index_cache=index_cache)
     refuse_occupied(out_path, overwrite, storage_options)
@@ -125,18 +152,18 @@ def ingest(
     kind = representation or source.representation
     targets = mz if mz is None or isinstance(mz, SharedIons) else _targets(mz)
     spec = PeakSpec(tolerance_ppm, mz_range=mz_range)
-    with _open_reduce(source, raster, targets, spec, kind, band_rows) as (ions, how, rows, reduce):
+    with _open_reduce(source, raster, targets, spec, kind, treatment, band_rows) as plan:
         with _whole_or_not(out_path, storage_options):
             writer = MeasuredWriter(
                 out_path,
-                ions,
+                plan.ions,
                 raster.shape_px,
-                band_rows=rows,
+                band_rows=plan.band_rows,
                 overwrite=overwrite,
                 storage_options=storage_options,
                 codec=codec,
             )
-            tally = _write_bands(source.int_length, raster, reduce, writer, duplicates, progress)
+            tally = _write_bands(source.int_length, raster, plan.reduce, writer, duplicates, progress)
             if not tally.positive:
                 raise InputError(
                     "every ion is zero in every pixel",
@@ -147,8 +174,10 @@ def ingest(
             warnings.warn(
                 f"{source.path}: {tally.negatives} negative intensities set to zero", UserWarning, stacklevel=2
             )
+        if "lock_mass" in plan.how:
+            warnings.warn(f"{source.path}: {told(plan.how['lock_mass'])}", UserWarning, stacklevel=2)
         attrs = {
-            **how,
+            **plan.how,
             "tolerance_ppm": float(tolerance_ppm),
             "origin_px": list(raster.origin_px),
             "region": region,
@@ -162,9 +191,9 @@ def ingest(
             "negative_intensities": tally.negatives,
             "written_by": f"deepfere {_version()}",
         }
-        factors = {name: image.astype(np.float32, copy=False) for name, image in tally.factors.items()}
+        images = {name: image.astype(np.float32, copy=False) for name, image in tally.factors.items()}
         with _whole_or_not(out_path, storage_options):
-            return writer.finish(raster.mask, factors, pitch, attrs)
+            return writer.finish(raster.mask, {**images, **plan.images}, pitch, attrs)
 
 
 def _provenance(source: Source) -> dict[str, Any]:
@@ -187,20 +216,29 @@ def _open_reduce(
     targets: NDArray[np.float64] | SharedIons | None,
     spec: PeakSpec,
     kind: str | None,
+    treatment: Treatment,
     band_rows: int,
-) -> Iterator[tuple[NDArray[np.float64], dict[str, Any], int, Reduce]]:
-    """The ions, how they were chosen, the rows of a band, and what reduces spectra to the ions."""
+) -> Iterator[_Plan]:
     if isinstance(source, Table):
+        treatment.check(source, kind, "list", False)
         ions, how = choose_table_ions(source, raster, targets, kind, spec)
         rows = _band_rows(band_rows, len(ions), raster)
         order = np.concatenate(list(_by_band(raster, fitting_band(rows, raster.shape_px))))
-        yield ions, how, rows, TableReducer(source, ions, how["ions"], spec.tolerance_ppm, order)
+        yield _Plan(ions, how, rows, TableReducer(source, ions, how["ions"], spec.tolerance_ppm, order))
         return
     with source.ibd_path.open("rb") as ibd:
         axis = shared_axis(source, ibd)
-        ions, how = choose_ions(source, raster, axis, targets, kind, spec)
-        reduce = Reducer(source, axis, ions, how["ions"], kind, spec.tolerance_ppm)
-        yield ions, how, _band_rows(band_rows, len(ions), raster), partial(reduce, ibd)
+        treatment.check(source, kind, "axis" if axis is not None and targets is None else "list", axis is not None)
+        ions, how = choose_ions(source, raster, axis, targets, kind, spec, treatment)
+        found = None if kind is None else treatment.shifts(source, np.arange(len(source)), kind)
+        shifts, images = None, {}
+        if found is not None and treatment.lock_mass is not None:
+            how["lock_mass"] = describe(found, treatment.lock_mass)
+            shifts = fill_shifts(found, raster)
+            images[SHIFT] = shift_image(shifts, raster).astype(np.float32)
+            images[FOUND] = np.isfinite(shift_image(found, raster))
+        reduce = Reducer(source, axis, ions, how["ions"], kind, spec.tolerance_ppm, shifts)
+        yield _Plan(ions, how, _band_rows(band_rows, len(ions), raster), partial(reduce, ibd), images)
 
 
 def _band_rows(most: int, ions: int, raster: Raster) -> int:

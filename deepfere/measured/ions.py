@@ -16,6 +16,7 @@ from deepfere.measured.reduce import ascending, check_axis, refuse_twice, refuse
 from deepfere.measured.regions import choose_region
 from deepfere.measured.sampled import PeakSpec, Sample, Spectra, sample_centroids, sample_profiles, sample_rows
 from deepfere.measured.table import MAX_VARIABLES, sample_table
+from deepfere.measured.treatment import UNTREATED, Treatment, true_mz
 from deepfere.readers.imzml import ImzmlIndex, read_index
 from deepfere.readers.imzml_arrays import read_arrays
 from deepfere.readers.table import Table, is_table, open_table
@@ -66,8 +67,17 @@ def known_kind(source: Source, representation: str | None) -> str:
     return kind
 
 
-def sample_source(source: Source, raster: Raster, kind: str, spec: PeakSpec) -> Sample:
+def sample_source(
+    source: Source, raster: Raster, kind: str, spec: PeakSpec, treatment: Treatment = UNTREATED
+) -> Sample:
     """What up to `PeakSpec.sample` spectra, evenly over the image, show.
+
+    Args:
+        source: Spectra.
+        raster: Their pixels.
+        kind: "centroid" or "profile".
+        spec: How many, and how finely.
+        treatment: What is done to them first; a spectrum without a lock mass takes the median of the sample.
 
     Raises:
         InputError: A spectrum's bytes are missing or no numbers.
@@ -75,19 +85,26 @@ def sample_source(source: Source, raster: Raster, kind: str, spec: PeakSpec) -> 
     if isinstance(source, Table):
         return sample_table(source, raster, kind, spec)
     rows = evenly(raster)[sample_rows(len(source), spec)]
+    shifts = treatment.shifts(source, rows, kind)
+    if shifts is not None:
+        shifts = np.where(np.isnan(shifts), np.nanmedian(shifts), shifts)
     with source.ibd_path.open("rb") as ibd:
         if kind == "centroid":
-            return sample_centroids(_spectra(source, ibd, rows), spec)
-        return sample_profiles(lambda: _spectra(source, ibd, rows))
+            return sample_centroids(_spectra(source, ibd, rows, shifts), spec)
+        return sample_profiles(lambda: _spectra(source, ibd, rows, shifts))
 
 
-def _spectra(index: ImzmlIndex, ibd: IO[bytes], rows: NDArray[np.int64]) -> Spectra:
+def _spectra(index: ImzmlIndex, ibd: IO[bytes], rows: NDArray[np.int64], shifts: NDArray[np.float64] | None) -> Spectra:
     def each() -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        done = 0
         for batch in batches(index.int_length, rows, 1):
             mzs, values = read_arrays(index, ibd, batch, "mz"), read_arrays(index, ibd, batch, "int")
             for i, m, v in zip(batch, mzs, values, strict=True):
                 m64, v64 = m.astype(np.float64), v.astype(np.float64)
                 check_axis(index, m64, int(i))
+                if shifts is not None:
+                    m64 = true_mz(m64, shifts[done])
+                done += 1
                 if not np.isfinite(v64).all():
                     refuse_values(index, int(i))
                 yield ascending(m64, np.maximum(v64, 0.0))
@@ -102,6 +119,7 @@ def choose_ions(
     targets: NDArray[np.float64] | SharedIons | None,
     kind: str | None,
     spec: PeakSpec,
+    treatment: Treatment,
 ) -> tuple[NDArray[np.float64], dict[str, Any]]:
     """The ions (M,) of an imzML, ascending, and how they were chosen.
 
@@ -112,6 +130,7 @@ def choose_ions(
         targets: Given m/z, ascending, or those that a study found.
         kind: "centroid", "profile" or unknown.
         spec: How peaks are found.
+        treatment: What is done to spectra first.
 
     Raises:
         InputError: Nothing says how to find ions, or none is found.
@@ -125,4 +144,4 @@ def choose_ions(
         return targets.mz, {"ions": "automatic", "peaks": targets.peaks}
     if targets is not None:
         return targets, {"ions": "list"}
-    return found_ions(sample_source(index, raster, kind, spec), spec, index.path)
+    return found_ions(sample_source(index, raster, kind, spec, treatment), spec, index.path)

@@ -127,6 +127,7 @@ def fuse(
     mz: Iterable[float] | None = None,
     tolerance_ppm: float | None = None,
     representation: str | None = None,
+    lock_mass: Iterable[float] | None = None,
     duplicates: str | None = None,
     pitch_um: Any = None,
     slide_mpp_um: Any = None,
@@ -152,6 +153,7 @@ def fuse(
         mz: Target list; None takes the file's axis or automatic peaks.
         tolerance_ppm: Half-width of an ion's m/z window.
         representation: "centroid" or "profile", where the file does not say.
+        lock_mass: True m/z of peaks that correct the m/z of each spectrum.
         duplicates: Several spectra for one pixel: "error", "sum" or "mean".
         pitch_um: Measured pixel size, where the file does not state it.
         slide_mpp_um: Slide pixel size, where the file does not state it.
@@ -172,10 +174,7 @@ def fuse(
         InputError: The input is wrong; nothing was left behind.
         DeepfereError: A stage failed; the same call resumes.
     """
-    try:
-        targets = None if mz is None else [float(v) for v in mz]
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{mz!r} is not a list of m/z", where="mz", remedy="give numbers: [798.54, 826.57]") from error
+    targets, lock = _numbers("mz", mz), _numbers("lock_mass", lock_mass)
     settings = load_config(
         None if isinstance(config, Config) else config,
         overrides,
@@ -185,6 +184,7 @@ def fuse(
         ingest__mz=targets,
         ingest__tolerance_ppm=tolerance_ppm,
         ingest__representation=representation,
+        ingest__lock_mass_mz=lock,
         ingest__duplicates=duplicates,
         slide__backend=slide_backend,
     )
@@ -233,6 +233,15 @@ def fuse(
             raise
         work.remove()
     return result
+
+
+def _numbers(name: str, given: Iterable[float] | None) -> list[float] | None:
+    try:
+        return None if given is None else [float(v) for v in given]
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{given!r} is not a list of m/z", where=name, remedy="give numbers: [798.54, 826.57]"
+        ) from error
 
 
 def _run(

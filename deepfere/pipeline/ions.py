@@ -17,7 +17,7 @@ from deepfere.measured.raster import plan_raster
 from deepfere.measured.sampled import PeakSpec, Sample, load_sample, save_sample
 from deepfere.measured.store import open_measured
 from deepfere.pipeline.failures import Failures
-from deepfere.pipeline.prepare import is_ingested
+from deepfere.pipeline.prepare import is_ingested, treatment_of
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.section import Section
 
@@ -149,7 +149,9 @@ class _Look:
             if facts is not None:
                 source = of_region(open_source(section.msi, folder.index), section.region)
                 kind = known_kind(source, self.config.ingest.representation)
-                sample = sample_source(source, plan_raster(source, "sum"), kind, _peak_spec(self.config))
+                treatment, raster = treatment_of(self.config.ingest), plan_raster(source, "sum")
+                treatment.check(source, kind, "automatic", self.facts["axis"] is not None)
+                sample = sample_source(source, raster, kind, _peak_spec(self.config), treatment)
                 save_sample(sample, folder.sample)
 
     def load(self) -> Sample:

@@ -24,8 +24,10 @@ from deepfere.errors import InputError
 from deepfere.frame import Alignment
 from deepfere.measured.factors import factor_weight, factorise
 from deepfere.measured.ingest import ingest
+from deepfere.measured.lock_mass import LockMass
 from deepfere.measured.peaks import SharedIons
 from deepfere.measured.store import Measured, open_measured
+from deepfere.measured.treatment import Treatment
 from deepfere.model.artefacts import ARTEFACTS, find_artefacts
 from deepfere.model.damage import find_candidates
 from deepfere.model.features import base_planes, stain_reference
@@ -95,6 +97,7 @@ def ingest_stage(
                 mz_range=config.ingest.mz_range,
                 tolerance_ppm=config.ingest.tolerance_ppm,
                 representation=config.ingest.representation,
+                treatment=treatment_of(config.ingest),
                 duplicates=config.ingest.duplicates,
                 band_rows=config.ingest.band_rows,
                 index_cache=folder.index,
@@ -102,6 +105,12 @@ def ingest_stage(
                 progress=lambda done, total: progress("ingest", done / max(total, 1)),
             )
         facts["warnings"] = sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
+
+
+def treatment_of(settings: IngestSettings) -> Treatment:
+    """What is done to spectra first."""
+    lock = settings.lock_mass_mz
+    return Treatment(None if lock is None else LockMass(tuple(lock), settings.lock_mass_tolerance_ppm))
 
 
 def is_ingested(msi: str) -> bool:
@@ -129,11 +138,13 @@ def _take_over(section: Section, folder: SectionFolder, settings: IngestSettings
         "mz": settings.mz is not None and not _same_ions(cube, settings.mz),
         "tolerance-ppm": settings.tolerance_ppm not in (plain.tolerance_ppm, cube.tolerance_ppm),
         "representation": settings.representation not in (plain.representation, cube.attrs.get("representation")),
+        "lock-mass": settings.lock_mass_mz not in (None, cube.attrs.get("lock_mass", {}).get("mz")),
         "duplicates": settings.duplicates not in (plain.duplicates, cube.attrs.get("duplicates")),
     }
     for name in (name for name, refused in given.items() if refused):
         raise InputError(
-            f"{section.msi} is ingested: its {name.replace('-um', '').replace('-ppm', '')} was settled then",
+            f"{section.msi} is ingested: its {' '.join(p for p in name.split('-') if p not in ('um', 'ppm'))} was "
+            "settled then",
             where=f"--{name}",
             remedy="leave it out, or give what it was ingested from",
         )
