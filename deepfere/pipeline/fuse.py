@@ -60,7 +60,7 @@ def input_digests(section: Section, config: Config) -> dict[str, str]:
 
 def identity_of(sections: list[Section], inputs: list[dict[str, str]], config: Config) -> str:
     """Hash of inputs and resolved settings: what makes a result what it is."""
-    stated = [[s.name, s.pitch_um, s.slide_mpp_um, s.region] for s in sections]
+    stated = [[s.name, s.pitch_um, s.slide_mpp_um, s.region, s.mz_range] for s in sections]
     return digest([RESULT_FORMAT, stated, inputs, config.digest()])
 
 
@@ -136,6 +136,7 @@ def fuse(
     mz: Iterable[float] | None = None,
     tolerance_ppm: float | None = None,
     representation: str | None = None,
+    lock_mass: Iterable[float] | None = None,
     duplicates: str | None = None,
     pitch_um: Any = None,
     slide_mpp_um: Any = None,
@@ -161,6 +162,7 @@ def fuse(
         mz: Target list; None takes the file's axis or automatic peaks.
         tolerance_ppm: Half-width of an ion's m/z window.
         representation: "centroid" or "profile", where the file does not say.
+        lock_mass: True m/z of peaks that correct the m/z of each spectrum.
         duplicates: Several spectra for one pixel: "error", "sum" or "mean".
         pitch_um: Measured pixel size, where the file does not state it.
         slide_mpp_um: Slide pixel size, where the file does not state it.
@@ -181,10 +183,7 @@ def fuse(
         InputError: The input is wrong; nothing was left behind.
         DeepfereError: A stage failed; the same call resumes.
     """
-    try:
-        targets = None if mz is None else [float(v) for v in mz]
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{mz!r} is not a list of m/z", where="mz", remedy="give numbers: [798.54, 826.57]") from error
+    targets, lock = _numbers("mz", mz), _numbers("lock_mass", lock_mass)
     settings = load_config(
         None if isinstance(config, Config) else config,
         overrides,
@@ -194,6 +193,7 @@ def fuse(
         ingest__mz=targets,
         ingest__tolerance_ppm=tolerance_ppm,
         ingest__representation=representation,
+        ingest__lock_mass_mz=lock,
         ingest__duplicates=duplicates,
         slide__backend=slide_backend,
     )
@@ -242,6 +242,15 @@ def fuse(
             raise
         work.remove()
     return result
+
+
+def _numbers(name: str, given: Iterable[float] | None) -> list[float] | None:
+    try:
+        return None if given is None else [float(v) for v in given]
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{given!r} is not a list of m/z", where=name, remedy="give numbers: [798.54, 826.57]"
+        ) from error
 
 
 def _run(
