@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from deepfere.errors import InputError
 from deepfere.inspect.notes import Description, Notes, add_mask, count_text, pair_text, sample, size_text
 from deepfere.readers.ranges import first_bytes, is_url, open_ranges
+from deepfere.readers.slide_zarr import is_zarr
 
 if TYPE_CHECKING:
     from deepfere.readers.imzml import ImzmlIndex
@@ -29,7 +30,12 @@ CHECKSUM_BYTES = 1 << 30
 HEAD_BYTES = 1 << 17
 MZ_SAMPLE_BYTES = 64 << 20
 PROBES = (0.0, 0.5, 1.0)
-READ_BY = {"openslide": "OpenSlide", "tiff": "deepfere itself (JPEG tiles)", "flat": "deepfere itself"}
+READ_BY = {
+    "openslide": "OpenSlide",
+    "tiff": "deepfere itself (JPEG tiles)",
+    "flat": "deepfere itself",
+    "zarr": "deepfere itself (OME-Zarr)",
+}
 STORED = {"csc": "by variable (csc)", "csr": "by pixel (csr)", "dense": "densely"}
 
 
@@ -192,7 +198,7 @@ def _slide(path: str | Path, said: list[str]) -> Description:
     from deepfere.readers.slide_mpp import GIVE_MPP
 
     notes, mpp_text = Notes(), ""
-    problem = _tiff_problem(path, said)
+    problem = "" if is_zarr(path) else _tiff_problem(path, said)
     if problem:
         notes.problem(problem)
     try:
@@ -208,11 +214,11 @@ def _slide(path: str | Path, said: list[str]) -> Description:
         ) from error
     try:
         known = None if mpp_text else opened.mpp_um
-        notes.add("format", _vendor(path) or f"plain {_picture(path)}")
+        notes.add("format", _format(path, opened))
         notes.add("read by", READ_BY[opened.backend])
         notes.add("size", size_text(opened.shape_px, known))
         notes.add("pixel size", mpp_text or f"{pair_text(opened.mpp_um)} um (mpp)")
-        if opened.backend != "flat" and not is_url(path):
+        if opened.backend in ("openslide", "tiff") and not is_url(path):
             _add_properties(notes, path)
         notes.add("levels", len(opened.levels))
         for number, level in enumerate(opened.levels):
@@ -222,7 +228,8 @@ def _slide(path: str | Path, said: list[str]) -> Description:
         _probe(notes, opened)
     finally:
         opened.close()
-    return notes.done(path, "slide" if opened.backend != "flat" else "slide (plain picture)")
+    plain = opened.backend == "flat" and notes.fact("format") != "OME-TIFF"
+    return notes.done(path, "slide (plain picture)" if plain else "slide")
 
 
 @contextmanager
@@ -263,11 +270,20 @@ def _tiff_problem(path: str | Path, said: list[str]) -> str:
     return ""
 
 
-def _vendor(path: str | Path) -> str | None:
-    """What OpenSlide calls the format; None for a plain picture, and for a URL, at which it cannot look."""
+def _format(path: str | Path, opened: Slide) -> str:
+    """What OpenSlide calls the format; at a URL it cannot look."""
     import openslide
 
-    return None if is_url(path) else openslide.OpenSlide.detect_format(str(path))
+    from deepfere.readers.slide_flat import is_ome_tiff
+    from deepfere.readers.slide_zarr import ZarrSlide
+
+    if isinstance(opened, ZarrSlide):
+        return f"OME-Zarr {opened.version}"
+    picture = _picture(path)
+    if picture == "TIFF" and is_ome_tiff(path):
+        return "OME-TIFF"
+    vendor = None if is_url(path) else openslide.OpenSlide.detect_format(str(path))
+    return vendor or f"plain {picture}"
 
 
 def _picture(path: str | Path) -> str:

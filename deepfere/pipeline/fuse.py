@@ -22,7 +22,8 @@ from deepfere.pipeline.write import Outcome, claim_result, reconstruct_stage
 from deepfere.readers.digest import content_digest
 from deepfere.readers.mis import MIS, read_mis, teaching_points_beside
 from deepfere.readers.ranges import is_url
-from deepfere.readers.slide import open_slide
+from deepfere.readers.slide import open_slide, slide_digest
+from deepfere.readers.slide_zarr import is_zarr
 from deepfere.reconstruction.result import Result, open
 from deepfere.section import EACH, Section, make_section
 from deepfere.tiling.plan import check_range
@@ -42,20 +43,24 @@ def input_digests(section: Section, config: Config) -> dict[str, str]:
         InputError: A file is missing or cannot be read.
     """
     out = {"msi": msi_input_digest(section.msi)}
-    named = {"alignment": section.alignment, "landmarks": section.landmarks}
-    if config.guide:
-        named["slide"] = section.slide
-    for name, path in named.items():
+    for name, path in {"alignment": section.alignment, "landmarks": section.landmarks}.items():
         if path is not None:
             if is_url(path):
-                if name != "slide":
-                    raise InputError("is a URL", where=path, remedy=f"give the {name} as a local file")
-            elif Path(path).is_dir():
-                raise InputError("is a folder", where=path, remedy=f"give the file of the {name}")
-            elif not Path(path).is_file():
-                raise InputError("does not exist", where=path, remedy="check the path")
+                raise InputError("is a URL", where=path, remedy=f"give the {name} as a local file")
+            _check_file(path, name)
             out[name] = content_digest(path)
+    if config.guide and section.slide is not None:
+        if not (is_url(section.slide) or is_zarr(section.slide)):
+            _check_file(section.slide, "slide")
+        out["slide"] = slide_digest(section.slide)
     return out
+
+
+def _check_file(path: str, name: str) -> None:
+    if Path(path).is_dir():
+        raise InputError("is a folder", where=path, remedy=f"give the file of the {name}")
+    if not Path(path).is_file():
+        raise InputError("does not exist", where=path, remedy="check the path")
 
 
 def identity_of(sections: list[Section], inputs: list[dict[str, str]], config: Config) -> str:

@@ -23,7 +23,7 @@ CACHE_BYTES = 256 << 20
 READ_PIXELS = 1 << 24
 ANCHOR_SEARCH_PX = 64
 CELL_PX = 1024
-Backend = Literal["auto", "openslide", "tiff", "flat"]
+Backend = Literal["auto", "openslide", "tiff", "flat", "zarr"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Slide(Protocol):
 
     Attributes:
         path: Where it is.
-        backend: "openslide", "tiff" or "flat": which reader it is.
+        backend: "openslide", "tiff", "flat" or "zarr": which reader it is.
         shape_px: Level-0 pixels (h, w).
         mpp_um: Micrometres per level-0 pixel (y, x).
         levels: The pyramid, level 0 first.
@@ -101,14 +101,16 @@ def open_slide(path: str | Path, mpp_um: float | tuple[float, float] | None = No
 
     OpenSlide knows the formats. Plain TIFFs are read directly where it cannot be exact (it ignores the
     orientation tag, and places levels whose size is not a whole fraction of level 0 approximately), and so are
-    TIFFs that it does not know, PNG and JPEG. Tiled JPEG TIFFs, Aperio's among them, are read directly because
+    TIFFs that it does not know, OME-TIFF (of whose pyramid it sees one level), PNG and JPEG. A folder is an
+    OME-Zarr slide (`deepfere.readers.slide_zarr`). Tiled JPEG TIFFs, Aperio's among them, are read directly because
     that is faster, where the pixels are the same (`deepfere.readers.slide_tiff.in_place_of`).
 
     Args:
         path: The slide; a URL is always read directly, by byte ranges: TIFFs that are not of a vendor's own kind,
-            Aperio's of JPEG tiles, PNG and JPEG.
+            Aperio's of JPEG tiles, OME-Zarr, PNG and JPEG.
         mpp_um: Micrometres per level-0 pixel, one value or (y, x); wins over what the file says.
-        backend: "auto" as above; "openslide", "tiff" or "flat" (plain pictures) takes that reader and no other.
+        backend: "auto" as above; "openslide", "tiff", "flat" (plain pictures) or "zarr" takes that reader and no
+            other.
 
     Raises:
         InputError: No reader (not the one asked for) takes the file; it is not an 8-bit RGB or grey picture; or
@@ -117,9 +119,11 @@ def open_slide(path: str | Path, mpp_um: float | tuple[float, float] | None = No
     """
     import openslide
 
-    from deepfere.readers import slide_flat, slide_tiff
+    from deepfere.readers import slide_flat, slide_tiff, slide_zarr
 
     given = None if mpp_um is None else given_mpp(mpp_um)
+    if backend == "zarr" or (backend == "auto" and slide_zarr.is_zarr(path)):
+        return slide_zarr.open_zarr(path, given, look=backend == "auto")
     if is_url(path):
         return _open_url(str(path), given, backend)
     path = Path(path)
@@ -158,6 +162,18 @@ def _open_url(url: str, given: tuple[float, float] | None, backend: Backend) -> 
 def opened(path: str, mpp_um: tuple[float, float], backend: Backend) -> Slide:
     """`open_slide`, once per process: workers take up many pieces of the same few slides."""
     return open_slide(path, mpp_um, backend)
+
+
+def slide_digest(path: str | Path) -> str:
+    """sha256 (hexadecimal) of a slide's content, wherever it lies.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    from deepfere.readers.digest import content_digest
+    from deepfere.readers.slide_zarr import is_zarr, zarr_digest
+
+    return zarr_digest(path) if is_zarr(path) else content_digest(path)
 
 
 def _through_openslide(path: Path, given: tuple[float, float] | None) -> OpenSlideSlide:

@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class FlatSlide:
         stored: Per level: stored shape (h, w) and a function that reads a window of it as RGB.
         orientation: TIFF orientation 1-8.
         close: Called once at the end.
+        tiles: Per level: stored shape (h, w) of its tiles, None where it has none.
     """
 
     backend: Backend = "flat"
@@ -61,14 +63,18 @@ class FlatSlide:
         stored: list[tuple[tuple[int, int], Window]],
         orientation: int,
         close: Callable[[], None],
+        tiles: list[tuple[int, int] | None] | None = None,
     ) -> None:
         self.path, self.mpp_um, self.background = str(path), mpp_um, WHITE
         self._stored, self._close = stored, close
         self._swap, self._flip_rows, self._flip_cols = ORIENTATIONS[orientation]
         shapes = [shape[::-1] if self._swap else shape for shape, _ in stored]
         self.shape_px = (shapes[0][0], shapes[0][1])
+        turned = -1 if self._swap else 1
+        natives = [(256, 256) if tile is None else tile[::turned] for tile in tiles or [None] * len(shapes)]
         self.levels = tuple(
-            Level((h, w), (whole_downsample(shapes[0][0], h), whole_downsample(shapes[0][1], w))) for h, w in shapes
+            Level((h, w), (whole_downsample(shapes[0][0], h), whole_downsample(shapes[0][1], w)), (tile[0], tile[1]))
+            for (h, w), tile in zip(shapes, natives, strict=True)
         )
 
     def read(self, level: int, row: int, col: int, height: int, width: int) -> NDArray[np.uint8]:
@@ -108,13 +114,13 @@ class FlatSlide:
 
 
 def prefer_flat_tiff(path: Path) -> bool:
-    """Whether a plain TIFF is better read directly than through OpenSlide (see `open_slide`)."""
+    """Whether a plain or OME-TIFF is better read directly than through OpenSlide (see `open_slide`)."""
     import tifffile
 
     try:
         with tifffile.TiffFile(path) as file:
             page = file.pages.first
-            if _orientation(page) != 1:
+            if _orientation(page) != 1 or file.is_ome:
                 return True
             h0, w0 = page.shape[:2]
             sizes = [level.shape[:2] for level in file.series[0].levels]
@@ -122,6 +128,14 @@ def prefer_flat_tiff(path: Path) -> bool:
         return False
     # OpenSlide's downsample is the mean of both axes' ratios; it addresses a level exactly where that is whole.
     return not all(((h0 / h + w0 / w) / 2).is_integer() for h, w in sizes)
+
+
+def is_ome_tiff(path: str | Path) -> bool:
+    """Whether a TIFF (file or URL) carries OME-XML."""
+    import tifffile
+
+    with closing(open_ranges(path)) as ranges, ranges.open() as stream, tifffile.TiffFile(stream) as file:
+        return bool(file.is_ome)
 
 
 def open_flat(path: str | Path, given_mpp_um: tuple[float, float] | None) -> FlatSlide:
@@ -215,7 +229,8 @@ def _open_tiff(path: str | Path, given: tuple[float, float] | None) -> FlatSlide
         raise InputError(f"cannot be read as TIFF ({error})", where=path, remedy=CONVERT) from error
     cache = _Segments(ranges)
     stored = [((p.imagelength, p.imagewidth), cache.window(k, p)) for k, p in enumerate(pages)]
-    return FlatSlide(path, given, stored, orientation, close)
+    tiles = [(p.tilelength, p.tilewidth) if p.is_tiled else None for p in pages]
+    return FlatSlide(path, given, stored, orientation, close, tiles)
 
 
 def _refuse_unread(page: Any, path: str | Path) -> None:

@@ -316,6 +316,8 @@ def _same_tile(slide: TiffSlide, other: Slide, level: int) -> bool:
 def _levels(file: Any, where: str) -> list[TiledLevel]:
     """Levels as OpenSlide finds them: tiled pages; beyond the first of a plain TIFF, those marked as reduced.
 
+    Of an OME-TIFF, of which OpenSlide sees no more than the first, those below its first image.
+
     Raises:
         InputError: One of them is not of JPEG tiles that are read here.
     """
@@ -337,7 +339,14 @@ def _vendors_own(vendor: str, why: str, where: str) -> InputError:
 
 
 def _tiled_levels(file: Any, aperio: bool, where: str) -> list[TiledLevel]:
-    pages = [p for n, p in enumerate(file.pages) if p.is_tiled and (n == 0 or aperio or p.subfiletype & 1)]
+    if file.is_ome:
+        # The pyramid hangs below the first image; further images are labels and overviews.
+        series = file.series[0]
+        if series.axes != "YXS":
+            raise _not_taken(f"is not RGB, pixel by pixel (axes {series.axes})", where)
+        pages = [level.keyframe for level in series.levels if level.keyframe.is_tiled]
+    else:
+        pages = [p for n, p in enumerate(file.pages) if p.is_tiled and (n == 0 or aperio or p.subfiletype & 1)]
     if not pages:
         raise _not_taken("is not tiled", where)
     out = []
