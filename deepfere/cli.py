@@ -158,6 +158,7 @@ def _region(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option("--pitch-um", help="Measured pixel size, micrometres: 50 or 50,40 (y,x).")
 @click.option("--slide-mpp-um", help="Slide pixel size, micrometres per pixel: 0.25 or 0.25,0.25 (y,x).")
 @click.option("--slide-backend", type=click.Choice(["auto", "openslide", "tiff"]), help="Reader of the slide.")
+@click.option("--slide-icc", type=click.Choice(["none", "srgb"]), help="srgb: convert colours by the slide's profile.")
 @click.option("--alignment", type=click.Path(), help="Alignment JSON to use as it is.")
 @click.option(
     "--landmarks",

@@ -91,7 +91,9 @@ def nested_scores(result: Result, config: Config, progress: Progress) -> dict[st
     if found is None or not LEAST_PX <= int(result.mask.sum()) <= MOST_PX:
         return None
     pitch = float(np.mean(result.grid.pitch_um))
-    with closing(open_slide(str(section["slide"]), section.get("slide_mpp_um"), config.slide.backend)) as slide:
+    with closing(
+        open_slide(str(section["slide"]), section.get("slide_mpp_um"), config.slide.backend, config.slide.icc)
+    ) as slide:
         stain, _ = stain_overview(slide, pitch, ink=config.artefacts == "auto")
     unused = result.artefacts()
     if unused is not None:

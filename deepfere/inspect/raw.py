@@ -195,6 +195,7 @@ def slide(path: str | Path) -> Description:
 
 def _slide(path: str | Path, said: list[str]) -> Description:
     from deepfere.readers.slide import open_slide
+    from deepfere.readers.slide_colour import profile_text
     from deepfere.readers.slide_mpp import GIVE_MPP
 
     notes, mpp_text = Notes(), ""
@@ -218,6 +219,7 @@ def _slide(path: str | Path, said: list[str]) -> Description:
         notes.add("read by", READ_BY[opened.backend])
         notes.add("size", size_text(opened.shape_px, known))
         notes.add("pixel size", mpp_text or f"{pair_text(opened.mpp_um)} um (mpp)")
+        notes.add("colour profile", "none" if opened.profile is None else profile_text(opened.profile))
         if opened.backend in ("openslide", "tiff") and not is_url(path):
             _add_properties(notes, path)
         notes.add("levels", len(opened.levels))

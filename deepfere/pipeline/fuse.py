@@ -14,7 +14,7 @@ from deepfere.errors import InputError
 from deepfere.frame import Alignment
 from deepfere.pipeline.deep import check_patches
 from deepfere.pipeline.learn import learn_stage
-from deepfere.pipeline.prepare import align_stage, ingest_stage, msi_input_digest, prepared
+from deepfere.pipeline.prepare import align_stage, ingest_stage, msi_input_digest, prepared, section_slide
 from deepfere.pipeline.tile import tile_stage
 from deepfere.pipeline.track import check_tracking, tracked
 from deepfere.pipeline.workspace import Progress, Workspace
@@ -22,7 +22,7 @@ from deepfere.pipeline.write import Outcome, claim_result, reconstruct_stage
 from deepfere.readers.digest import content_digest
 from deepfere.readers.mis import MIS, read_mis, teaching_points_beside
 from deepfere.readers.ranges import is_url
-from deepfere.readers.slide import open_slide, slide_digest
+from deepfere.readers.slide import slide_digest
 from deepfere.readers.slide_zarr import is_zarr
 from deepfere.reconstruction.result import Result, open
 from deepfere.section import EACH, Section, make_section
@@ -88,7 +88,7 @@ def check_files(section: Section, config: Config) -> None:
     """
     if section.slide is None:
         return
-    open_slide(section.slide, section.slide_mpp_um, config.slide.backend).close()
+    section_slide(section, config).close()
     if section.alignment is not None:
         Alignment.load(section.alignment)
     if section.landmarks is not None:
@@ -145,6 +145,7 @@ def fuse(
     pitch_um: Any = None,
     slide_mpp_um: Any = None,
     slide_backend: str | None = None,
+    slide_icc: str | None = None,
     alignment: str | Path | None = None,
     landmarks: str | Path | None = None,
     region: int | str | None = None,
@@ -170,6 +171,7 @@ def fuse(
         pitch_um: Measured pixel size, where the file does not state it.
         slide_mpp_um: Slide pixel size, where the file does not state it.
         slide_backend: Reader of the slide: "auto", "openslide" or "tiff".
+        slide_icc: "srgb" converts colours by the slide's embedded profile, "none" takes them as they are stored.
         alignment: Alignment JSON to use as it is.
         landmarks: Landmark CSV, or sequence file with teaching points (.mis), that fixes the affine.
         region: Which of the measurement's regions, from 1, or "all"; None where there is only one.
@@ -201,6 +203,7 @@ def fuse(
         ingest__representation=representation,
         ingest__duplicates=duplicates,
         slide__backend=slide_backend,
+        slide__icc=slide_icc,
     )
     check_range(settings.factor)
     check_patches(settings)

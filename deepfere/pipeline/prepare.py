@@ -141,12 +141,21 @@ def prepared(section: Section, work: Workspace, config: Config) -> Prepared:
     measured = open_measured(folder.measured)
     mpp = None
     if section.slide and config.guide:
-        with closing(open_slide(section.slide, section.slide_mpp_um, config.slide.backend)) as slide:
+        with closing(section_slide(section, config)) as slide:
             mpp = slide.mpp_um
     factor = check_factor(config.factor, measured.grid, mpp)
     if config.guide and config.model.tier == "paper":
         check_size(measured.grid.refine(factor).shape_px, config.paper.max_px)
     return Prepared(section, folder, measured, factor)
+
+
+def section_slide(section: Section, config: Config) -> Slide:
+    """A section's slide, opened as the settings say.
+
+    Raises:
+        InputError: See `deepfere.readers.slide.open_slide`.
+    """
+    return open_slide(str(section.slide), section.slide_mpp_um, config.slide.backend, config.slide.icc)
 
 
 def stain_overview(slide: Slide, pitch_um: float, ink: bool = True) -> tuple[StainOverview, NDArray[np.uint8]]:
@@ -187,13 +196,19 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
     """Slide and measurement -> ``alignment.json``; user-given alignments and landmarks win."""
     section, folder = prep.section, prep.folder
     given = {name: section.model_dump(mode="json")[name] for name in ("slide_mpp_um", "pitch_um")}
-    settings = [config.ingest.model_dump(), config.align.model_dump(), config.model.max_factors, config.artefacts]
+    settings = [
+        config.ingest.model_dump(),
+        config.align.model_dump(),
+        config.model.max_factors,
+        config.artefacts,
+        config.slide.icc,
+    ]
     depends = [inputs, *settings, given]
     with work.stage("align", depends, section.name) as facts:
         if facts is None:
             return
         pitch = float(np.mean(prep.measured.grid.pitch_um))
-        with closing(open_slide(str(section.slide), section.slide_mpp_um, config.slide.backend)) as slide:
+        with closing(section_slide(section, config)) as slide:
             stain, rgb = stain_overview(slide, pitch, ink=config.artefacts == "auto")
         measured = measured_overview(prep, config)
         start = centred_alignment(prep.measured.grid, stain.extent_um, np.eye(2))

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from deepfere.errors import InputError
 from deepfere.readers.ranges import is_url
 from deepfere.readers.remote import TRIES, answered, holds, is_passing
-from deepfere.readers.slide import Backend, Level, open_slide, whole_downsample
+from deepfere.readers.slide import Backend, Icc, Level, open_slide, whole_downsample
 from deepfere.readers.slide_mpp import trusted_mpp
 
 WHITE = np.array([255, 255, 255], dtype=np.uint8)
@@ -56,6 +56,8 @@ class ZarrSlide:
     """
 
     backend: Backend = "zarr"
+    icc: Icc = "none"
+    profile: bytes | None = None  # the format has no place for one
 
     def __init__(
         self, path: str, mpp_um: tuple[float, float], arrays: list[Any], axes: tuple[str, ...], version: str
