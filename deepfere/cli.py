@@ -141,7 +141,7 @@ def _region(context: click.Context, parameter: click.Parameter, value: str | Non
     if value is None or value == "all":
         return value
     if not value.isdecimal():
-        raise InputError(f"{value!r} is no region", where="--region", remedy="give a number, or all")
+        raise InputError(f"{value!r} is no region", where=parameter.opts[0], remedy="give a number, or all")
     return int(value)
 
 
@@ -166,6 +166,7 @@ def _region(context: click.Context, parameter: click.Parameter, value: str | Non
     help="CSV: section_y_um,section_x_um,slide_y_um,slide_x_um; or a flexImaging .mis.",
 )
 @click.option("--region", callback=_region, help="Of several measured regions: its number (see info), or all.")
+@click.option("--slide-region", callback=_region, help="Of several pieces on the slide: its number, or all [default].")
 @click.option("--no-guide", is_flag=True, help="Without the stain: the baseline of everything.")
 @CONFIG
 @OVERWRITE

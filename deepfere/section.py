@@ -28,6 +28,7 @@ class Section(BaseModel):
         landmarks: Landmark CSV, or sequence file with teaching points (.mis), that fixes the affine.
         region: Which of the measurement's regions it is: a number, "all" for all of them as one section, or, in a
             study, "each" for as many sections. None where there is only one.
+        slide_region: Which of the slide's pieces of tissue is searched and used: a number; None or "all" for all.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,6 +41,7 @@ class Section(BaseModel):
     alignment: str | None = None
     landmarks: str | None = None
     region: int | Literal["all", "each"] | None = None
+    slide_region: int | Literal["all"] | None = None
 
     @field_validator("pitch_um", "slide_mpp_um", mode="before")
     @classmethod

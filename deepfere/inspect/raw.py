@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
-from deepfere.inspect.notes import Description, Notes, add_mask, count_text, pair_text, sample, size_text
+from deepfere.inspect.notes import MAX_LISTED, Description, Notes, add_mask, count_text, pair_text, sample, size_text
 from deepfere.readers.ranges import first_bytes, is_url, open_ranges
 from deepfere.readers.slide_zarr import is_zarr
 
@@ -29,6 +29,7 @@ CHECKSUMS = {b"0": "md5", b"1": "sha1", b"2": "sha256"}
 CHECKSUM_BYTES = 1 << 30
 HEAD_BYTES = 1 << 17
 MZ_SAMPLE_BYTES = 64 << 20
+PIECES_PX = 1 << 27
 PROBES = (0.0, 0.5, 1.0)
 READ_BY = {
     "openslide": "OpenSlide",
@@ -228,6 +229,8 @@ def _slide(path: str | Path, said: list[str]) -> Description:
             size = f"{level.shape_px[0]:,} x {level.shape_px[1]:,} pixels"
             notes.add(f"level {number}", size + (f", {shrunk} times smaller" if number else ", full size"))
         _probe(notes, opened)
+        if known is not None and not notes.problems:
+            _add_pieces(notes, opened)
     finally:
         opened.close()
     plain = opened.backend == "flat" and notes.fact("format") != "OME-TIFF"
@@ -299,6 +302,22 @@ def _add_properties(notes: Notes, path: str | Path) -> None:
         power = handle.properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER)
         notes.add("magnification", f"{power} x" if power else None)
         notes.add("further pictures", ", ".join(sorted(handle.associated_images)))
+
+
+def _add_pieces(notes: Notes, opened: Slide) -> None:
+    """Pieces of tissue, where a level is small enough to be looked at."""
+    from deepfere.tiling.pieces import find_pieces, looked_at_px
+
+    pixels = looked_at_px(opened)
+    if pixels > PIECES_PX:
+        notes.add("pieces", f"not looked for: the level to look at has {pixels:,} pixels")
+        return
+    found = find_pieces(opened).pieces
+    notes.add("pieces", f"{len(found)} of tissue")
+    for piece in found[:MAX_LISTED]:
+        notes.add(f"piece {piece.number}", piece.text())
+    if len(found) > MAX_LISTED:
+        notes.add("further pieces", f"{len(found) - MAX_LISTED}")
 
 
 def _probe(notes: Notes, opened: Slide) -> None:

@@ -14,7 +14,8 @@ from deepfere.errors import InputError
 from deepfere.frame import Alignment
 from deepfere.pipeline.deep import check_patches
 from deepfere.pipeline.learn import learn_stage
-from deepfere.pipeline.prepare import align_stage, ingest_stage, msi_input_digest, prepared, section_slide
+from deepfere.pipeline.overview import section_pieces
+from deepfere.pipeline.prepare import align_stage, ingest_stage, msi_input_digest, prepared
 from deepfere.pipeline.tile import tile_stage
 from deepfere.pipeline.track import check_tracking, tracked
 from deepfere.pipeline.workspace import Progress, Workspace
@@ -65,7 +66,7 @@ def _check_file(path: str, name: str) -> None:
 
 def identity_of(sections: list[Section], inputs: list[dict[str, str]], config: Config) -> str:
     """Hash of inputs and resolved settings: what makes a result what it is."""
-    stated = [[s.name, s.pitch_um, s.slide_mpp_um, s.region] for s in sections]
+    stated = [[s.name, s.pitch_um, s.slide_mpp_um, s.region, s.slide_region] for s in sections]
     return digest([RESULT_FORMAT, stated, inputs, config.digest()])
 
 
@@ -88,7 +89,7 @@ def check_files(section: Section, config: Config) -> None:
     """
     if section.slide is None:
         return
-    section_slide(section, config).close()
+    section_pieces(section, config)
     if section.alignment is not None:
         Alignment.load(section.alignment)
     if section.landmarks is not None:
@@ -149,6 +150,7 @@ def fuse(
     alignment: str | Path | None = None,
     landmarks: str | Path | None = None,
     region: int | str | None = None,
+    slide_region: int | str | None = None,
     guide: bool | None = None,
     config: str | Path | Config | None = None,
     overrides: Iterable[str] = (),
@@ -175,6 +177,7 @@ def fuse(
         alignment: Alignment JSON to use as it is.
         landmarks: Landmark CSV, or sequence file with teaching points (.mis), that fixes the affine.
         region: Which of the measurement's regions, from 1, or "all"; None where there is only one.
+        slide_region: Which of the slide's pieces of tissue, from 1; None or "all" searches all of the slide.
         guide: False reconstructs without the stain: the baseline of everything.
         config: Settings file (YAML) or object; what else is given here wins over it.
         overrides: ``section.key=value`` strings.
@@ -218,6 +221,7 @@ def fuse(
         alignment=None if alignment is None else str(Path(alignment).resolve()),
         landmarks=None if landmarks is None else str(Path(landmarks).resolve()),
         region=region,
+        slide_region=slide_region,
     )
     if section.region == EACH:
         raise InputError("each region is a section of a study", where="region", remedy="give a number, or a study")

@@ -19,7 +19,8 @@ from deepfere.model.artefacts import Artefacts
 from deepfere.model.features import StainReference
 from deepfere.model.guide import GuideSpec
 from deepfere.model.transfer import SMOOTHINGS_PITCH
-from deepfere.pipeline.prepare import Prepared, section_slide
+from deepfere.pipeline.overview import section_slide
+from deepfere.pipeline.prepare import Prepared
 from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace, write_json
 from deepfere.readers.slide import Reading
 from deepfere.reconstruction.shards import CacheWorker, PoolWorker
