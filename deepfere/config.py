@@ -76,6 +76,7 @@ class SlideSettings(_Settings):
     """How the slide is read."""
 
     backend: Literal["auto", "openslide", "tiff"] = "auto"
+    icc: Literal["none", "srgb"] = Field("none", description="srgb converts colours by the slide's embedded profile")
 
 
 class AlignSettings(_Settings):
