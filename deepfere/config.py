@@ -54,6 +54,10 @@ class IngestSettings(_Settings):
     representation: Literal["centroid", "profile"] | None = Field(None, description="where the file does not say")
     lock_mass_mz: list[float] | None = Field(None, description="true m/z of peaks that correct each spectrum's m/z")
     lock_mass_tolerance_ppm: float = Field(20.0, gt=0, le=1000, description="how far off they are looked for")
+    baseline: Literal["none", "tophat", "snip"] = Field("none", description="taken away from profiles")
+    baseline_width_ppm: float = Field(3000.0, gt=0, le=1e5, description="wider than any peak")
+    smoothing: Literal["none", "savgol", "gaussian"] = Field("none", description="of profiles")
+    smoothing_points: int = Field(9, ge=5, le=1001, description="odd")
     duplicates: Literal["error", "sum", "mean"] = Field("error", description="several spectra for one pixel")
     band_rows: int = Field(64, ge=1)
 
@@ -66,6 +70,13 @@ class IngestSettings(_Settings):
     @classmethod
     def _range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
         return rising(value)
+
+    @field_validator("smoothing_points")
+    @classmethod
+    def _odd(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError(f"{value} is even, and a point has as many before it as behind")
+        return value
 
     def sampled(self) -> dict[str, Any]:
         """What a sample of a section's spectra depends on."""

@@ -101,7 +101,7 @@ def ingest(
     Ions: those of ``mz`` where given; else the file's own axis, no ion dropped, where all spectra share one
     (continuous; a table of at most 5000 variables); else automatic, by `PeakSpec`. An ion's value is the sum of the
     centroids or bins in its window, or the area under the profile in it. Normalisation factors are those of the whole
-    spectrum as read.
+    spectrum as read, of profiles after smoothing and baseline.
 
     Args:
         msi_path: The .imzML, or the table's store (see `open_table`).
@@ -231,13 +231,15 @@ def _open_reduce(
         treatment.check(source, kind, "axis" if axis is not None and targets is None else "list", axis is not None)
         ions, how = choose_ions(source, raster, axis, targets, kind, spec, treatment)
         found = None if kind is None else treatment.shifts(source, np.arange(len(source)), kind)
+        if treatment.profile.active:
+            how["profile"] = treatment.profile.to_dict()
         shifts, images = None, {}
         if found is not None and treatment.lock_mass is not None:
             how["lock_mass"] = describe(found, treatment.lock_mass)
             shifts = fill_shifts(found, raster)
             images[SHIFT] = shift_image(shifts, raster).astype(np.float32)
             images[FOUND] = np.isfinite(shift_image(found, raster))
-        reduce = Reducer(source, axis, ions, how["ions"], kind, spec.tolerance_ppm, shifts)
+        reduce = Reducer(source, axis, ions, how["ions"], kind, spec.tolerance_ppm, shifts, treatment.profile)
         yield _Plan(ions, how, _band_rows(band_rows, len(ions), raster), partial(reduce, ibd), images)
 
 

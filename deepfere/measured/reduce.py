@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
+from deepfere.measured.profile import ProfileSpec
 from deepfere.measured.store import ragged_factors, spectrum_factors
 from deepfere.measured.treatment import true_mz
 from deepfere.measured.windows import Windows
@@ -91,6 +92,7 @@ class Reducer:
         kind: "centroid", "profile" or unknown.
         tolerance_ppm: Half-width of an ion's window.
         shifts: (N,) by how many ppm the m/z of each spectrum are off.
+        profile: What is done to profiles first; factors are those of what is left.
     """
 
     def __init__(
@@ -102,8 +104,10 @@ class Reducer:
         kind: str | None,
         tolerance_ppm: float,
         shifts: NDArray[np.float64] | None = None,
+        profile: ProfileSpec | None = None,
     ) -> None:
         self.index, self.kind, self.ions, self.shifts = index, kind, ions, shifts
+        self.profile = profile if profile is not None and profile.active else None
         self.windows = None if how == "axis" else Windows(ions, tolerance_ppm)
         self.axis = axis
         self.order: NDArray[np.int64] | None = None
@@ -118,9 +122,11 @@ class Reducer:
             block = read_flat(self.index, ibd, rows, ("int",))[0].astype(np.float32, copy=False)
             block, negatives = self._not_negative(block, rows, lengths)
             block = block.reshape(len(rows), len(self.axis))
-            factors = spectrum_factors(block)
             if self.order is not None:
                 block = block[:, self.order]
+            if self.profile is not None:
+                block = self.profile.applied(self.axis, block)
+            factors = spectrum_factors(block)
             if self.windows is None:
                 return block, factors, negatives
             if self.shifts is not None:
@@ -133,8 +139,8 @@ class Reducer:
         if len(mz) and not (mz.min() > 0 and mz.max() < np.inf):
             for i, m in zip(rows, np.split(mz, np.cumsum(lengths)[:-1]), strict=True):
                 check_axis(self.index, m, int(i))
-        factors = ragged_factors(values, lengths)
         if self.kind == "centroid":
+            factors = ragged_factors(values, lengths)
             if self.shifts is not None:
                 mz = true_mz(mz, np.repeat(self.shifts[rows], lengths))
             return self.windows.sum_ragged(mz, values, lengths), factors, negatives
@@ -142,7 +148,10 @@ class Reducer:
         spectra = [
             ascending(mz[a:b].astype(np.float64), values[a:b]) for a, b in zip(ends - lengths, ends, strict=True)
         ]
-        return self._areas(rows, spectra), factors, negatives
+        if self.profile is not None:
+            spectra = [(m, self.profile.applied(m, v[None])[0]) for m, v in spectra]
+            values = np.concatenate([v for _, v in spectra])
+        return self._areas(rows, spectra), ragged_factors(values, lengths), negatives
 
     def _areas(self, rows: NDArray[np.int64], spectra: list[tuple[NDArray[Any], NDArray[Any]]]) -> NDArray[np.float32]:
         """Areas (n, M) of profiles with an axis each."""

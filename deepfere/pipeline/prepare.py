@@ -26,6 +26,7 @@ from deepfere.measured.factors import factor_weight, factorise
 from deepfere.measured.ingest import ingest
 from deepfere.measured.lock_mass import LockMass
 from deepfere.measured.peaks import SharedIons
+from deepfere.measured.profile import ProfileSpec
 from deepfere.measured.store import Measured, open_measured
 from deepfere.measured.treatment import Treatment
 from deepfere.model.artefacts import ARTEFACTS, find_artefacts
@@ -109,8 +110,11 @@ def ingest_stage(
 
 def treatment_of(settings: IngestSettings) -> Treatment:
     """What is done to spectra first."""
-    lock = settings.lock_mass_mz
-    return Treatment(None if lock is None else LockMass(tuple(lock), settings.lock_mass_tolerance_ppm))
+    lock, s = settings.lock_mass_mz, settings
+    return Treatment(
+        None if lock is None else LockMass(tuple(lock), s.lock_mass_tolerance_ppm),
+        ProfileSpec(s.baseline, s.baseline_width_ppm, s.smoothing, s.smoothing_points),
+    )
 
 
 def is_ingested(msi: str) -> bool:
@@ -139,13 +143,15 @@ def _take_over(section: Section, folder: SectionFolder, settings: IngestSettings
         "tolerance-ppm": settings.tolerance_ppm not in (plain.tolerance_ppm, cube.tolerance_ppm),
         "representation": settings.representation not in (plain.representation, cube.attrs.get("representation")),
         "lock-mass": settings.lock_mass_mz not in (None, cube.attrs.get("lock_mass", {}).get("mz")),
+        "ingest.baseline": settings.baseline not in (plain.baseline, cube.attrs.get("profile", {}).get("baseline")),
+        "ingest.smoothing": settings.smoothing not in (plain.smoothing, cube.attrs.get("profile", {}).get("smoothing")),
         "duplicates": settings.duplicates not in (plain.duplicates, cube.attrs.get("duplicates")),
     }
     for name in (name for name, refused in given.items() if refused):
+        words = [word for word in name.removeprefix("ingest.").split("-") if word not in ("um", "ppm")]
         raise InputError(
-            f"{section.msi} is ingested: its {' '.join(p for p in name.split('-') if p not in ('um', 'ppm'))} was "
-            "settled then",
-            where=f"--{name}",
+            f"{section.msi} is ingested: its {' '.join(words)} was settled then",
+            where=name if "." in name else f"--{name}",
             remedy="leave it out, or give what it was ingested from",
         )
     shutil.copytree(section.msi, folder.measured)
