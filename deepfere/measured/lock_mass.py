@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
+from deepfere.measured.around import fill
 from deepfere.measured.peaks import peak_centre
 from deepfere.measured.raster import Raster, batches
 from deepfere.readers.imzml import ImzmlIndex
@@ -19,8 +20,6 @@ from deepfere.readers.imzml_arrays import read_flat
 
 LEAST_FOUND = 0.1
 """Share of the spectra that must show a lock mass."""
-NEAR_PX, LEAST_NEAR = 2, 3
-"""A spectrum without one takes the median of those so many pixels around, if there are as many; else the section's."""
 PROFILE_SNR = 3.0
 
 
@@ -81,21 +80,8 @@ def check_found(shifts: NDArray[np.float64], lock: LockMass, where: object) -> N
 
 def fill_shifts(shifts: NDArray[np.float64], raster: Raster) -> NDArray[np.float64]:
     """Shifts (N,) of all spectra: where there is none, the median of those around the pixel, else of the section."""
-    missing = np.flatnonzero(np.isnan(shifts))
-    if not len(missing):
-        return shifts
-    image = shift_image(shifts, raster)
-    padded = np.pad(image, NEAR_PX, constant_values=np.nan)
-    width = 2 * NEAR_PX + 1
-    out, whole = shifts.copy(), float(np.nanmedian(shifts))
-    for begin in range(0, len(missing), 100_000):
-        part = missing[begin : begin + 100_000]
-        row, col = raster.row[part], raster.col[part]
-        near = np.stack([padded[row + k // width, col + k % width] for k in range(width * width)])
-        enough = np.isfinite(near).sum(axis=0) >= LEAST_NEAR
-        out[part] = whole
-        out[part[enough]] = np.nanmedian(near[:, enough], axis=0)
-    return out
+    image = fill(shift_image(shifts, raster), raster.mask)
+    return np.where(np.isnan(shifts), image[raster.row, raster.col], shifts)
 
 
 def shift_image(shifts: NDArray[np.float64], raster: Raster) -> NDArray[np.float64]:

@@ -86,7 +86,7 @@ def ingest_stage(
         folder.root.mkdir(parents=True, exist_ok=True)
         if is_ingested(section.msi):
             _take_over(section, folder, config.ingest)
-            facts["warnings"] = []
+            facts["warnings"] = _notes(section, folder, config)
             return
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -99,13 +99,21 @@ def ingest_stage(
                 tolerance_ppm=config.ingest.tolerance_ppm,
                 representation=config.ingest.representation,
                 treatment=treatment_of(config.ingest),
+                reference_mz=config.ingest.reference_mz,
                 duplicates=config.ingest.duplicates,
                 band_rows=config.ingest.band_rows,
                 index_cache=folder.index,
                 region=section.region,
                 progress=lambda done, total: progress("ingest", done / max(total, 1)),
             )
-        facts["warnings"] = sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
+        told = sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
+        facts["warnings"] = told + _notes(section, folder, config)
+
+
+def _notes(section: Section, folder: SectionFolder, config: Config) -> list[str]:
+    """What is to be known about the normalisation; refuses one that cannot be had."""
+    notes = open_measured(folder.measured).normalisation_notes(config.ingest.normalisation)
+    return [f"{section.msi}: {note}" for note in notes]
 
 
 def treatment_of(settings: IngestSettings) -> Treatment:
@@ -145,6 +153,7 @@ def _take_over(section: Section, folder: SectionFolder, settings: IngestSettings
         "lock-mass": settings.lock_mass_mz not in (None, cube.attrs.get("lock_mass", {}).get("mz")),
         "ingest.baseline": settings.baseline not in (plain.baseline, cube.attrs.get("profile", {}).get("baseline")),
         "ingest.smoothing": settings.smoothing not in (plain.smoothing, cube.attrs.get("profile", {}).get("smoothing")),
+        "reference-mz": settings.reference_mz not in (None, cube.attrs.get("reference_mz")),
         "duplicates": settings.duplicates not in (plain.duplicates, cube.attrs.get("duplicates")),
     }
     for name in (name for name, refused in given.items() if refused):
