@@ -128,6 +128,15 @@ class TrainSettings(_Settings):
     held_out: float = Field(0.2, gt=0, lt=0.9, description="share of the spatial blocks kept from training")
     workers: int = Field(1, ge=1)
     use_gpu: bool = False
+    accumulate: int = Field(1, ge=1, description="parts that a worker's share of a step is split into")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the network while it trains")
+
+    @property
+    def resolved_precision(self) -> str:
+        """What "auto" stands for: half precision on a GPU."""
+        if self.precision != "auto":
+            return self.precision
+        return "bfloat16" if self.use_gpu else "float32"
 
 
 class PaperEmbedding(_Settings):

@@ -21,6 +21,7 @@ from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.pipeline.write import Outcome, claim_result, reconstruct_stage
 from deepfere.readers.digest import content_digest
 from deepfere.readers.mis import MIS, read_mis, teaching_points_beside
+from deepfere.readers.ranges import is_url
 from deepfere.readers.slide import open_slide
 from deepfere.reconstruction.result import Result, open
 from deepfere.section import EACH, Section, make_section
@@ -46,9 +47,12 @@ def input_digests(section: Section, config: Config) -> dict[str, str]:
         named["slide"] = section.slide
     for name, path in named.items():
         if path is not None:
-            if Path(path).is_dir():
+            if is_url(path):
+                if name != "slide":
+                    raise InputError("is a URL", where=path, remedy=f"give the {name} as a local file")
+            elif Path(path).is_dir():
                 raise InputError("is a folder", where=path, remedy=f"give the file of the {name}")
-            if not Path(path).is_file():
+            elif not Path(path).is_file():
                 raise InputError("does not exist", where=path, remedy="check the path")
             out[name] = content_digest(path)
     return out
@@ -100,6 +104,11 @@ def with_teaching_points(section: Section) -> Section:
     return section if found is None else section.model_copy(update={"landmarks": str(found)})
 
 
+def _located(path: str | Path) -> str:
+    """A path that stays right in another folder; a URL as it is."""
+    return str(path) if is_url(path) else str(Path(path).resolve())
+
+
 def check_resources(config: Config, on_ray: bool) -> None:
     """Refuse a tracking store, a cluster or a number of workers that cannot be had, before work starts.
 
@@ -149,7 +158,7 @@ def fuse(
 
     Args:
         msi: The .imzML file, the store of a table (AnnData, SpatialData), or a cube that was ingested before.
-        slide: The stained slide; None with ``guide=False``.
+        slide: The stained slide, or the URL of one; None with ``guide=False``.
         out: Where the result store goes; unfinished work lies in ``OUT.work/``.
         factor: High-resolution pixels per measured pixel and axis; None lets the data choose.
         mz: Target list; None takes the file's axis or automatic peaks.
@@ -201,7 +210,7 @@ def fuse(
     section = make_section(
         name="section",
         msi=str(Path(msi).resolve()),
-        slide=None if slide is None or not settings.guide else str(Path(slide).resolve()),
+        slide=None if slide is None or not settings.guide else _located(slide),
         pitch_um=pitch_um,
         slide_mpp_um=slide_mpp_um,
         alignment=None if alignment is None else str(Path(alignment).resolve()),
@@ -267,7 +276,7 @@ def _run(
             tile_stage(prep, inputs, work, config, progress)
         with tracked(work, [section], [inputs], config, target.name) as run:
             history = learn_stage([prep], [inputs], work, config, progress, f"run-{identity[:12]}")
-            model = run.log_learning([prep], [inputs], history)
+            model = run.log_learning([prep], [inputs], history, work.facts("learn").get("timing", {}))
             outcome = Outcome(identity, inputs, run.describe(), model, [])
             result = reconstruct_stage(prep, target, [inputs, config.digest()], outcome, work, config, progress)
             run.log_result(result)

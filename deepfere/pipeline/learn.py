@@ -134,6 +134,7 @@ def learn_stage(
             # The features are filled in where the slide shows nothing.
             denoise(cubes[n], prep.measured.mask, problems[n].features, config.seed).save(prep.folder.denoised)
         facts["history"] = trained.history if trained else []
+        facts["timing"] = trained.timing if trained else {}
         progress("learn", 1.0)
         return facts["history"]
 

@@ -322,7 +322,7 @@ def _learn_and_write(job: Job, work: Workspace, failures: Failures, progress: Pr
     lines: list[str] = []
     with tracked(work, job.sections, inputs, config, job.target.name) as run:
         history = learn_stage(preps, inputs, work, config, progress, f"run-{job.identity[:12]}", given)
-        registered = job.named or run.log_learning(preps, inputs, history)
+        registered = job.named or run.log_learning(preps, inputs, history, work.facts("learn").get("timing", {}))
         if job.stage == "train":
             where = f" (registered as {registered['name']} {registered['version']})" if registered else ""
             return [f"{p.section.name}: fitted{where}" for p in preps]
