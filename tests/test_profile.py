@@ -83,6 +83,15 @@ def test_smoothing_keeps_area_and_place_and_takes_noise(smoothing):
     assert spec.applied(axis, noisy[None])[0][away].std() < 0.5 * noisy[away].std()
 
 
+@pytest.mark.parametrize("baseline", ["tophat", "snip"])
+def test_a_baseline_never_adds(baseline):
+    """Spikes among zeros: a parabola is negative beside them, which is no baseline to take away."""
+    values = np.where(np.random.default_rng(2).random((3, len(AXIS))) < 0.05, 10.0, 0.0)
+    smooth = ProfileSpec(smoothing="savgol").applied(AXIS, values)
+    left = ProfileSpec(smoothing="savgol", baseline=baseline).applied(AXIS, values)
+    assert (left <= smooth * (1 + 1e-6)).all() and smooth.min() == 0 and left.sum() > 0.3 * smooth.sum()
+
+
 def test_nothing_reaches_across_a_gap():
     """Points that a writer left out are zero: a peak behind the gap is neither smoothed into nor a baseline."""
     step = 1e-5

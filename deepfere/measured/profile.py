@@ -66,6 +66,8 @@ class ProfileSpec:
             out = signal.savgol_filter(out, self.smoothing_points, SAVGOL_ORDER, axis=1, mode="nearest")
         elif self.smoothing == "gaussian":
             out = ndimage.gaussian_filter1d(out, self.smoothing_points / 4, axis=1, mode="nearest", truncate=4.0)
+        # A parabola swings below zero beside a peak; a baseline there would raise what it is taken from.
+        np.maximum(out, 0.0, out=out)
         if self.baseline != "none":
             find = opening if self.baseline == "tophat" else snip
             out -= find(full, out, self.baseline_width_ppm)
