@@ -143,6 +143,8 @@ def fuse(
     tolerance_ppm: float | None = None,
     representation: str | None = None,
     lock_mass: Iterable[float] | None = None,
+    normalisation: str | None = None,
+    reference_mz: float | None = None,
     duplicates: str | None = None,
     pitch_um: Any = None,
     slide_mpp_um: Any = None,
@@ -171,6 +173,8 @@ def fuse(
         tolerance_ppm: Half-width of an ion's m/z window.
         representation: "centroid" or "profile", where the file does not say.
         lock_mass: True m/z of peaks that correct the m/z of each spectrum.
+        normalisation: "none", "tic", "rms", "median" or "reference".
+        reference_mz: Ion to normalise by; without another ``normalisation`` it means "reference".
         duplicates: Several spectra for one pixel: "error", "sum" or "mean".
         pitch_um: Measured pixel size, where the file does not state it.
         slide_mpp_um: Slide pixel size, where the file does not state it.
@@ -204,6 +208,8 @@ def fuse(
         ingest__tolerance_ppm=tolerance_ppm,
         ingest__representation=representation,
         ingest__lock_mass_mz=lock,
+        ingest__normalisation=normalisation or (None if reference_mz is None else "reference"),
+        ingest__reference_mz=reference_mz,
         ingest__duplicates=duplicates,
         slide__backend=slide_backend,
         slide__icc=slide_icc,
