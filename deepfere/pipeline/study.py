@@ -108,6 +108,23 @@ def each_region(sections: list[Section], study: str | Path) -> list[Section]:
     return validated(Study, {"sections": out}, study).sections
 
 
+def study_sections(stage: str, study: str | Path, config: Config) -> list[Section]:
+    """The sections of a manifest as a stage needs them, each with a slide or none; no file of theirs is read.
+
+    Raises:
+        InputError: The manifest is wrong, a slide is missing, or the stage needs one.
+    """
+    if stage in ("align", "tile") and not config.guide:
+        raise InputError(f"{stage} needs the stain", where="--no-guide", remedy="leave it out")
+    sections = load_study(study).sections
+    if not config.guide:
+        return [s.model_copy(update={"slide": None}) for s in sections]
+    bare = [s.name for s in sections if s.slide is None]
+    if bare:
+        raise InputError(f"no slide for {', '.join(bare)}", where=study, remedy="give slide, or --no-guide")
+    return sections
+
+
 def run_stage(
     stage: str,
     study: str | Path,
@@ -145,15 +162,7 @@ def run_stage(
     settings = load_config(config, overrides, factor=factor, guide=guide)
     check_range(settings.factor)
     check_patches(settings)
-    if stage in ("align", "tile") and not settings.guide:
-        raise InputError(f"{stage} needs the stain", where="--no-guide", remedy="leave it out")
-    sections = each_region(load_study(study).sections, study)
-    if settings.guide:
-        bare = [s.name for s in sections if s.slide is None]
-        if bare:
-            raise InputError(f"no slide for {', '.join(bare)}", where=study, remedy="give slide, or --no-guide")
-    else:
-        sections = [s.model_copy(update={"slide": None}) for s in sections]
+    sections = each_region(study_sections(stage, study, settings), study)
     target = Path(out).resolve()
     check_output(target)
     sections = [with_teaching_points(s) for s in sections]

@@ -17,6 +17,7 @@ from deepfere.pipeline.prepare import Prepared
 from deepfere.pipeline.workspace import Workspace, write_json
 from deepfere.reconstruction.result import Result
 from deepfere.section import Section
+from deepfere.submit.submission import tags_from_environment
 from deepfere.training.mlflow_store import OFF, connect, resolve_uri, sqlite_path
 from deepfere.training.registry import check_name
 from deepfere.training.tracking import Tracker, log_history
@@ -144,7 +145,7 @@ def tracked(
             config.tracking.experiment,
             name,
             params,
-            {"deepfere.config": config.digest()},
+            {"deepfere.config": config.digest(), **tags_from_environment()},
             run_id=known.get("run_id"),
         )
     except InputError as error:
