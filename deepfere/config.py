@@ -33,20 +33,43 @@ def target_list(values: Iterable[float]) -> list[float]:
     return targets
 
 
+def rising(value: tuple[float, float] | None) -> tuple[float, float] | None:
+    """A range of m/z, refused where it is none.
+
+    Raises:
+        ValueError: It does not rise, or begins below zero.
+    """
+    if value is not None and not 0 <= value[0] < value[1]:
+        raise ValueError(f"{value[0]:g} to {value[1]:g} is no range of m/z")
+    return value
+
+
 class IngestSettings(_Settings):
     """How the measurement is read."""
 
     tolerance_ppm: float = Field(5.0, gt=0, le=1000, description="half-width of an ion's m/z window")
     mz: list[float] | None = Field(None, description="target list, sorted; None = the file's axis, or automatic peaks")
+    mz_range: tuple[float, float] | None = Field(None, description="lowest and highest m/z of automatic peaks")
     normalisation: Literal["none", "tic", "rms", "median"] = "none"
     representation: Literal["centroid", "profile"] | None = Field(None, description="where the file does not say")
+    lock_mass_mz: list[float] | None = Field(None, description="true m/z of peaks that correct each spectrum's m/z")
+    lock_mass_tolerance_ppm: float = Field(20.0, gt=0, le=1000, description="how far off they are looked for")
     duplicates: Literal["error", "sum", "mean"] = Field("error", description="several spectra for one pixel")
     band_rows: int = Field(64, ge=1)
 
-    @field_validator("mz")
+    @field_validator("mz", "lock_mass_mz")
     @classmethod
     def _targets(cls, value: list[float] | None) -> list[float] | None:
         return None if value is None else target_list(value)
+
+    @field_validator("mz_range")
+    @classmethod
+    def _range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        return rising(value)
+
+    def sampled(self) -> dict[str, Any]:
+        """What a sample of a section's spectra depends on."""
+        return self.model_dump(exclude={"mz", "mz_range", "normalisation", "duplicates", "band_rows"})
 
 
 class SlideSettings(_Settings):
@@ -87,6 +110,15 @@ class TrainSettings(_Settings):
     held_out: float = Field(0.2, gt=0, lt=0.9, description="share of the spatial blocks kept from training")
     workers: int = Field(1, ge=1)
     use_gpu: bool = False
+    accumulate: int = Field(1, ge=1, description="parts that a worker's share of a step is split into")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the network while it trains")
+
+    @property
+    def resolved_precision(self) -> str:
+        """What "auto" stands for: half precision on a GPU."""
+        if self.precision != "auto":
+            return self.precision
+        return "bfloat16" if self.use_gpu else "float32"
 
 
 class PaperEmbedding(_Settings):

@@ -84,7 +84,24 @@ def cli(capfd):
 
 
 @pytest.fixture(scope="session")
-def ray_session():
+def s3_session():
+    """A server of the S3 protocol; ``s3://bucket`` leads to it, in Ray's workers too (see `tests.s3`)."""
+    from .s3 import s3_server
+
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_session):
+    """That server, with nothing failing before or after."""
+    s3_session.heal()
+    yield s3_session
+    s3_session.heal()
+
+
+@pytest.fixture(scope="session")
+def ray_session(s3_session):
     from deepfere.cluster import connect, shutdown
 
     connect(RaySettings(num_cpus=2, object_store_memory_bytes=100 * 2**20))

@@ -7,6 +7,7 @@ import tifffile
 from PIL import Image
 
 from deepfere.errors import InputError
+from deepfere.readers.digest import content_digest
 from deepfere.readers.slide import (
     Level,
     Reading,
@@ -14,7 +15,6 @@ from deepfere.readers.slide import (
     on_background,
     open_slide,
     read_area,
-    slide_digest,
     whole_downsample,
 )
 
@@ -403,12 +403,12 @@ def test_digest_of_large_files_sees_ends_size_and_blocks(tmp_path, monkeypatch):
         if position is not None:
             changed[position : position + 80] = bytes(len(changed[position : position + 80]))
         path.write_bytes(bytes(changed))
-        seen.add(slide_digest(path))
+        seen.add(content_digest(path))
     path.write_bytes(bytes(data) + b"x")
-    seen.add(slide_digest(path))
+    seen.add(content_digest(path))
     assert len(seen) == 5
     path.write_bytes(b"abc")
-    assert slide_digest(path).startswith("ba7816bf8f01cfea")  # sha256("abc")
+    assert content_digest(path).startswith("ba7816bf8f01cfea")  # sha256("abc")
 
 
 # Per file: (h, w), mpp and backend, or why it is refused without an mpp.

@@ -22,6 +22,7 @@ from deepfere.cli.root import main
 @click.option("--mz", callback=targets, help="Target m/z: a list 798.54,826.57 or a file with one a line.")
 @click.option("--tolerance-ppm", type=float, help="Half-width of an ion's m/z window [default: 5].")
 @click.option("--representation", type=click.Choice(["centroid", "profile"]), help="Where the file does not say.")
+@click.option("--lock-mass", callback=targets, help="True m/z of peaks that correct each spectrum's m/z: 798.5410,...")
 @click.option("--duplicates", type=click.Choice(["error", "sum", "mean"]), help="Several spectra for one pixel.")
 @click.option("--pitch-um", help="Measured pixel size, micrometres: 50 or 50,40 (y,x).")
 @click.option("--slide-mpp-um", help="Slide pixel size, micrometres per pixel: 0.25 or 0.25,0.25 (y,x).")
@@ -48,7 +49,8 @@ def fuse(msi: str, slide: str | None, overrides: tuple[str, ...], out: str, no_g
     """
     from deepfere.pipeline import fuse as run
 
-    if slide is not None and "=" in slide and not os.path.exists(slide):  # noqa: PTH110 - any text, of any length
+    # Of any length: Path.exists may raise. A URL may hold a "=", but none before its "://".
+    if slide is not None and "=" in slide.partition("://")[0] and not os.path.exists(slide):  # noqa: PTH110
         overrides, slide = (slide, *overrides), None
     worked = False
     with progress_bar("fuse") as bar:

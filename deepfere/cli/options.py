@@ -21,9 +21,10 @@ def targets(context: click.Context, parameter: click.Parameter, value: str | Non
 
     if value is None:
         return None
-    text, where = value, "--mz"
+    flag = parameter.opts[0]
+    text, where = value, flag
     if os.path.isfile(value):  # noqa: PTH113 - a long list is no possible file name, at which Path.is_file raises
-        where = f"--mz {value}"
+        where = f"{flag} {value}"
         try:
             text = Path(value).read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:

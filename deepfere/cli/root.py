@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from deepfere import __version__
-from deepfere.errors import DeepfereError, InputError
+from deepfere.errors import DeepfereError, InputError, SectionFailures
 
 
 class _Commands(click.Group):
@@ -32,6 +32,11 @@ class _Commands(click.Group):
         except InputError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(2)
+        except SectionFailures as error:
+            for (_, _, one), line in zip(error.found, error.lines, strict=True):
+                click.echo(f"{'error' if isinstance(one, InputError) else 'failed'}: {line}", err=True)
+            click.echo(f"{error.summary}; the same command again goes on", err=True)
+            sys.exit(2 if error.all_input else 1)
         except DeepfereError as error:
             click.echo(f"failed: {' '.join(str(error).split())}; the same command again resumes", err=True)
             sys.exit(1)

@@ -156,7 +156,7 @@ def evaluate_result(
     base = Config.model_validate(stored)
     base = load_config(config, overrides, base=base)
     slide = result.provenance["section"].get("slide")
-    if base.guide and (slide is None or not Path(slide).exists()):
+    if base.guide and (slide is None or not (is_url(slide) or Path(slide).exists())):
         raise InputError("the slide of this result is gone", where=slide or result.path, remedy="put it back")
     cube = np.stack([result.measured(float(mz)) for mz in result.ions["mz"]]).astype(np.float64)
     measured: list[dict[str, Any]] = []

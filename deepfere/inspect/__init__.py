@@ -24,7 +24,7 @@ def describe(path: str | Path) -> Description:
     """Say what a file, folder or store is.
 
     Args:
-        path: An imzML, a table of pixels (AnnData, SpatialData), a slide or picture, a store (or its URL), a
+        path: An imzML, a table of pixels (AnnData, SpatialData), a slide, picture or store (or its URL), a
             result, a ``.work`` folder, a study manifest, settings, an alignment, landmarks, teaching points, or a
             phantom's folder.
 
@@ -34,9 +34,7 @@ def describe(path: str | Path) -> Description:
     from deepfere.store import is_url, missing
 
     if is_url(path):
-        from deepfere.inspect.stores import zarr_group
-
-        return zarr_group(str(path))
+        return _remote(str(path))
     place = Path(path)
     try:
         if place.is_dir():
@@ -58,6 +56,13 @@ def render(description: Description) -> str:
     width = max((len(name) for name, _ in rows), default=0)
     lines = [f"  {name:<{width}}  {value}" for name, value in rows]
     return "\n".join([f"{description.path}: {description.kind}", *lines])
+
+
+def _remote(url: str) -> Description:
+    from deepfere.inspect import raw, stores
+    from deepfere.readers.remote import holds
+
+    return stores.zarr_group(url) if holds(url, "zarr.json") else raw.slide(url)
 
 
 def _file(path: Path) -> Description:

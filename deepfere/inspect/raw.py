@@ -7,7 +7,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from deepfere.errors import InputError
 from deepfere.inspect.notes import Description, Notes, add_mask, count_text, pair_text, sample, size_text
+from deepfere.readers.ranges import first_bytes, is_url, open_ranges
 
 if TYPE_CHECKING:
     from deepfere.readers.imzml import ImzmlIndex
@@ -176,8 +177,8 @@ def _add_checks(notes: Notes, index: ImzmlIndex, size: int) -> None:
             notes.problem(f"{index.ibd_path.name} does not have the {name} checksum that the .imzML states")
 
 
-def slide(path: Path) -> Description:
-    """A slide or picture; one that does not say how large its pixels are is described all the same.
+def slide(path: str | Path) -> Description:
+    """A slide or picture, or the URL of one; one that does not say how large its pixels are is described all the same.
 
     Raises:
         InputError: No reader takes it.
@@ -186,10 +187,9 @@ def slide(path: Path) -> Description:
         return _slide(path, said)
 
 
-def _slide(path: Path, said: list[str]) -> Description:
-    import openslide
-
-    from deepfere.readers.slide import GIVE_MPP, open_slide
+def _slide(path: str | Path, said: list[str]) -> Description:
+    from deepfere.readers.slide import open_slide
+    from deepfere.readers.slide_mpp import GIVE_MPP
 
     notes, mpp_text = Notes(), ""
     problem = _tiff_problem(path, said)
@@ -208,11 +208,11 @@ def _slide(path: Path, said: list[str]) -> Description:
         ) from error
     try:
         known = None if mpp_text else opened.mpp_um
-        notes.add("format", openslide.OpenSlide.detect_format(str(path)) or f"plain {_picture(path)}")
+        notes.add("format", _vendor(path) or f"plain {_picture(path)}")
         notes.add("read by", READ_BY[opened.backend])
         notes.add("size", size_text(opened.shape_px, known))
         notes.add("pixel size", mpp_text or f"{pair_text(opened.mpp_um)} um (mpp)")
-        if opened.backend != "flat":
+        if opened.backend != "flat" and not is_url(path):
             _add_properties(notes, path)
         notes.add("levels", len(opened.levels))
         for number, level in enumerate(opened.levels):
@@ -239,16 +239,15 @@ def _tifffile_log() -> Iterator[list[str]]:
         logger.removeHandler(listener)
 
 
-def _tiff_problem(path: Path, said: list[str]) -> str:
+def _tiff_problem(path: str | Path, said: list[str]) -> str:
     """Where a TIFF of any brand points beyond its end, as one that was not copied whole does."""
     import tifffile
 
-    with path.open("rb") as handle:
-        if handle.read(2) not in (b"II", b"MM"):
-            return ""
+    if first_bytes(path, 2) not in (b"II", b"MM"):
+        return ""
     try:
-        with tifffile.TiffFile(path) as file:
-            size = file.filehandle.size
+        with closing(open_ranges(path)) as ranges, ranges.open() as stream, tifffile.TiffFile(stream) as file:
+            size = ranges.size
             pages: list[Any] = []
             for page in file.pages:
                 pages += [page, *(getattr(page, "pages", None) or [])]
@@ -264,13 +263,18 @@ def _tiff_problem(path: Path, said: list[str]) -> str:
     return ""
 
 
-def _picture(path: Path) -> str:
-    with path.open("rb") as handle:
-        magic = handle.read(3)
-    return {b"\x89PN": "PNG", b"\xff\xd8\xff": "JPEG"}.get(magic, "TIFF")
+def _vendor(path: str | Path) -> str | None:
+    """What OpenSlide calls the format; None for a plain picture, and for a URL, at which it cannot look."""
+    import openslide
+
+    return None if is_url(path) else openslide.OpenSlide.detect_format(str(path))
 
 
-def _add_properties(notes: Notes, path: Path) -> None:
+def _picture(path: str | Path) -> str:
+    return {b"\x89PN": "PNG", b"\xff\xd8\xff": "JPEG"}.get(first_bytes(path, 3), "TIFF")
+
+
+def _add_properties(notes: Notes, path: str | Path) -> None:
     import openslide
 
     with openslide.OpenSlide(str(path)) as handle:

@@ -64,6 +64,8 @@ def _measured(path: str, attrs: dict[str, Any]) -> Description:
     how = {"axis": "the file's own axis", "list": "a target list", "automatic": "automatic peaks"}.get(
         a.get("ions", "")
     )
+    if how == "automatic peaks" and (sections := a.get("peaks", {}).get("sections")):
+        how += f" of {sections} sections"
     notes.add("m/z", f"{count_text(len(mz), 'ion')}, {mz[0]:.4f} to {mz[-1]:.4f}" + (f" ({how})" if how else ""))
     notes.add("tolerance", f"{measured.tolerance_ppm:g} ppm")
     for key in ("mode", "representation", "polarity"):

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from deepfere.errors import InputError
 from deepfere.measured.store import ragged_factors, spectrum_factors
+from deepfere.measured.treatment import true_mz
 from deepfere.measured.windows import Windows
 from deepfere.readers.imzml import ImzmlIndex
 from deepfere.readers.imzml_arrays import read_arrays, read_flat
@@ -80,7 +81,17 @@ def refuse_values(index: ImzmlIndex, i: int) -> None:
 
 
 class Reducer:
-    """Spectra to ions and factors, a batch at a time."""
+    """Spectra to ions and factors, a batch at a time.
+
+    Args:
+        index: Of the file.
+        axis: What its spectra share, if they do.
+        ions: (M,) ascending.
+        how: "axis" where the ions are the axis itself.
+        kind: "centroid", "profile" or unknown.
+        tolerance_ppm: Half-width of an ion's window.
+        shifts: (N,) by how many ppm the m/z of each spectrum are off.
+    """
 
     def __init__(
         self,
@@ -90,8 +101,9 @@ class Reducer:
         how: str,
         kind: str | None,
         tolerance_ppm: float,
+        shifts: NDArray[np.float64] | None = None,
     ) -> None:
-        self.index, self.kind, self.ions = index, kind, ions
+        self.index, self.kind, self.ions, self.shifts = index, kind, ions, shifts
         self.windows = None if how == "axis" else Windows(ions, tolerance_ppm)
         self.axis = axis
         self.order: NDArray[np.int64] | None = None
@@ -111,6 +123,8 @@ class Reducer:
                 block = block[:, self.order]
             if self.windows is None:
                 return block, factors, negatives
+            if self.shifts is not None:
+                return self._areas(rows, [(self.axis, values) for values in block]), factors, negatives
             reduce = self.windows.sum_shared if self.kind == "centroid" else self.windows.area
             return reduce(self.axis, block), factors, negatives
         assert self.windows is not None
@@ -121,13 +135,24 @@ class Reducer:
                 check_axis(self.index, m, int(i))
         factors = ragged_factors(values, lengths)
         if self.kind == "centroid":
+            if self.shifts is not None:
+                mz = true_mz(mz, np.repeat(self.shifts[rows], lengths))
             return self.windows.sum_ragged(mz, values, lengths), factors, negatives
-        areas = np.zeros((len(rows), len(self.ions)), dtype=np.float32)
         ends = np.cumsum(lengths)
-        for k, (first, last) in enumerate(zip(ends - lengths, ends, strict=True)):
-            m64, ordered = ascending(mz[first:last].astype(np.float64), values[first:last])
-            areas[k] = self.windows.area(m64, ordered[None])[0]
-        return areas, factors, negatives
+        spectra = [
+            ascending(mz[a:b].astype(np.float64), values[a:b]) for a, b in zip(ends - lengths, ends, strict=True)
+        ]
+        return self._areas(rows, spectra), factors, negatives
+
+    def _areas(self, rows: NDArray[np.int64], spectra: list[tuple[NDArray[Any], NDArray[Any]]]) -> NDArray[np.float32]:
+        """Areas (n, M) of profiles with an axis each."""
+        assert self.windows is not None
+        areas = np.zeros((len(rows), len(self.ions)), dtype=np.float32)
+        for k, (mz, values) in enumerate(spectra):
+            if self.shifts is not None:
+                mz = true_mz(mz, self.shifts[rows[k]])
+            areas[k] = self.windows.area(mz, values[None])[0]
+        return areas
 
     def _not_negative(
         self, values: NDArray[np.float32], rows: NDArray[np.int64], lengths: NDArray[np.int64]

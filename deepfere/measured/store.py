@@ -2,8 +2,9 @@
 
 Layout: ``ions`` (M, ny, nx) float32 in explicit shards, one row of shards per image band; ``mask`` (ny, nx)
 bool; ``mz`` (M,) float64, ascending; ``tic``, ``rms``, ``median`` (ny, nx) float32, NaN where not measured.
-Attributes hold the format's version, pitch, origin and provenance; ``complete`` is written last, so that a
-store whose writer was stopped is visibly unfinished and is refused.
+Where a lock mass was used: ``shift_ppm`` (ny, nx) float32, by how many ppm m/z were off, and ``lock_mass_found``
+(ny, nx) bool. Attributes hold the format's version, pitch, origin and provenance; ``complete`` is written last, so
+that a store whose writer was stopped is visibly unfinished and is refused.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ FORMAT, FORMAT_VERSION = "deepfere-measured", 1
 CHUNK_IONS, CHUNK_PX = 64, 64
 SHARD_BYTES = 128 << 20
 FACTORS = ("tic", "rms", "median")
+SHIFT, FOUND = "shift_ppm", "lock_mass_found"
 Normalisation = Literal["none", "tic", "rms", "median"]
 
 
@@ -84,6 +86,20 @@ class Measured:
     def median(self) -> NDArray[np.float32]:
         """(ny, nx) float32; see the class."""
         return self._factor("median")
+
+    @cached_property
+    def shift_ppm(self) -> NDArray[np.float32] | None:
+        """By how many ppm the m/z of each pixel were off before the lock mass corrected them, (ny, nx) float32.
+
+        NaN where not measured; a pixel without a lock mass (see `lock_mass_found`) has that of those around it. None
+        where no lock mass was used.
+        """
+        return self._factor(SHIFT) if SHIFT in self._group else None
+
+    @cached_property
+    def lock_mass_found(self) -> NDArray[np.bool_] | None:
+        """Where a lock mass was found, (ny, nx) bool; None where none was used."""
+        return np.asarray(_array(self._group, FOUND)[:], dtype=bool) if FOUND in self._group else None
 
     def _factor(self, name: str) -> NDArray[np.float32]:
         return np.asarray(_array(self._group, name)[:], dtype=np.float32)
@@ -265,7 +281,7 @@ class MeasuredWriter:
     def finish(
         self,
         mask: NDArray[np.bool_],
-        factors: Mapping[str, NDArray[np.float32]],
+        images: Mapping[str, NDArray[Any]],
         pitch_um: tuple[float, float],
         attrs: Mapping[str, Any],
     ) -> Measured:
@@ -273,15 +289,14 @@ class MeasuredWriter:
 
         Args:
             mask: (ny, nx).
-            factors: "tic", "rms" and "median", each (ny, nx).
+            images: "tic", "rms" and "median", and others by their names, each (ny, nx) float32 or bool.
             pitch_um: Pitch (y, x).
             attrs: Further attributes, plain values.
         """
         shape = self.shape_px
-        images: dict[str, NDArray[Any]] = {"mask": mask, **{name: factors[name] for name in FACTORS}}
-        for name, image in images.items():
-            fill: Any = False if name == "mask" else np.nan
-            dtype: Any = bool if name == "mask" else np.float32
+        for name, image in {"mask": mask, **images}.items():
+            fill: Any = False if image.dtype == bool else np.nan
+            dtype: Any = bool if image.dtype == bool else np.float32
             array = create_array(self.group, name, shape, dtype, shape, fill_value=fill, dimension_names=("y", "x"))
             array[:] = image
         self.group.attrs.update(

@@ -21,6 +21,7 @@ from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.pipeline.write import Outcome, claim_result, reconstruct_stage
 from deepfere.readers.digest import content_digest
 from deepfere.readers.mis import MIS, read_mis, teaching_points_beside
+from deepfere.readers.ranges import is_url
 from deepfere.readers.slide import open_slide
 from deepfere.reconstruction.result import Result, open
 from deepfere.section import EACH, Section, make_section
@@ -46,9 +47,12 @@ def input_digests(section: Section, config: Config) -> dict[str, str]:
         named["slide"] = section.slide
     for name, path in named.items():
         if path is not None:
-            if Path(path).is_dir():
+            if is_url(path):
+                if name != "slide":
+                    raise InputError("is a URL", where=path, remedy=f"give the {name} as a local file")
+            elif Path(path).is_dir():
                 raise InputError("is a folder", where=path, remedy=f"give the file of the {name}")
-            if not Path(path).is_file():
+            elif not Path(path).is_file():
                 raise InputError("does not exist", where=path, remedy="check the path")
             out[name] = content_digest(path)
     return out
@@ -56,7 +60,7 @@ def input_digests(section: Section, config: Config) -> dict[str, str]:
 
 def identity_of(sections: list[Section], inputs: list[dict[str, str]], config: Config) -> str:
     """Hash of inputs and resolved settings: what makes a result what it is."""
-    stated = [[s.name, s.pitch_um, s.slide_mpp_um, s.region] for s in sections]
+    stated = [[s.name, s.pitch_um, s.slide_mpp_um, s.region, s.mz_range] for s in sections]
     return digest([RESULT_FORMAT, stated, inputs, config.digest()])
 
 
@@ -100,6 +104,11 @@ def with_teaching_points(section: Section) -> Section:
     return section if found is None else section.model_copy(update={"landmarks": str(found)})
 
 
+def _located(path: str | Path) -> str:
+    """A path that stays right in another folder; a URL as it is."""
+    return str(path) if is_url(path) else str(Path(path).resolve())
+
+
 def check_resources(config: Config, on_ray: bool) -> None:
     """Refuse a tracking store, a cluster or a number of workers that cannot be had, before work starts.
 
@@ -127,6 +136,7 @@ def fuse(
     mz: Iterable[float] | None = None,
     tolerance_ppm: float | None = None,
     representation: str | None = None,
+    lock_mass: Iterable[float] | None = None,
     duplicates: str | None = None,
     pitch_um: Any = None,
     slide_mpp_um: Any = None,
@@ -146,12 +156,13 @@ def fuse(
 
     Args:
         msi: The .imzML file, the store of a table (AnnData, SpatialData), or a cube that was ingested before.
-        slide: The stained slide; None with ``guide=False``.
+        slide: The stained slide, or the URL of one; None with ``guide=False``.
         out: Where the result store goes; unfinished work lies in ``OUT.work/``.
         factor: High-resolution pixels per measured pixel and axis; None lets the data choose.
         mz: Target list; None takes the file's axis or automatic peaks.
         tolerance_ppm: Half-width of an ion's m/z window.
         representation: "centroid" or "profile", where the file does not say.
+        lock_mass: True m/z of peaks that correct the m/z of each spectrum.
         duplicates: Several spectra for one pixel: "error", "sum" or "mean".
         pitch_um: Measured pixel size, where the file does not state it.
         slide_mpp_um: Slide pixel size, where the file does not state it.
@@ -172,10 +183,7 @@ def fuse(
         InputError: The input is wrong; nothing was left behind.
         DeepfereError: A stage failed; the same call resumes.
     """
-    try:
-        targets = None if mz is None else [float(v) for v in mz]
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{mz!r} is not a list of m/z", where="mz", remedy="give numbers: [798.54, 826.57]") from error
+    targets, lock = _numbers("mz", mz), _numbers("lock_mass", lock_mass)
     settings = load_config(
         None if isinstance(config, Config) else config,
         overrides,
@@ -185,6 +193,7 @@ def fuse(
         ingest__mz=targets,
         ingest__tolerance_ppm=tolerance_ppm,
         ingest__representation=representation,
+        ingest__lock_mass_mz=lock,
         ingest__duplicates=duplicates,
         slide__backend=slide_backend,
     )
@@ -195,7 +204,7 @@ def fuse(
     section = make_section(
         name="section",
         msi=str(Path(msi).resolve()),
-        slide=None if slide is None or not settings.guide else str(Path(slide).resolve()),
+        slide=None if slide is None or not settings.guide else _located(slide),
         pitch_um=pitch_um,
         slide_mpp_um=slide_mpp_um,
         alignment=None if alignment is None else str(Path(alignment).resolve()),
@@ -235,6 +244,15 @@ def fuse(
     return result
 
 
+def _numbers(name: str, given: Iterable[float] | None) -> list[float] | None:
+    try:
+        return None if given is None else [float(v) for v in given]
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{given!r} is not a list of m/z", where=name, remedy="give numbers: [798.54, 826.57]"
+        ) from error
+
+
 def _run(
     section: Section,
     inputs: dict[str, str],
@@ -252,7 +270,7 @@ def _run(
             tile_stage(prep, inputs, work, config, progress)
         with tracked(work, [section], [inputs], config, target.name) as run:
             history = learn_stage([prep], [inputs], work, config, progress, f"run-{identity[:12]}")
-            model = run.log_learning([prep], [inputs], history)
+            model = run.log_learning([prep], [inputs], history, work.facts("learn").get("timing", {}))
             outcome = Outcome(identity, inputs, run.describe(), model, [])
             result = reconstruct_stage(prep, target, [inputs, config.digest()], outcome, work, config, progress)
             run.log_result(result)

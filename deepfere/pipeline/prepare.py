@@ -24,7 +24,10 @@ from deepfere.errors import InputError
 from deepfere.frame import Alignment
 from deepfere.measured.factors import factor_weight, factorise
 from deepfere.measured.ingest import ingest
+from deepfere.measured.lock_mass import LockMass
+from deepfere.measured.peaks import SharedIons
 from deepfere.measured.store import Measured, open_measured
+from deepfere.measured.treatment import Treatment
 from deepfere.model.artefacts import ARTEFACTS, find_artefacts
 from deepfere.model.damage import find_candidates
 from deepfere.model.features import base_planes, stain_reference
@@ -63,10 +66,18 @@ class Prepared:
         return np.nan_to_num(self.measured.cube(config.ingest.normalisation), nan=0.0)
 
 
-def ingest_stage(section: Section, inputs: dict[str, str], work: Workspace, config: Config, progress: Progress) -> None:
-    """ImzML, or a table of pixels -> ``measured.zarr``."""
+def ingest_stage(
+    section: Section,
+    inputs: dict[str, str],
+    work: Workspace,
+    config: Config,
+    progress: Progress,
+    shared: SharedIons | None = None,
+) -> None:
+    """ImzML, or a table of pixels -> ``measured.zarr``; with the ions that a study found, where it did."""
     folder = work.section(section.name)
-    depends = [inputs, config.ingest.model_dump(), section.pitch_um, section.region]
+    found = None if shared is None else [shared.mz.tolist(), shared.peaks]
+    depends = [inputs["msi"], config.ingest.model_dump(), section.pitch_um, section.region, found]
     with work.stage("ingest", depends, section.name) as facts:
         if facts is None:
             return
@@ -82,16 +93,24 @@ def ingest_stage(section: Section, inputs: dict[str, str], work: Workspace, conf
                 section.msi,
                 folder.measured,
                 pitch_um=section.pitch_um,
-                mz=config.ingest.mz,
+                mz=shared or config.ingest.mz,
+                mz_range=config.ingest.mz_range,
                 tolerance_ppm=config.ingest.tolerance_ppm,
                 representation=config.ingest.representation,
+                treatment=treatment_of(config.ingest),
                 duplicates=config.ingest.duplicates,
                 band_rows=config.ingest.band_rows,
-                index_cache=folder.root / "index.parquet",
+                index_cache=folder.index,
                 region=section.region,
                 progress=lambda done, total: progress("ingest", done / max(total, 1)),
             )
         facts["warnings"] = sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
+
+
+def treatment_of(settings: IngestSettings) -> Treatment:
+    """What is done to spectra first."""
+    lock = settings.lock_mass_mz
+    return Treatment(None if lock is None else LockMass(tuple(lock), settings.lock_mass_tolerance_ppm))
 
 
 def is_ingested(msi: str) -> bool:
@@ -119,11 +138,13 @@ def _take_over(section: Section, folder: SectionFolder, settings: IngestSettings
         "mz": settings.mz is not None and not _same_ions(cube, settings.mz),
         "tolerance-ppm": settings.tolerance_ppm not in (plain.tolerance_ppm, cube.tolerance_ppm),
         "representation": settings.representation not in (plain.representation, cube.attrs.get("representation")),
+        "lock-mass": settings.lock_mass_mz not in (None, cube.attrs.get("lock_mass", {}).get("mz")),
         "duplicates": settings.duplicates not in (plain.duplicates, cube.attrs.get("duplicates")),
     }
     for name in (name for name, refused in given.items() if refused):
         raise InputError(
-            f"{section.msi} is ingested: its {name.replace('-um', '').replace('-ppm', '')} was settled then",
+            f"{section.msi} is ingested: its {' '.join(p for p in name.split('-') if p not in ('um', 'ppm'))} was "
+            "settled then",
             where=f"--{name}",
             remedy="leave it out, or give what it was ingested from",
         )
@@ -188,7 +209,7 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
     section, folder = prep.section, prep.folder
     given = {name: section.model_dump(mode="json")[name] for name in ("slide_mpp_um", "pitch_um")}
     settings = [config.ingest.model_dump(), config.align.model_dump(), config.model.max_factors, config.artefacts]
-    depends = [inputs, *settings, given]
+    depends = [inputs, *settings, given, work.facts("ingest", section.name).get("fingerprint")]
     with work.stage("align", depends, section.name) as facts:
         if facts is None:
             return

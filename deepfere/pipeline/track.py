@@ -40,11 +40,15 @@ class Run:
         }
 
     def log_learning(
-        self, preps: list[Prepared], inputs: list[dict[str, str]], history: list[dict[str, float]]
+        self,
+        preps: list[Prepared],
+        inputs: list[dict[str, str]],
+        history: list[dict[str, float]],
+        timing: dict[str, float],
     ) -> dict[str, str]:
-        """Losses, held-out scores and the model; returns the registered model's name and version."""
+        """Losses, held-out scores, speed and the model; returns the registered model's name and version."""
         log_history(self._tracker, history)
-        summary: dict[str, float] = {}
+        summary: dict[str, float] = {f"training_{name}": value for name, value in timing.items()}
         for prep in preps:
             fit = SectionFit.load(prep.folder.fit)
             head = "" if len(preps) == 1 else f"{prep.section.name}."

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from deepfere.errors import InputError
+from deepfere.readers.ranges import is_url, open_ranges
 
 MIB = 1 << 20
 WHOLE_BELOW_BYTES = 64 * MIB
@@ -13,15 +14,20 @@ SAMPLED_BLOCKS = 64
 
 
 def content_digest(path: str | Path) -> str:
-    """sha256 of a file's content, hexadecimal.
+    """sha256 of a file's content, hexadecimal; the same wherever the file lies.
 
     Files below 64 MiB are hashed whole. Of larger ones are hashed: the size (as decimal text), the first
     and the last MiB, and 64 blocks of one MiB at evenly spaced offsets; an identity check, cheap on a
     gigapixel slide, not a defence against somebody who edits bytes in between.
 
+    Args:
+        path: A file, or the URL of one, whose blocks are fetched by ranges.
+
     Raises:
         InputError: The file cannot be read.
     """
+    if is_url(path):
+        return _remote_digest(str(path))
     digest = hashlib.sha256()
     try:
         size = Path(path).stat().st_size
@@ -31,12 +37,30 @@ def content_digest(path: str | Path) -> str:
                     digest.update(block)
                 return digest.hexdigest()
             digest.update(str(size).encode())
-            last = size - MIB
-            for k in [0, *(last * (i + 1) // (SAMPLED_BLOCKS + 1) for i in range(SAMPLED_BLOCKS)), last]:
+            for k in _block_offsets(size):
                 handle.seek(k)
                 digest.update(handle.read(MIB))
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror or error})", where=path, remedy="check the path") from error
+    return digest.hexdigest()
+
+
+def _block_offsets(size: int) -> list[int]:
+    last = size - MIB
+    return [0, *(last * (i + 1) // (SAMPLED_BLOCKS + 1) for i in range(SAMPLED_BLOCKS)), last]
+
+
+def _remote_digest(url: str) -> str:
+    digest, ranges = hashlib.sha256(), open_ranges(url)
+    if ranges.size < WHOLE_BELOW_BYTES:
+        offsets = list(range(0, ranges.size, MIB))
+    else:
+        digest.update(str(ranges.size).encode())
+        offsets = _block_offsets(ranges.size)
+    for first in range(0, len(offsets), 8):
+        part = offsets[first : first + 8]
+        for block in ranges.fetch(part, [MIB] * len(part)):
+            digest.update(block)
     return digest.hexdigest()
 
 

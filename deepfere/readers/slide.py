@@ -6,7 +6,6 @@ pixel (r, c) has its centre at ``((r + 1/2) mpp_y, (c + 1/2) mpp_x)`` micrometre
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -16,17 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
-from deepfere.readers.digest import content_digest
-from deepfere.readers.ranges import is_url
+from deepfere.readers.ranges import first_bytes, is_url
 from deepfere.readers.slide_area import Axis, average
+from deepfere.readers.slide_mpp import given_mpp, number, trusted_mpp
 
-MPP_RANGE_UM = (0.05, 100.0)
-# Dots per inch that programs write for screens and printers when they know nothing of the microscope. No scanner
-# has them to within a thousandth (which covers dots per centimetre that were rounded to a whole number).
-PRINT_DPI = (72, 96, 100, 150, 200, 300, 600)
-PRINT_DPI_TOLERANCE = 1e-3
 CACHE_BYTES = 256 << 20
-GIVE_MPP = "give --slide-mpp-um"
 READ_PIXELS = 1 << 24
 ANCHOR_SEARCH_PX = 64
 CELL_PX = 1024
@@ -112,7 +105,8 @@ def open_slide(path: str | Path, mpp_um: float | tuple[float, float] | None = No
     that is faster, where the pixels are the same (`deepfere.readers.slide_tiff.in_place_of`).
 
     Args:
-        path: The slide; a URL is always read directly, by byte ranges.
+        path: The slide; a URL is always read directly, by byte ranges: TIFFs that are not of a vendor's own kind,
+            Aperio's of JPEG tiles, PNG and JPEG.
         mpp_um: Micrometres per level-0 pixel, one value or (y, x); wins over what the file says.
         backend: "auto" as above; "openslide", "tiff" or "flat" (plain pictures) takes that reader and no other.
 
@@ -125,9 +119,9 @@ def open_slide(path: str | Path, mpp_um: float | tuple[float, float] | None = No
 
     from deepfere.readers import slide_flat, slide_tiff
 
-    given = None if mpp_um is None else _given_mpp(mpp_um)
-    if is_url(path) and backend != "openslide":
-        return slide_tiff.open_tiff(str(path), given)
+    given = None if mpp_um is None else given_mpp(mpp_um)
+    if is_url(path):
+        return _open_url(str(path), given, backend)
     path = Path(path)
     if not path.exists():
         raise InputError("does not exist", where=path, remedy="check the path")
@@ -141,6 +135,23 @@ def open_slide(path: str | Path, mpp_um: float | tuple[float, float] | None = No
     else:
         slide = _through_openslide(path, given)
     return slide_tiff.in_place_of(slide) if detected in ("aperio", "generic-tiff") else slide
+
+
+def _open_url(url: str, given: tuple[float, float] | None, backend: Backend) -> Slide:
+    from deepfere.readers import slide_flat, slide_tiff
+
+    if backend == "openslide":
+        raise InputError("OpenSlide reads no URL", where=url, remedy="copy it to a local disk, or leave slide.backend")
+    if backend == "flat":
+        return slide_flat.open_flat(url, given)
+    if backend == "auto" and first_bytes(url, 2) not in (b"II", b"MM"):
+        return slide_flat.open_flat(url, given)
+    try:
+        return slide_tiff.open_tiff(url, given)
+    except slide_tiff.NotTaken:
+        if backend == "tiff":
+            raise
+        return slide_flat.open_flat(url, given)
 
 
 @lru_cache(maxsize=4)
@@ -158,7 +169,7 @@ def _through_openslide(path: Path, given: tuple[float, float] | None) -> OpenSli
         raise InputError(f"cannot be opened ({error})", where=path, remedy="convert it to a pyramidal TIFF") from error
     try:
         keys = (openslide.PROPERTY_NAME_MPP_Y, openslide.PROPERTY_NAME_MPP_X)
-        stated = tuple(_number(handle.properties.get(key)) for key in keys)
+        stated = tuple(number(handle.properties.get(key)) for key in keys)
         mpp = given or trusted_mpp((stated[0], stated[1]), path)
     except InputError:
         handle.close()
@@ -282,48 +293,6 @@ def whole_downsample(full: int, reduced: int) -> float:
     return ratio
 
 
-def _number(text: str | None) -> float | None:
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return None
-
-
-def _given_mpp(mpp_um: float | tuple[float, float]) -> tuple[float, float]:
-    pair = mpp_um if isinstance(mpp_um, tuple | list) else (mpp_um, mpp_um)
-    values = tuple(float(v) for v in pair)
-    if len(values) != 2 or not all(math.isfinite(v) and v > 0 for v in values):
-        raise InputError(
-            f"{mpp_um} is not a pixel size", where="--slide-mpp-um", remedy="give one or two positive numbers"
-        )
-    return values[0], values[1]
-
-
-def trusted_mpp(stated: tuple[float | None, float | None], path: str | Path) -> tuple[float, float]:
-    """The file's own mpp (y, x), refused where it is absent or cannot be meant.
-
-    Raises:
-        InputError: See `open_slide`.
-    """
-    y, x = stated
-    if y is None or x is None:
-        raise InputError("does not say how large its pixels are", where=path, remedy=GIVE_MPP)
-    for value in (y, x):
-        for dpi in PRINT_DPI:
-            if abs(value * dpi / 25400 - 1) <= PRINT_DPI_TOLERANCE:
-                raise InputError(
-                    f"its pixel size, {value:.2f} um, is only the {dpi}-dpi default", where=path, remedy=GIVE_MPP
-                )
-        if not MPP_RANGE_UM[0] <= value <= MPP_RANGE_UM[1]:  # false for NaN too
-            raise InputError(f"its pixel size, {value:g} um, is not plausible for a slide", where=path, remedy=GIVE_MPP)
-    return y, x
-
-
-def slide_digest(path: str | Path) -> str:
-    """sha256 (hexadecimal) of a slide file's content; see `deepfere.readers.digest.content_digest`."""
-    return content_digest(path)
-
-
 def read_area(
     slide: Slide,
     origin_um: tuple[float, float],
@@ -347,7 +316,7 @@ def read_area(
         RGB (h, w, 3) uint8, background colour where there is no slide, and coverage (h, w) float32, the
         fraction of each pixel that lies inside the slide.
     """
-    wanted = _given_mpp(mpp_um)
+    wanted = given_mpp(mpp_um)
     level = adequate_level(slide, wanted)
     axes = [
         Axis.of(

@@ -13,16 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
+from deepfere.readers.ranges import Ranges, first_bytes, is_url, open_ranges
 from deepfere.readers.slide import (
     CACHE_BYTES,
-    GIVE_MPP,
     Backend,
     Level,
     on_background,
     open_slide,
-    trusted_mpp,
     whole_downsample,
 )
+from deepfere.readers.slide_mpp import GIVE_MPP, trusted_mpp
 
 WHITE = np.array([255, 255, 255], dtype=np.uint8)
 CONVERT = "convert it to an 8-bit RGB TIFF"
@@ -45,7 +45,7 @@ class FlatSlide:
     """A slide made of windows into stored images, shown the right way up.
 
     Args:
-        path: The file.
+        path: File or URL.
         mpp_um: Micrometres per level-0 pixel (y, x), as shown.
         stored: Per level: stored shape (h, w) and a function that reads a window of it as RGB.
         orientation: TIFF orientation 1-8.
@@ -56,7 +56,7 @@ class FlatSlide:
 
     def __init__(
         self,
-        path: Path,
+        path: str | Path,
         mpp_um: tuple[float, float],
         stored: list[tuple[tuple[int, int], Window]],
         orientation: int,
@@ -124,30 +124,28 @@ def prefer_flat_tiff(path: Path) -> bool:
     return not all(((h0 / h + w0 / w) / 2).is_integer() for h, w in sizes)
 
 
-def open_flat(path: Path, given_mpp_um: tuple[float, float] | None) -> FlatSlide:
-    """Open a TIFF, PNG or JPEG that is not (or not best) read through OpenSlide.
+def open_flat(path: str | Path, given_mpp_um: tuple[float, float] | None) -> FlatSlide:
+    """Open a TIFF, PNG or JPEG, or the URL of one, that is not (or not best) read through OpenSlide.
 
     Raises:
         InputError: See `deepfere.readers.slide.open_slide`.
     """
-    with path.open("rb") as handle:
-        magic = handle.read(4)
+    magic = first_bytes(path, 4)
     if magic[:2] in (b"II", b"MM"):
         return _open_tiff(path, given_mpp_um)
     if magic == b"\x89PNG" or magic[:3] == b"\xff\xd8\xff":
         return _open_picture(path, given_mpp_um)
-    raise InputError(
-        "is not a slide that can be read", where=path, remedy="give a format of OpenSlide, TIFF, PNG or JPEG"
-    )
+    known = "TIFF, PNG or JPEG, or copy the slide to a local disk" if is_url(path) else "OpenSlide, TIFF, PNG or JPEG"
+    raise InputError("is not a slide that can be read", where=path, remedy=f"give a format of {known}")
 
 
-def _open_picture(path: Path, given: tuple[float, float] | None) -> FlatSlide:
+def _open_picture(path: str | Path, given: tuple[float, float] | None) -> FlatSlide:
     from PIL import Image
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
+            with open_ranges(path).open() as stream, Image.open(stream) as picture:
                 mode, orientation = picture.mode, int(picture.getexif().get(0x0112, 1))
                 if mode not in ("RGB", "RGBA", "L", "LA", "P", "1"):
                     raise InputError(f"is a {mode} picture, not 8-bit RGB or grey", where=path, remedy=CONVERT)
@@ -175,12 +173,23 @@ def _orientation(page: Any) -> int:
     return value if value in ORIENTATIONS else 1
 
 
-def _open_tiff(path: Path, given: tuple[float, float] | None) -> FlatSlide:
+def _open_tiff(path: str | Path, given: tuple[float, float] | None) -> FlatSlide:
     import tifffile
 
+    ranges = open_ranges(path)
+    stream = ranges.open()
+
+    def close() -> None:
+        stream.close()
+        ranges.close()
+
     try:
-        file = tifffile.TiffFile(path)
+        file = tifffile.TiffFile(stream)
+    except InputError:
+        close()
+        raise
     except (OSError, ValueError) as error:
+        close()
         raise InputError(f"cannot be opened ({error})", where=path, remedy=CONVERT) from error
     try:
         series = file.series[0]
@@ -199,17 +208,17 @@ def _open_tiff(path: Path, given: tuple[float, float] | None) -> FlatSlide:
             y, x = stated_mpp(file, pages[0])
             given = trusted_mpp((x, y) if ORIENTATIONS[orientation][0] else (y, x), path)
     except InputError:
-        file.close()
+        close()
         raise
     except Exception as error:  # a damaged directory makes tifffile raise many things
-        file.close()
+        close()
         raise InputError(f"cannot be read as TIFF ({error})", where=path, remedy=CONVERT) from error
-    cache = _Segments(file)
+    cache = _Segments(ranges)
     stored = [((p.imagelength, p.imagewidth), cache.window(k, p)) for k, p in enumerate(pages)]
-    return FlatSlide(path, given, stored, orientation, file.close)
+    return FlatSlide(path, given, stored, orientation, close)
 
 
-def _refuse_unread(page: Any, path: Path) -> None:
+def _refuse_unread(page: Any, path: str | Path) -> None:
     import tifffile
 
     photometric, depth = page.photometric, page.dtype
@@ -260,8 +269,8 @@ def stated_mpp(file: Any, page: Any) -> tuple[float | None, float | None]:
 class _Segments:
     """Decoded tiles and strips of a TIFF, the recently used ones kept (by bytes)."""
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
+    def __init__(self, ranges: Ranges) -> None:
+        self._ranges = ranges
         self._kept: OrderedDict[tuple[int, int], NDArray[np.uint8]] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
@@ -269,17 +278,17 @@ class _Segments:
     def window(self, level: int, page: Any) -> Window:
         """A function that reads windows of this page."""
         height, width = page.imagelength, page.imagewidth
-        if page.samplesperpixel > 1 and page.planarconfig == 2:
-            return lambda top, left, bottom, right: self._whole(level, page)[top:bottom, left:right]
         rows, cols = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, width)
         rows = min(rows, height) if not page.is_tiled else rows
         across = -(-width // cols)
 
         def read(top: int, left: int, bottom: int, right: int) -> NDArray[np.uint8]:
             out = np.empty((bottom - top, right - left, 3), dtype=np.uint8)
+            span = range(left // cols, -(-right // cols))
             for r in range(top // rows, -(-bottom // rows)):
-                for c in range(left // cols, -(-right // cols)):
-                    tile = self._segment(level, page, r * across + c, (rows, cols))
+                # What one row of segments lacks is asked for at once: a store answers slowly, but all of it together.
+                tiles = self._segments(level, page, [r * across + c for c in span], (rows, cols))
+                for c, tile in zip(span, tiles, strict=True):
                     y, x = r * rows, c * cols
                     a, b = max(top, y), min(bottom, y + rows)
                     d, e = max(left, x), min(right, x + cols)
@@ -288,27 +297,30 @@ class _Segments:
 
         return read
 
-    def _whole(self, level: int, page: Any) -> NDArray[np.uint8]:
-        found = self._get(level, -1)
-        if found is None:
-            found = self._put(level, -1, _to_rgb(page, np.moveaxis(page.asarray(), 0, -1)))
-        return found
-
-    def _segment(self, level: int, page: Any, number: int, shape: tuple[int, int]) -> NDArray[np.uint8]:
-        found = self._get(level, number)
-        if found is not None:
-            return found
-        size = page.databytecounts[number]
-        if size == 0:  # a sparse file leaves empty tiles out
-            return self._put(level, number, np.broadcast_to(WHITE, (*shape, 3)))
-        with self._lock:
-            handle = self._file.filehandle
-            handle.seek(page.dataoffsets[number])
-            data = handle.read(size)
-        decoded = page.decode(data, number, jpegtables=page.jpegtables)[0]
-        if decoded is None:
-            return self._put(level, number, np.broadcast_to(WHITE, (*shape, 3)))
-        return self._put(level, number, _to_rgb(page, decoded[0]))
+    def _segments(self, level: int, page: Any, numbers: list[int], shape: tuple[int, int]) -> list[NDArray[np.uint8]]:
+        """Decoded RGB of some tiles or strips; channels that are stored apart are put together."""
+        found = [self._get(level, number) for number in numbers]
+        missing = [number for number, tile in zip(numbers, found, strict=True) if tile is None]
+        planes = page.samplesperpixel if page.samplesperpixel > 1 and page.planarconfig == 2 else 1
+        each = len(page.dataoffsets) // planes
+        stored = [number + plane * each for number in missing for plane in range(planes)]
+        offsets, counts = ([int(values[k]) for k in stored] for values in (page.dataoffsets, page.databytecounts))
+        data = self._ranges.fetch(offsets, counts) if stored else []
+        made = {}
+        for n, number in enumerate(missing):
+            parts: list[NDArray[Any]] = []
+            for k in range(n * planes, (n + 1) * planes):
+                if len(data[k]) < counts[k]:
+                    raise ValueError("the file ends before it")
+                # A sparse file leaves empty tiles out.
+                decoded = page.decode(data[k], stored[k], jpegtables=page.jpegtables)[0] if data[k] else None
+                parts += [] if decoded is None else [decoded[0]]
+            if len(parts) < planes:
+                rgb: NDArray[np.uint8] = np.broadcast_to(WHITE, (*shape, 3))
+            else:
+                rgb = _to_rgb(page, np.concatenate([part[..., :1] for part in parts], 2) if planes > 1 else parts[0])
+            made[number] = self._put(level, number, rgb)
+        return [made[number] if tile is None else tile for number, tile in zip(numbers, found, strict=True)]
 
     def _get(self, level: int, number: int) -> NDArray[np.uint8] | None:
         with self._lock:

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from deepfere.errors import InputError
 from deepfere.readers.jpeg import jpeg_damage, pixel_memory
 from deepfere.readers.ranges import Ranges, is_url, open_ranges
-from deepfere.readers.slide import Backend, Level, Slide, open_slide, trusted_mpp, whole_downsample
+from deepfere.readers.slide import Backend, Level, Slide, open_slide, whole_downsample
+from deepfere.readers.slide_mpp import trusted_mpp
 
 WHITE = np.array([255, 255, 255], dtype=np.uint8)
 CACHE_BYTES = 8 << 20
@@ -245,6 +246,10 @@ class TiffSlide:
         return open_slide, (self.path, self.mpp_um, "tiff")
 
 
+class NotTaken(InputError):
+    """A TIFF that is not of JPEG tiles as they are read here; another reader may take it."""
+
+
 def open_tiff(path: str | Path, given_mpp_um: tuple[float, float] | None) -> TiffSlide:
     """Open a tiled JPEG TIFF.
 
@@ -253,7 +258,8 @@ def open_tiff(path: str | Path, given_mpp_um: tuple[float, float] | None) -> Tif
         given_mpp_um: Micrometres per level-0 pixel (y, x); None takes the file's own.
 
     Raises:
-        InputError: It is not such a file (says what it is), or see `deepfere.readers.slide.open_slide`.
+        NotTaken: It is a plain TIFF, but not such a one (says what it is).
+        InputError: It is no TIFF, or one of its vendor's own kind, or see `deepfere.readers.slide.open_slide`.
     """
     import tifffile
 
@@ -316,8 +322,21 @@ def _levels(file: Any, where: str) -> list[TiledLevel]:
     first = file.pages.first
     foreign = next((name for name in FOREIGN if name in (first.description + first.software)[:4096]), None)
     if foreign or file.is_ndpi:
-        raise _not_taken(f"is a slide of its vendor's own kind ({foreign or 'NDPI'})", where)
+        raise _vendors_own(foreign or "NDPI", "it is not read as a tiled JPEG TIFF", where)
     aperio = first.description.startswith("Aperio")
+    try:
+        return _tiled_levels(file, aperio, where)
+    except NotTaken as error:
+        if aperio:
+            raise _vendors_own("Aperio", error.what, where) from error
+        raise
+
+
+def _vendors_own(vendor: str, why: str, where: str) -> InputError:
+    return InputError(f"is a slide of its vendor's own kind ({vendor}): {why}", where=where, remedy=_elsewhere(where))
+
+
+def _tiled_levels(file: Any, aperio: bool, where: str) -> list[TiledLevel]:
     pages = [p for n, p in enumerate(file.pages) if p.is_tiled and (n == 0 or aperio or p.subfiletype & 1)]
     if not pages:
         raise _not_taken("is not tiled", where)
@@ -351,9 +370,12 @@ def _levels(file: Any, where: str) -> list[TiledLevel]:
     return out
 
 
-def _not_taken(why: str, where: str) -> InputError:
-    remedy = "copy it to a local disk" if is_url(where) else "leave slide.backend at auto"
-    return InputError(f"{why}: it is not read as a tiled JPEG TIFF", where=where, remedy=remedy)
+def _not_taken(why: str, where: str) -> NotTaken:
+    return NotTaken(f"{why}: it is not read as a tiled JPEG TIFF", where=where, remedy=_elsewhere(where))
+
+
+def _elsewhere(where: str) -> str:
+    return "copy it to a local disk" if is_url(where) else "leave slide.backend at auto"
 
 
 def _stated_mpp(file: Any) -> tuple[float | None, float | None]:

@@ -1,0 +1,139 @@
+"""Remote stores: the file system behind a URL, and how one that fails is asked again or told of in one line."""
+
+from __future__ import annotations
+
+import errno
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from deepfere.errors import InputError
+
+Answer = TypeVar("Answer")
+
+TRIES, FIRST_TRIES = 6, 3
+"""How often a store is asked: for bytes of a file that it has shown before, and for the first time."""
+PAUSE_S = 0.4
+"""Before the second try; doubled from try to try, 12 s in all."""
+
+INSTALL = {"s3": "pip install 'deepfere[s3]'", "s3a": "pip install 'deepfere[s3]'", "gs": "pip install gcsfs"}
+AGAIN = (408, 425, 429)
+# Of aiohttp (HTTP, and what s3fs talks through) and botocore: the connection failed, not the request.
+BROKEN = (
+    *("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"),
+    *("ResponseStreamingError", "IncompleteReadError", "HTTPClientError", "ClientPayloadError"),
+)
+
+
+class ShortAnswer(ConnectionError):
+    """Fewer bytes came than the store has."""
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it.
+
+    Raises:
+        InputError: Its protocol is not known, or the package for it is not installed.
+    """
+    import fsspec
+
+    try:
+        found, path = fsspec.core.url_to_fs(url)
+    except Exception as error:  # every protocol has its own library
+        raise refusal(url, error) from error
+    return found, path
+
+
+def holds(url: str, name: str) -> bool:
+    """Whether a file of this name lies in the folder at a URL.
+
+    Raises:
+        InputError: See `filesystem`, or the store does not answer.
+    """
+    found, path = filesystem(url)
+    return bool(answered(url, lambda: found.exists(f"{path.rstrip('/')}/{name}"), FIRST_TRIES))
+
+
+def answered(url: str, ask: Callable[[], Answer], tries: int) -> Answer:
+    """What a store answers, asked again where it throttles, fails or breaks off, after longer and longer pauses.
+
+    Args:
+        url: For errors.
+        ask: Puts the question.
+        tries: How often at most.
+
+    Raises:
+        InputError: It refuses, or does not answer.
+    """
+    for number in range(tries):
+        try:
+            return ask()
+        except InputError:
+            raise
+        except Exception as error:  # every store raises its own
+            if number + 1 == tries or not is_passing(error):
+                raise refusal(url, error) from error
+        # Many workers that were throttled together should not come back together.
+        time.sleep(PAUSE_S * 2**number * random.Random().uniform(0.7, 1.0))
+    raise AssertionError
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error of aiohttp, botocore or gcsfs; None where there is none."""
+    for part in _chain(error):
+        response = getattr(part, "response", None)
+        told = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
+        for value in (getattr(part, "status", None), getattr(part, "code", None), told):
+            if isinstance(value, int) and 300 <= value < 600:
+                return value
+    return None
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the same question may be answered a little later."""
+    if any(type(part).__name__ in BROKEN for part in _chain(error)):
+        return True
+    status = _status(error)
+    if status is not None:
+        return status >= 500 or status in AGAIN
+    for part in _chain(error):
+        module = type(part).__module__.partition(".")[0]
+        if isinstance(part, ConnectionError | TimeoutError):
+            return True
+        if module == "aiohttp" and not isinstance(part, ValueError):
+            return True
+        if isinstance(part, OSError) and part.errno in (errno.EIO, errno.EBUSY):
+            return True
+    return False
+
+
+def refusal(url: str, error: BaseException) -> InputError:
+    """One line on why a URL cannot be read, and what to do about it."""
+    status, last = _status(error), list(_chain(error))[-1]
+    # Behind the ? may be the signature that opens it.
+    where, text = url.partition("?")[0], re.sub(r"\?[^\s'\"]+", "", " ".join(str(last).split()) or type(last).__name__)
+    protocol = url.partition("://")[0].lower()
+    if isinstance(error, ImportError):
+        install = INSTALL.get(protocol, f"install the package that fsspec names: {text}")
+        return InputError(f"{protocol}:// needs a package that is not installed", where=where, remedy=install)
+    if isinstance(error, ValueError) and "Protocol not known" in text:
+        return InputError(f"{protocol}:// is not known", where=where, remedy="give s3://, gs://, https:// or a path")
+    if status in (401, 403) or isinstance(error, PermissionError) or "Credentials" in type(last).__name__:
+        return InputError(
+            f"access is refused ({text})",
+            where=where,
+            remedy="give credentials that may read it, and check the address",
+        )
+    if status == 404 or (isinstance(error, FileNotFoundError) and last is error):
+        return InputError("does not exist", where=where, remedy="check the address")
+    if status is not None and (status >= 500 or status in AGAIN):
+        return InputError(f"the store keeps failing ({status}: {text})", where=where, remedy="run it again later")
+    return InputError(f"cannot be read ({text})", where=where, remedy="check the address, and that the store answers")
