@@ -153,6 +153,7 @@ def test_option_names_in_the_text_exist(page):
     foreign |= {"--write-docs", "--from", "--work", "--recompute-paper", "--paper"}  # of the benchmarks
     foreign |= {"--thyra-python", "--peer-python"}
     foreign |= {"--address", "--generate", "--head", "--no-wait", "--port"}  # Ray
+    foreign |= {"--batch", "--signal"}  # Slurm
     foreign |= {"--build-arg", "--cpus-per-task", "--gpus-per-node", "--nodes", "--time", "--version"}  # others
     named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", page.read_text()))
     assert named <= known | foreign

@@ -40,6 +40,7 @@ from deepfere.readers.imzml import read_index
 from deepfere.readers.table import is_table, open_table
 from deepfere.reconstruction.result import open
 from deepfere.section import EACH, Section, Study, load_study, validated
+from deepfere.stopping import looking, watched
 from deepfere.tiling.plan import check_range
 
 STAGES = ("ingest", "align", "tile", "train", "reconstruct")
@@ -164,6 +165,7 @@ def run_stage(
         SectionFailures: Sections failed; the others are done, as far as they can be without these.
     """
     settings = load_config(config, overrides, factor=factor, guide=guide)
+    progress = looking(progress)
     check_range(settings.factor)
     check_patches(settings)
     sections = each_region(study_sections(stage, study, settings), study)
@@ -181,7 +183,7 @@ def run_stage(
     parts = {s.name: digest([s.model_dump(mode="json"), told]) for s, told in zip(sections, inputs, strict=True)}
     whose = digest(parts)
     work.check(whose, overwrite, parts)
-    with work.locked():
+    with work.locked(), watched(work.root, settings.run.time_limit_s):
         if job.depth >= 2:
             check_resources(settings, settings.guide)
         resumed = work.claim(whose, overwrite, parts=parts)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from deepfere import __version__
-from deepfere.config import Config, digest
+from deepfere.config import UNNUMBERED, Config, digest
 from deepfere.errors import DeepfereError, InputError
 from deepfere.model.fit import SectionFit
 from deepfere.pipeline.prepare import Prepared
@@ -141,7 +141,7 @@ def tracked(
     known = work.facts("track")
     if known.get("belongs") != belongs:
         known = {}
-    params = {key: value for key, value in config.resolved().items() if key not in ("ray", "tracking")}
+    params = {key: value for key, value in config.resolved().items() if key not in UNNUMBERED}
     params["train"].pop("use_gpu")
     try:
         tracker = Tracker.start(

@@ -8,10 +8,10 @@ import shlex
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from deepfere.errors import DeepfereError
+from deepfere.pipeline.workspace import is_held
 from deepfere.submit.records import jobs_folder
 from deepfere.submit.submission import Submission
 from deepfere.submit.target import Ended, Job, Tail, Target
@@ -47,7 +47,7 @@ class LocalJob(Job):
 
     def ended(self) -> Ended | None:
         """Its exit code is a file; without one it runs for as long as its lock is held."""
-        running = _held(self.folder / LOCK)
+        running = is_held(self.folder / LOCK)
         # In this order: it writes the code before it lets go of the lock.
         code = self.folder / CODE
         if code.exists():
@@ -122,18 +122,3 @@ class Local(Target):
         finally:
             os.close(lock)
         return LocalJob(name)
-
-
-def _held(lock: Path) -> bool:
-    """Whether a process holds a lock."""
-    try:
-        handle = os.open(lock, os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False

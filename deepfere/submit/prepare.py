@@ -18,6 +18,7 @@ SETTINGS = {
     "mz": "ingest__mz",
     "tolerance_ppm": "ingest__tolerance_ppm",
     "representation": "ingest__representation",
+    "lock_mass": "ingest__lock_mass_mz",
     "duplicates": "ingest__duplicates",
     "slide_backend": "slide__backend",
 }
@@ -39,7 +40,7 @@ def prepare(command: click.Command, values: Mapping[str, Any], *, to: str, elsew
     """
     values = dict(values)
     slide = values.get("slide")
-    if slide is not None and "=" in slide and not os.path.exists(slide):  # noqa: PTH110 - any text, of any length
+    if slide is not None and "=" in slide.partition("://")[0] and not os.path.exists(slide):  # noqa: PTH110 - any text, of any length
         values["overrides"], values["slide"] = (slide, *values["overrides"]), None
     guide = False if values.get("no_guide") else None
     given = {key: values.get(name) for name, key in SETTINGS.items()}

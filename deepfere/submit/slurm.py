@@ -127,15 +127,16 @@ class Slurm(Target):
         assert found == 1
         # Of an option that stands twice Slurm takes the last.
         more = [f"--job-name={name}", f"--output={folder}/{name}-%j.out", f"--chdir={folder}", *self.options]
-        directives = "".join(f"#SBATCH {option}\n" for option in more)
+        directives = "".join(f"#SBATCH {shlex.quote(option)}\n" for option in more)
         start = head.rindex("\n#SBATCH")
         cut = head.index("\n", start + 1) + 1
         return head[:cut] + directives + head[cut:]
 
     def payload(self, submission: Submission, name: str) -> str:
         """The script."""
-        return f"# sbatch --parsable < this script; its output: {self._logs(submission)}/{name}-JOBID.out\n" + (
-            self.script(submission, name)
+        folder = self._logs(submission)
+        return (
+            f"# sbatch --parsable {shlex.quote(str(folder / name))}.sbatch, which is:\n{self.script(submission, name)}"
         )
 
     def attempts(self, submission: Submission) -> dict[int, Job]:

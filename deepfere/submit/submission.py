@@ -92,7 +92,8 @@ def make_submission(job: str, arguments: Sequence[str], study: str, out: str, co
         config: Resolved settings.
     """
     manifest = content_digest(study) if job != "fuse" and Path(study).is_file() else ""
-    name = digest([job, list(arguments), manifest, config.resolved()])[:12]
+    values = {key: value for key, value in config.resolved().items() if key != "run"}
+    name = digest([job, list(arguments), manifest, values])[:12]
     metadata = {
         "deepfere.version": deepfere.__version__,
         "deepfere.config": config.digest(),
