@@ -267,7 +267,7 @@ def test_kubectl_is_told_and_asked_until_the_end(cli, study, home, monkeypatch, 
     (home / "kubectl").write_text(KUBECTL.format(python=sys.executable, store=str(store)))
     (home / "kubectl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{home}:{os.environ['PATH']}")
-    monkeypatch.setattr("deepfere.submit.target.POLL_S", 0.01)
+    monkeypatch.setattr("deepfere.submit.kuberay.KubeJob.poll_s", 0.01)
     done = cli("submit", "train", study, "-o", home / "work", "--to", "kuberay", "--image", "a/b:1")
     assert (done.code, done.out) == (code, "one\ntwo\n"), done
     calls = [json.loads(line) for line in (store / "calls").read_text().splitlines()]

@@ -59,18 +59,17 @@ def manifest(folder: Path, **section: str) -> Path:
 
 
 def test_a_job_runs_and_another_fails_with_its_own_code(run, phantom, tmp_path):
-    for suffix in (".imzML", ".ibd"):
-        (tmp_path / f"a{suffix}").symlink_to(phantom.imzml.with_suffix(suffix))
+    (tmp_path / "a.imzML").symlink_to(phantom.imzml)
     study = manifest(tmp_path, msi=str(tmp_path / "a.imzML"))
     words = ["submit", "ingest", study, "-o", tmp_path / "my work", "--no-guide", "--to", "slurm", *SMALL]
     code, out, err = finished(run(*words))
-    assert code == 0 and "one: 24 ions, 24 x 21 pixels" in out, (out, err)
+    assert code == 2 and "a.ibd is missing" in out, (out, err)
     name = err.split(":")[0]
     assert (tmp_path / "my work.jobs" / f"{name}.sbatch").is_file()
-    # The measurement's second file is gone when the same is submitted again.
-    (tmp_path / "a.ibd").unlink()
+    # The same again, now that the measurement is whole.
+    (tmp_path / "a.ibd").symlink_to(phantom.imzml.with_suffix(".ibd"))
     code, out, err = finished(run(*words))
-    assert code == 2 and "a.ibd is missing" in out, (out, err)
+    assert code == 0 and "one: 24 ions, 24 x 21 pixels" in out, (out, err)
     assert err == f"{name}-2: submitted\n"
 
 

@@ -31,6 +31,8 @@ class KubeJob(Job):
         work: The folder that it works in, as its pods see it.
     """
 
+    poll_s = 3.0
+
     def __init__(self, name: str, namespace: str | None, work: str) -> None:
         self.name, self._namespace, self._work = name, namespace, work
         self._log: _Pipe | None = None

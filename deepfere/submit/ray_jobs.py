@@ -31,6 +31,8 @@ class RayJob(Job):
         address: The dashboard's address.
     """
 
+    poll_s = 1.0
+
     def __init__(self, name: str, client: Any, address: str) -> None:
         self.name, self._client, self._address = name, client, address
         self._log: _Log | None = None

@@ -45,6 +45,8 @@ class SlurmJob(Job):
         log: The file that it prints to.
     """
 
+    poll_s = 3.0
+
     def __init__(self, name: str, number: str, log: Path) -> None:
         self.name, self.number, self._path = name, number, log
         self._log = Tail(log)

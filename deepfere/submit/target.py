@@ -11,7 +11,6 @@ from typing import Any
 
 from deepfere.submit.submission import Submission
 
-POLL_S = 0.5
 SECOND_CTRL_C_S = 3.0
 
 
@@ -33,9 +32,11 @@ class Job(ABC):
 
     Attributes:
         name: Its id.
+        poll_s: Seconds between two questions about it; a cluster's control service has others to answer, too.
     """
 
     name: str
+    poll_s: float = 0.5
 
     @abstractmethod
     def ended(self) -> Ended | None:
@@ -135,7 +136,7 @@ def follow(
                     if ended.what:
                         tell(ended.what)
                     return ended.code
-                sleep(POLL_S)
+                sleep(job.poll_s)
             except KeyboardInterrupt:
                 if stopping:
                     return _let_go(job, tell, attach)
