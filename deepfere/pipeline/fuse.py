@@ -27,6 +27,7 @@ from deepfere.readers.slide import slide_digest
 from deepfere.readers.slide_zarr import is_zarr
 from deepfere.reconstruction.result import Result, open
 from deepfere.section import EACH, Section, make_section
+from deepfere.stopping import looking, watched
 from deepfere.tiling.plan import check_range
 from deepfere.training.trainer import preflight
 
@@ -247,12 +248,12 @@ def fuse(
                 work.remove()
         return open(target)
     work.check(identity, overwrite)
-    with work.locked():
+    with work.locked(), watched(work.root, settings.run.time_limit_s):
         check_resources(settings, settings.guide)
         resumed = work.claim(identity, overwrite, anew=overwrite)
         try:
             with work.failures():
-                result = _run(section, inputs, identity, target, work, settings, progress)
+                result = _run(section, inputs, identity, target, work, settings, looking(progress))
         except InputError:
             # What can be wrong now is what the files hold: leave nothing behind that this call made.
             if not resumed:
