@@ -94,6 +94,7 @@ class SlideSettings(_Settings):
     """How the slide is read."""
 
     backend: Literal["auto", "openslide", "tiff"] = "auto"
+    icc: Literal["none", "srgb"] = Field("none", description="srgb converts colours by the slide's embedded profile")
 
 
 class AlignSettings(_Settings):
@@ -182,12 +183,22 @@ class RaySettings(_Settings):
     object_store_memory_bytes: int = Field(256 * 2**20, ge=80 * 2**20)
 
 
+class RunSettings(_Settings):
+    """How a run is carried out."""
+
+    time_limit_s: float | None = Field(None, gt=0, description="seconds after which it saves its work and stops")
+
+
 class TrackingSettings(_Settings):
     """MLflow: ``uri: none`` switches tracking off."""
 
     uri: str | None = None
     experiment: str = "deepfere"
     register_as: str | None = Field("deepfere", description="registered model name; None = do not register")
+
+
+UNNUMBERED = ("run", "ray", "tracking")
+"""Sections of the settings that change no numbers."""
 
 
 class Config(_Settings):
@@ -206,6 +217,7 @@ class Config(_Settings):
     train: TrainSettings = TrainSettings()
     paper: PaperSettings = PaperSettings()
     reconstruct: ReconstructSettings = ReconstructSettings()
+    run: RunSettings = RunSettings()
     ray: RaySettings = RaySettings()
     tracking: TrackingSettings = TrackingSettings()
 
@@ -214,9 +226,9 @@ class Config(_Settings):
         return self.model_dump(mode="json")
 
     def digest(self) -> str:
-        """Hash of what changes numbers: everything but where Ray and MLflow are."""
+        """Hash of what changes numbers: everything but how it runs, and where Ray and MLflow are."""
         values = self.resolved()
-        for name in ("ray", "tracking"):
+        for name in UNNUMBERED:
             values.pop(name)
         values["train"].pop("use_gpu")
         return digest(values)

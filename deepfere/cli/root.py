@@ -13,6 +13,7 @@ import click
 
 from deepfere import __version__
 from deepfere.errors import DeepfereError, InputError, SectionFailures
+from deepfere.stopping import Stopped
 
 
 class _Commands(click.Group):
@@ -24,8 +25,8 @@ class _Commands(click.Group):
             super().main(*args, **kwargs)
         except click.exceptions.Exit as stop:
             sys.exit(stop.exit_code)
-        except click.Abort:
-            _stopped()
+        except click.Abort as error:
+            _stopped(error.__context__)
         except click.UsageError as error:
             click.echo(f"error: {error.format_message()} (see {_program(error.ctx)} --help)", err=True)
             sys.exit(2)
@@ -45,8 +46,8 @@ class _Commands(click.Group):
                 raise
             click.echo(f"error: {str(error.filename)[:60]}...: the name is too long; check the path", err=True)
             sys.exit(2)
-        except KeyboardInterrupt:
-            _stopped()
+        except KeyboardInterrupt as error:
+            _stopped(error)
         sys.exit(0)
 
 
@@ -54,9 +55,10 @@ def _program(context: click.Context | None) -> str:
     return context.command_path if context else "deepfere"
 
 
-def _stopped() -> None:
+def _stopped(error: BaseException | None) -> None:
     again = "the same command without --overwrite" if "--overwrite" in sys.argv else "the same command again"
-    click.echo(f"\nstopped; {again} resumes", err=True)
+    why = f" ({error})" if isinstance(error, Stopped) else ""
+    click.echo(f"\nstopped{why}; {again} resumes", err=True)
     sys.exit(1)
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from deepfere.errors import InputError
 from deepfere.inspect.files import add_alignment
 from deepfere.inspect.notes import Description, Notes, add_mask, count_text, pair_text, sample, size_text
+from deepfere.inspect.raw import slide
 
 STAGES = ("sample", "ions", "ingest", "align", "tile", "learn", "reconstruct")
 SHARD_SAMPLE = 64
@@ -25,21 +26,28 @@ def zarr_group(path: str) -> Description:
         InputError: It is none, or of no kind that is known.
     """
     from deepfere.measured import store as measured_store
-    from deepfere.store import open_group
+    from deepfere.store import open_foreign
 
-    group = open_group(path, "r")
-    attrs = dict(group.attrs)
+    group = open_foreign(path)
+    attrs: dict[str, Any] = dict(group.attrs)
     kind = attrs.get("format")
     if kind == measured_store.FORMAT:
         return _measured(path, attrs)
     if kind == "deepfere-result":
         return _result(path, attrs)
-    ome = attrs.get("ome")
-    if isinstance(ome, dict) and ome.get("multiscales"):
-        return _pyramid(path, group, ome)
-    raise InputError(
-        "is a Zarr group of no kind that deepfere knows", where=path, remedy="give a measurement, a result or an image"
-    )
+    ome = attrs["ome"] if isinstance(attrs.get("ome"), dict) else attrs
+    if not ome.get("multiscales") and ome.get("bioformats2raw.layout") is None:
+        raise InputError(
+            "is a Zarr group of no kind that deepfere knows",
+            where=path,
+            remedy="give a measurement, a result or an image",
+        )
+    try:
+        return slide(path)
+    except InputError as error:
+        if not ome.get("multiscales"):
+            raise
+        return _pyramid(path, group, ome, error.what)
 
 
 def _measured(path: str, attrs: dict[str, Any]) -> Description:
@@ -207,8 +215,10 @@ def _add_papers(notes: Notes, path: str, result: Any) -> None:
         notes.add("warning", text)
 
 
-def _pyramid(path: str, group: Any, ome: dict[str, Any]) -> Description:
+def _pyramid(path: str, group: Any, ome: dict[str, Any], no_slide: str) -> Description:
+    """An image that cannot be used as a slide, and why."""
     notes = Notes()
+    notes.add("as a slide", no_slide)
     for image in ome["multiscales"]:
         axes = image.get("axes", [])
         notes.add("image", image.get("name"))

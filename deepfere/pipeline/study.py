@@ -40,6 +40,7 @@ from deepfere.readers.imzml import read_index
 from deepfere.readers.table import is_table, open_table
 from deepfere.reconstruction.result import open
 from deepfere.section import EACH, Section, Study, load_study, validated
+from deepfere.stopping import looking, watched
 from deepfere.tiling.plan import check_range
 
 STAGES = ("ingest", "align", "tile", "train", "reconstruct")
@@ -112,6 +113,23 @@ def each_region(sections: list[Section], study: str | Path) -> list[Section]:
     return validated(Study, {"sections": out}, study).sections
 
 
+def study_sections(stage: str, study: str | Path, config: Config) -> list[Section]:
+    """The sections of a manifest as a stage needs them, each with a slide or none; no file of theirs is read.
+
+    Raises:
+        InputError: The manifest is wrong, a slide is missing, or the stage needs one.
+    """
+    if stage in ("align", "tile") and not config.guide:
+        raise InputError(f"{stage} needs the stain", where="--no-guide", remedy="leave it out")
+    sections = load_study(study).sections
+    if not config.guide:
+        return [s.model_copy(update={"slide": None}) for s in sections]
+    bare = [s.name for s in sections if s.slide is None]
+    if bare:
+        raise InputError(f"no slide for {', '.join(bare)}", where=study, remedy="give slide, or --no-guide")
+    return sections
+
+
 def run_stage(
     stage: str,
     study: str | Path,
@@ -147,17 +165,10 @@ def run_stage(
         SectionFailures: Sections failed; the others are done, as far as they can be without these.
     """
     settings = load_config(config, overrides, factor=factor, guide=guide)
+    progress = looking(progress)
     check_range(settings.factor)
     check_patches(settings)
-    if stage in ("align", "tile") and not settings.guide:
-        raise InputError(f"{stage} needs the stain", where="--no-guide", remedy="leave it out")
-    sections = each_region(load_study(study).sections, study)
-    if settings.guide:
-        bare = [s.name for s in sections if s.slide is None]
-        if bare:
-            raise InputError(f"no slide for {', '.join(bare)}", where=study, remedy="give slide, or --no-guide")
-    else:
-        sections = [s.model_copy(update={"slide": None}) for s in sections]
+    sections = each_region(study_sections(stage, study, settings), study)
     target = Path(out).resolve()
     check_output(target)
     sections = [with_teaching_points(s) for s in sections]
@@ -172,7 +183,7 @@ def run_stage(
     parts = {s.name: digest([s.model_dump(mode="json"), told]) for s, told in zip(sections, inputs, strict=True)}
     whose = digest(parts)
     work.check(whose, overwrite, parts)
-    with work.locked():
+    with work.locked(), watched(work.root, settings.run.time_limit_s):
         if job.depth >= 2:
             check_resources(settings, settings.guide)
         resumed = work.claim(whose, overwrite, parts=parts)

@@ -21,12 +21,13 @@ from typing import Any
 
 from deepfere.config import digest
 from deepfere.errors import DeepfereError, IdentityError, InputError, SectionFailures
+from deepfere.stopping import STOP, look
 from deepfere.store import sync
 
 Progress = Callable[[str, float], None]
 
 IDENTITY, LOCK = "identity.json", "lock"
-OURS = ("done", "sections", "training", "failure.log", IDENTITY)
+OURS = ("done", "sections", "training", "failure.log", STOP, IDENTITY)
 """What a workspace owns in its folder. A study's results lie beside these and are no work."""
 
 
@@ -47,6 +48,21 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return values if isinstance(values, dict) else None
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a process holds a lock; on a file system without locks it may be, and that is taken for yes."""
+    try:
+        handle = os.open(lock, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 class SectionFolder:
@@ -111,7 +127,7 @@ class Workspace:
         """
         # A run that was killed while it began leaves the lock and what the marker was written through.
         names = {p.name for p in self.root.iterdir()} if self.root.exists() else set()
-        if IDENTITY not in names and any(n != LOCK and not n.startswith(f".{IDENTITY}.") for n in names):
+        if IDENTITY not in names and any(n not in (LOCK, STOP) and not n.startswith(f".{IDENTITY}.") for n in names):
             raise IdentityError(
                 "holds something that deepfere did not write", where=self.root, remedy="choose another output"
             )
@@ -308,11 +324,15 @@ class Workspace:
         """Run a stage once.
 
         Yields None if it is done, else a dict to put facts in that are kept with the marker.
+
+        Raises:
+            Stopped: The run was asked to stop, and this stage is not done.
         """
         fingerprint = digest(depends)
         if self.done(stage, fingerprint, section) is not None:
             yield None
             return
+        look()
         self.forget(stage, section)
         facts: dict[str, Any] = {}
         started = time.perf_counter()

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from deepfere.cluster import keep_signals, last_line
 from deepfere.config import TrainSettings
 from deepfere.errors import DeepfereError, InputError
+from deepfere.stopping import current, saving
 from deepfere.tiling.dataset import patch_dataset
 from deepfere.tiling.patches import PatchSource, draw, plane_shape
 from deepfere.training.loop import LoopSettings, SectionTask
@@ -87,6 +89,7 @@ def train_joint(
         InputError: Impossible resources.
         DeepfereError: Training failed.
         KeyboardInterrupt: It was interrupted; the same call goes on from the last checkpoint.
+        Stopped: It was asked to stop; the same call goes on from the step that it had reached.
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -112,6 +115,7 @@ def train_joint(
             "report_every": train.report_every,
             "threads": 1,
             "progress": str(progress) if on_step else None,
+            "stop": str(current() or ""),
         },
         torch_config=TorchConfig(timeout_s=300),
         scaling_config=ScalingConfig(
@@ -128,7 +132,7 @@ def train_joint(
         datasets={"train": patch_dataset(rows, sources, settings.patch_px, shape, batch // slots, train.workers)},
     )
     try:
-        with _watch(progress, on_step), keep_signals():
+        with saving(), _watch(progress, on_step), keep_signals():
             result = trainer.fit()
     except SystemExit as stop:
         # Ray's own handler of Ctrl-C ends the process with success when the controller is gone already.
@@ -140,8 +144,8 @@ def train_joint(
     kept = folder / f"{name}.final"
     if result.checkpoint is not None:
         result.checkpoint.to_directory(str(kept))
-    found = json.loads((kept / HISTORY).read_text()) if result.checkpoint is not None else {"losses": []}
-    if not found["losses"] or found["losses"][-1]["step"] != settings.steps:
+    found: dict[str, Any] = json.loads((kept / HISTORY).read_text()) if result.checkpoint is not None else {"step": 0}
+    if found["step"] != settings.steps:
         # Ray Train turns Ctrl-C into an aborted run that looks like a finished one.
         raise KeyboardInterrupt
     return Trained(kept / CHECKPOINT, found["losses"], found["timing"])

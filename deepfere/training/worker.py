@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from deepfere.stopping import requested
 from deepfere.training.loop import Batch, JointModel, LoopSettings, SectionTask, on_device, train_step
 
 CHECKPOINT = "training.pt"
@@ -66,7 +67,7 @@ def work(config: dict[str, Any]) -> None:
     device = get_device()
     model = JointModel(settings, sections)
     optimiser = model.optimiser()
-    first, history = _resume(train.get_checkpoint(), model, optimiser, config["digest"])
+    first, history, sums, count = _resume(train.get_checkpoint(), model, optimiser, config["digest"])
     # Before DDP copies it: its parameters are the ones that the optimiser holds.
     model.to(device)
     _to_device(optimiser, device)
@@ -75,8 +76,7 @@ def work(config: dict[str, Any]) -> None:
     batches = train.get_dataset_shard("train").iter_torch_batches(
         batch_size=settings.batch // world // config["parts"], drop_last=True, prefetch_batches=2, device="cpu"
     )
-    sums: dict[str, Tensor] = {}
-    count, clock = 0, Clock()
+    clock = Clock()
     for step, loaded in enumerate(clock.steps(batches, config["parts"])):
         if step < first:
             clock.restart()
@@ -88,33 +88,54 @@ def work(config: dict[str, Any]) -> None:
         sums = {name: sums.get(name, 0.0) + value.double() for name, value in losses.items()}
         count += 1
         last = step + 1 == settings.steps
-        if (step + 1) % config["report_every"] == 0 or last:
+        reports = (step + 1) % config["report_every"] == 0 or last
+        if reports:
             history.append({"step": step + 1, **_over_workers({name: value / count for name, value in sums.items()})})
             sums, count = {}, 0
+        stops = not last and _stops(config["stop"], step, device)
+        if reports or stops:
+            rest = {"sums": _over_workers(sums), "count": count}
             with tempfile.TemporaryDirectory() as folder:
                 saved_to = None
                 if rank == 0:
-                    _save(Path(folder), model, optimiser, history, clock.reading(), config["digest"])
+                    _save(Path(folder), model, optimiser, step + 1, history, rest, clock.reading(), config["digest"])
                     saved_to = train.Checkpoint.from_directory(folder)
-                train.report(dict(history[-1]), checkpoint=saved_to)
-        if last:
+                train.report({**(history[-1] if history else {}), "step": step + 1}, checkpoint=saved_to)
+        if last or stops:
             break
+
+
+def _stops(file: str, step: int, device: torch.device) -> bool:
+    """Whether the run is asked to stop; all workers agree on what the first one sees."""
+    if not distributed.is_initialized():
+        return requested(file)
+    # To ask the others a GPU has to be waited for.
+    if device.type != "cpu" and (step + 1) % 10:
+        return False
+    told = torch.tensor([int(requested(file))], device=device)
+    distributed.broadcast(told, 0)
+    return bool(told.item())
 
 
 def _resume(
     checkpoint: Any, model: JointModel, optimiser: torch.optim.Optimizer, digest: str
-) -> tuple[int, list[dict[str, float]]]:
-    """Steps that a checkpoint has behind it, and their history; model and optimiser are set to it."""
+) -> tuple[int, list[dict[str, float]], dict[str, Tensor], int]:
+    """What a checkpoint has behind it; model and optimiser are set to it.
+
+    Returns:
+        Its steps, their history, and sums and number of the losses that are not in the history yet.
+    """
     if checkpoint is None:
-        return 0, []
+        return 0, [], {}, 0
     with checkpoint.as_directory() as folder:
         saved = torch.load(Path(folder) / CHECKPOINT, weights_only=True, map_location="cpu")
     # A checkpoint of other settings (or of fits that another version made) is no place to go on from.
     if saved["digest"] != digest:
-        return 0, []
+        return 0, [], {}, 0
     model.load_state_dict(saved["model"])
     optimiser.load_state_dict(saved["optimiser"])
-    return saved["step"], saved["history"]
+    sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in saved.get("sums", {}).items()}
+    return saved["step"], saved["history"], sums, saved.get("count", 0)
 
 
 def _to_device(optimiser: torch.optim.Optimizer, device: torch.device) -> None:
@@ -129,23 +150,28 @@ def _save(
     folder: Path,
     model: JointModel,
     optimiser: torch.optim.Optimizer,
+    step: int,
     history: list[dict[str, float]],
+    rest: dict[str, Any],
     timing: dict[str, float],
     digest: str,
 ) -> None:
     state = {
         "model": model.state_dict(),
         "optimiser": optimiser.state_dict(),
-        "step": history[-1]["step"],
+        "step": step,
         "history": history,
+        **rest,
         "digest": digest,
     }
     torch.save(state, folder / CHECKPOINT)
-    (folder / HISTORY).write_text(json.dumps({"losses": history, "timing": timing}))
+    (folder / HISTORY).write_text(json.dumps({"step": step, "losses": history, "timing": timing}))
 
 
 def _over_workers(losses: dict[str, Tensor]) -> dict[str, float]:
     """Mean over the workers, each of which saw its own patches."""
+    if not losses:
+        return {}
     values = torch.stack(list(losses.values()))
     if distributed.is_initialized():
         distributed.all_reduce(values)
