@@ -44,23 +44,13 @@ def choose_ions(
     """
     axis, tolerance_ppm = table.sorted_mz()[0], spec.tolerance_ppm
     if isinstance(targets, SharedIons):
-        check_bins(table, targets.mz, tolerance_ppm)
+        # Of a list of features some may be missing; bins that are too wide for the windows lose most ions.
+        if 2 * (_held(axis, targets.mz, tolerance_ppm) == 0).sum() > len(targets.mz):
+            check_bins(table, targets.mz, tolerance_ppm)
+        _warn_lost(table, axis, targets.mz, tolerance_ppm, "ions of the study")
         return targets.mz, {"ions": "automatic", "peaks": targets.peaks}
     if targets is not None:
-        lost = targets[_held(axis, targets, tolerance_ppm) == 0]
-        if len(lost) == len(targets):
-            raise InputError(
-                f"has no variable within {tolerance_ppm:g} ppm of a target; the nearest is {_nearest(axis, lost)}",
-                where=table.path,
-                remedy="correct --mz or widen --tolerance-ppm",
-            )
-        if len(lost):
-            warnings.warn(
-                f"{table.path}: {len(lost)} of {len(targets)} targets have no variable within {tolerance_ppm:g} ppm "
-                f"and are zero everywhere, first {lost[0]:.6g}",
-                UserWarning,
-                stacklevel=5,
-            )
+        _warn_lost(table, axis, targets, tolerance_ppm, "targets")
         return targets, {"ions": "list"}
     if len(axis) <= MAX_VARIABLES:
         refuse_twice(axis, table.path)
@@ -70,6 +60,25 @@ def choose_ions(
     ions, how = found_ions(sample_table(table, raster, kind, spec), spec, table.path)
     check_bins(table, ions, tolerance_ppm)
     return ions, how
+
+
+def _warn_lost(
+    table: Table, axis: NDArray[np.float64], wanted: NDArray[np.float64], tolerance_ppm: float, name: str
+) -> None:
+    lost = wanted[_held(axis, wanted, tolerance_ppm) == 0]
+    if len(lost) == len(wanted):
+        raise InputError(
+            f"has no variable within {tolerance_ppm:g} ppm of a target; the nearest is {_nearest(axis, lost)}",
+            where=table.path,
+            remedy="correct --mz or widen --tolerance-ppm",
+        )
+    if len(lost):
+        warnings.warn(
+            f"{table.path}: {len(lost)} of {len(wanted)} {name} have no variable "
+            f"within {tolerance_ppm:g} ppm and are zero everywhere, first {lost[0]:.6g}",
+            UserWarning,
+            stacklevel=6,
+        )
 
 
 def check_bins(table: Table, ions: NDArray[np.float64], tolerance_ppm: float) -> None:
