@@ -57,7 +57,7 @@ def attempt(start: Start) -> dict[str, Any]:
     from deepfere.measured.factors import factor_weight, factorise
     from deepfere.measured.ingest import ingest
     from deepfere.phantom import PhantomSpec, write_phantom
-    from deepfere.pipeline.prepare import stain_overview
+    from deepfere.pipeline.overview import stain_overview
     from deepfere.readers.slide import open_slide
 
     size = {} if start.shape_px is None else {"shape_px": start.shape_px, "factor": 4}

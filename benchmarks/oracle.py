@@ -23,7 +23,7 @@ from deepfere.model.features import FEATURES
 from deepfere.model.guide import Cells, GuideSpec, features_of
 from deepfere.model.ridge import DENSITIES, LEADING, with_products
 from deepfere.model.stain_types import StainTypes
-from deepfere.pipeline.prepare import stain_overview
+from deepfere.pipeline.overview import stain_overview
 from deepfere.pipeline.tile import reach_um
 from deepfere.readers.slide import Reading, open_slide
 from deepfere.reconstruction.result import Result

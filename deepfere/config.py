@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from deepfere.errors import InputError
 
@@ -50,10 +50,15 @@ class IngestSettings(_Settings):
     tolerance_ppm: float = Field(5.0, gt=0, le=1000, description="half-width of an ion's m/z window")
     mz: list[float] | None = Field(None, description="target list, sorted; None = the file's axis, or automatic peaks")
     mz_range: tuple[float, float] | None = Field(None, description="lowest and highest m/z of automatic peaks")
-    normalisation: Literal["none", "tic", "rms", "median"] = "none"
+    normalisation: Literal["none", "tic", "rms", "median", "reference"] = "none"
+    reference_mz: float | None = Field(None, gt=0, description="for normalisation: reference")
     representation: Literal["centroid", "profile"] | None = Field(None, description="where the file does not say")
     lock_mass_mz: list[float] | None = Field(None, description="true m/z of peaks that correct each spectrum's m/z")
     lock_mass_tolerance_ppm: float = Field(20.0, gt=0, le=1000, description="how far off they are looked for")
+    baseline: Literal["none", "tophat", "snip"] = Field("none", description="taken away from profiles")
+    baseline_width_ppm: float = Field(3000.0, gt=0, le=1e5, description="wider than any peak")
+    smoothing: Literal["none", "savgol", "gaussian"] = Field("none", description="of profiles")
+    smoothing_points: int = Field(9, ge=5, le=1001, description="odd")
     duplicates: Literal["error", "sum", "mean"] = Field("error", description="several spectra for one pixel")
     band_rows: int = Field(64, ge=1)
 
@@ -67,15 +72,29 @@ class IngestSettings(_Settings):
     def _range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
         return rising(value)
 
+    @model_validator(mode="after")
+    def _reference(self) -> IngestSettings:
+        if self.normalisation == "reference" and self.reference_mz is None:
+            raise ValueError("normalisation=reference needs an m/z: give --reference-mz (ingest.reference_mz)")
+        return self
+
+    @field_validator("smoothing_points")
+    @classmethod
+    def _odd(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError(f"{value} is even, and a point has as many before it as behind")
+        return value
+
     def sampled(self) -> dict[str, Any]:
         """What a sample of a section's spectra depends on."""
-        return self.model_dump(exclude={"mz", "mz_range", "normalisation", "duplicates", "band_rows"})
+        return self.model_dump(exclude={"mz", "mz_range", "normalisation", "reference_mz", "duplicates", "band_rows"})
 
 
 class SlideSettings(_Settings):
     """How the slide is read."""
 
     backend: Literal["auto", "openslide", "tiff"] = "auto"
+    icc: Literal["none", "srgb"] = Field("none", description="srgb converts colours by the slide's embedded profile")
 
 
 class AlignSettings(_Settings):

@@ -31,6 +31,7 @@ class Section(BaseModel):
             they never hold is zero within, and refused outside.
         region: Which of the measurement's regions it is: a number, "all" for all of them as one section, or, in a
             study, "each" for as many sections. None where there is only one.
+        slide_region: Which of the slide's pieces of tissue is searched and used: a number; None or "all" for all.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,6 +45,7 @@ class Section(BaseModel):
     landmarks: str | None = None
     mz_range: tuple[float, float] | None = None
     region: int | Literal["all", "each"] | None = None
+    slide_region: int | Literal["all"] | None = None
 
     @field_validator("mz_range", mode="before")
     @classmethod

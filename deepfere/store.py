@@ -76,15 +76,23 @@ def open_group(
 
 
 def open_foreign(path: str | Path) -> zarr.Group:
-    """Open another program's local group to read it, Zarr v3 or v2.
+    """Open another program's group at a path or URL to read it, Zarr v3 or v2.
 
     Raises:
-        InputError: There is no readable Zarr group there.
+        InputError: There is no readable Zarr group there, or the store does not answer.
     """
+    if is_url(path):
+        from deepfere.readers.remote import FIRST_TRIES, answered
+
+        return answered(str(path), lambda: _opened(path, FsspecStore.from_url(str(path), read_only=True)), FIRST_TRIES)
     if not os.path.exists(path):  # noqa: PTH110 - see `open_group`
         raise missing(path)
+    return _opened(path, LocalStore(Path(path), read_only=True))
+
+
+def _opened(path: str | Path, store: LocalStore | FsspecStore) -> zarr.Group:
     try:
-        return zarr.open_group(LocalStore(Path(path), read_only=True), mode="r")
+        return zarr.open_group(store, mode="r")
     except (FileNotFoundError, zarr.errors.GroupNotFoundError, zarr.errors.ContainsArrayError) as error:
         raise InputError("is not a Zarr group", where=path, remedy="check the path") from error
     except (ValueError, TypeError, KeyError) as error:

@@ -7,7 +7,7 @@ import pytest
 
 from deepfere.model.artefacts import Artefacts, find_artefacts
 from deepfere.model.features import stain_reference
-from deepfere.pipeline.prepare import stain_overview
+from deepfere.pipeline.overview import stain_overview
 from deepfere.readers.slide import open_slide
 
 from .realdata import real_data

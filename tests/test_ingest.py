@@ -10,9 +10,10 @@ from pyimzml.ImzMLWriter import ImzMLWriter
 from deepfere.errors import InputError
 from deepfere.measured import ingest as ingest_module
 from deepfere.measured.ingest import ingest
+from deepfere.measured.normalise import spectrum_factors
 from deepfere.measured.peaks import find_ions
 from deepfere.measured.sampled import PeakSpec, sample_centroids, sample_profiles
-from deepfere.measured.store import MeasuredWriter, open_measured, spectrum_factors, write_measured
+from deepfere.measured.store import MeasuredWriter, open_measured, write_measured
 from deepfere.measured.windows import Windows
 from deepfere.store import create_array, open_group
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from deepfere.errors import InputError
 from deepfere.measured.ingest import ingest
 from deepfere.measured.lock_mass import LockMass
+from deepfere.measured.store import open_measured
 from deepfere.measured.treatment import Treatment
 
 from .imzml_bytes import write_pair
@@ -182,15 +184,13 @@ def test_the_command_and_a_study(tmp_path, cli):
     (tmp_path / "study.csv").write_text("name,msi\na,a.imzML\nb,b.imzML\n")
     done = cli("ingest", tmp_path / "study.csv", "-o", tmp_path / "w", "--no-guide", f"ingest.lock_mass_mz=[{LOCK}]")
     assert done.code == 0, done
-    from deepfere.measured.store import open_measured
-
     m = open_measured(tmp_path / "w" / "sections" / "b" / "measured.zarr")
     assert m.attrs["peaks"]["sections"] == 2 and m.attrs["lock_mass"]["found"] == 1.0
     np.testing.assert_allclose(m.mz[[0, 1, -1]], [400.2, 600.3, 900.4], rtol=1e-9)
-    import json
-
     marker = json.loads((tmp_path / "w" / "done" / "ingest-a.json").read_text())
     assert "lock mass 798.541 found in 100.0% of the spectra; m/z shifted by 3.35 ppm" in marker["warnings"][0]
+    info = cli("info", tmp_path / "w" / "sections" / "a" / "measured.zarr").out
+    assert "798.541 found in 100.0% of the spectra" in info and "automatic peaks of 2 sections" in info
     wrong = cli("fuse", tmp_path / "a.imzML", "-o", tmp_path / "r.zarr", "--no-guide", "--lock-mass", "0,5")
     assert wrong.code == 2 and "--lock-mass" in wrong.err
     gone = cli("fuse", tmp_path / "a.imzML", "-o", tmp_path / "r.zarr", "--no-guide", "--lock-mass", "512.3")

@@ -26,7 +26,7 @@ RNG = np.random.default_rng(7)
 class ArraySlide:
     """A slide held in memory, for exact arithmetic."""
 
-    path, backend = "memory", "flat"
+    path, backend, icc, profile = "memory", "flat", "none", None
 
     def __init__(self, image, mpp_um=(0.5, 0.5), factors=(1,), background=(255, 255, 255)):
         self.images = [block_mean(image, f) for f in factors]
@@ -196,7 +196,7 @@ def test_pyramidal_tiff(tmp_path, shape, backend):
 def test_openslide_levels_that_are_no_whole_fraction_stay_consistent(tmp_path):
     import openslide
 
-    from deepfere.readers.slide import OpenSlideSlide
+    from deepfere.readers.slide_openslide import OpenSlideSlide
 
     y, x = np.mgrid[:1003, :1501]
     image = np.stack([x % 251, y % 251, (x + y) // 11 % 251], -1).astype(np.uint8)

@@ -226,7 +226,7 @@ def test_what_is_left_to_other_readers(tmp_path, write, why):
 
 def test_a_file_whose_pixels_differ_is_left_to_openslide(tmp_path, monkeypatch):
     """The check on the very file must be able to fail."""
-    import deepfere.readers.slide_tiff as module
+    import deepfere.readers.slide_tiff_levels as module
 
     path = write_jpeg_tiff(tmp_path / "s.tif", picture(128, 128))
     monkeypatch.setitem(module.COLOURS, 6, "rgb")

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import yaml
 
+from deepfere.config import load_config
+from deepfere.errors import InputError
 from deepfere.measured.peaks import find_ions
 from deepfere.measured.sampled import PeakSpec, load_sample, sample_centroids, sample_profiles, save_sample
 from deepfere.measured.store import open_measured
+from deepfere.section import load_study
 
 from .imzml_bytes import write_pair
 
@@ -171,6 +174,16 @@ def test_an_ion_beyond_what_a_section_measured_is_refused(study):
     shutil.rmtree(study.work)
     assert study.ingest().code == 0
     assert (study.measured("narrow").ion_image(950.0) == 0).all()
+
+
+def test_the_range_in_a_table_and_ranges_that_are_none(tmp_path):
+    (tmp_path / "s.csv").write_text('name,msi,mz_range\na,a.imzML,"100,1000"\nb,b.imzML,\n')
+    assert [s.mz_range for s in load_study(tmp_path / "s.csv").sections] == [(100.0, 1000.0), None]
+    (tmp_path / "s.csv").write_text('name,msi,mz_range\na,a.imzML,"1000,100"\n')
+    with pytest.raises(InputError, match="1000 to 100 is no range of m/z"):
+        load_study(tmp_path / "s.csv")
+    with pytest.raises(InputError, match="no range of m/z"):
+        load_config(None, ["ingest.mz_range=[5,5]"])
 
 
 def test_a_mended_section_is_gone_on_with_and_nothing_else_is_done_again(study):

@@ -248,7 +248,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
 def test_fuse_by_url(s3, ray_session, uploaded, phantom, tmp_path, cli):
     """A result like that of the local file, by its identity too; and refusals before anything is written."""
     quick = ["model.tier=T1", "tracking.uri=none", "model.null_guides=4", "model.smoothing_pitch=0.3"]
-    quick += ["--factor", "4", "--alignment", phantom.truth / "alignment.json"]
+    quick += ["--factor", "4", "--alignment", phantom.truth / "alignment.json", "--slide-icc", "srgb"]
     out = tmp_path / "url.zarr"
     done = cli("fuse", phantom.imzml, uploaded, "-o", out, *quick)
     assert done.code == 0, done
@@ -256,6 +256,8 @@ def test_fuse_by_url(s3, ray_session, uploaded, phantom, tmp_path, cli):
     assert result.provenance["section"]["slide"] == uploaded
     assert result.provenance["inputs"]["slide"] == content_digest(phantom.slide)
     assert result.provenance["slide"]["backend"] == "tiff"
+    assert any("carries no profile" in line for line in result.provenance["warnings"])
+    assert "carries no profile" in done.err
     assert (result.stain().compute() < 128).any()
     for slide in (uploaded, phantom.slide):  # what a slide is does not depend on where it lies
         again = cli("fuse", phantom.imzml, slide, "-o", out, *quick)

@@ -34,6 +34,16 @@ It still competes: that it predicts as well as the best shows that the best is n
 """
 
 
+class AmbiguousPlacement(InputError):
+    """Two placements that lie apart predict the ions alike.
+
+    Attributes:
+        placements: The best and the next.
+    """
+
+    placements: tuple[Alignment, Alignment]
+
+
 def accept(
     measured: MeasuredOverview, stain: StainOverview, candidates: list[Candidate], features: torch.Tensor
 ) -> Alignment:
@@ -46,13 +56,15 @@ def accept(
         features: The features that they were scored with.
 
     Raises:
+        AmbiguousPlacement: Another one is nearly as good.
         InputError: It is stretched, or no better than wrong placements may be.
     """
     if not candidates:
         raise InputError("no placement of the section on the slide covers 70 % of the measured tissue", remedy=REMEDY)
     best = candidates[0]
     others = [c for c in candidates[1:] if not same_basin(c.alignment, best.alignment, measured.grid)]
-    runner_up = max((c.fine_r2 for c in others), default=-1.0)
+    second = max(others, key=lambda c: c.fine_r2, default=None)
+    runner_up = -1.0 if second is None else second.fine_r2
     nulls = np.array(
         [
             placement_r2(measured, stain, a, features=features, fine=True)
@@ -80,11 +92,15 @@ def accept(
             remedy=f"check --pitch-um and --slide-mpp-um, or {REMEDY}",
         )
     if best.fine_r2 < runner_up + MARGIN or best.fine_r2 < bar or best.fine_r2 < LEAST_R2:
-        raise InputError(
+        told = (
             f"the stain does not show where the section lies: the best placement predicts the ions' structure with a "
-            f"held-out R2 of {best.fine_r2:.2f}, the next {runner_up:.2f}, wrong ones up to {bar:.2f}",
-            remedy=REMEDY,
+            f"held-out R2 of {best.fine_r2:.2f}, the next {runner_up:.2f}, wrong ones up to {bar:.2f}"
         )
+        if second is None or best.fine_r2 >= runner_up + MARGIN:
+            raise InputError(told, remedy=REMEDY)
+        ambiguous = AmbiguousPlacement(told, remedy=REMEDY)
+        ambiguous.placements = best.alignment, second.alignment
+        raise ambiguous
     least = least_sum(int(measured.mask.sum()))
     if total < least:
         raise InputError(

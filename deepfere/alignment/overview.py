@@ -29,12 +29,15 @@ class StainOverview:
         spacing_um: Plane pixel size (y, x), slide micrometres.
         reference: The slide's stain constants.
         artefacts: What on the slide is no stain; painted over with glass in the planes.
+        elsewhere: (h, w) other pieces of tissue than the one that is searched, painted over too; None where all of
+            the slide is.
     """
 
     planes: NDArray[np.uint8]
     spacing_um: tuple[float, float]
     reference: StainReference
     artefacts: Artefacts = NO_ARTEFACTS
+    elsewhere: NDArray[np.bool_] | None = None
 
     @property
     def extent_um(self) -> tuple[float, float]:

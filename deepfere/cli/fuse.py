@@ -23,10 +23,17 @@ from deepfere.cli.root import main
 @click.option("--tolerance-ppm", type=float, help="Half-width of an ion's m/z window [default: 5].")
 @click.option("--representation", type=click.Choice(["centroid", "profile"]), help="Where the file does not say.")
 @click.option("--lock-mass", callback=targets, help="True m/z of peaks that correct each spectrum's m/z: 798.5410,...")
+@click.option(
+    "--normalisation",
+    type=click.Choice(["none", "tic", "rms", "median", "reference"]),
+    help="Of every pixel [default: none].",
+)
+@click.option("--reference-mz", type=float, help="An ion that is everywhere: normalise every pixel by it.")
 @click.option("--duplicates", type=click.Choice(["error", "sum", "mean"]), help="Several spectra for one pixel.")
 @click.option("--pitch-um", help="Measured pixel size, micrometres: 50 or 50,40 (y,x).")
 @click.option("--slide-mpp-um", help="Slide pixel size, micrometres per pixel: 0.25 or 0.25,0.25 (y,x).")
 @click.option("--slide-backend", type=click.Choice(["auto", "openslide", "tiff"]), help="Reader of the slide.")
+@click.option("--slide-icc", type=click.Choice(["none", "srgb"]), help="srgb: convert colours by the slide's profile.")
 @click.option("--alignment", type=click.Path(), help="Alignment JSON to use as it is.")
 @click.option(
     "--landmarks",
@@ -34,6 +41,7 @@ from deepfere.cli.root import main
     help="CSV: section_y_um,section_x_um,slide_y_um,slide_x_um; or a flexImaging .mis.",
 )
 @click.option("--region", callback=region, help="Of several measured regions: its number (see info), or all.")
+@click.option("--slide-region", callback=region, help="Of several pieces on the slide: its number, or all [default].")
 @click.option("--no-guide", is_flag=True, help="Without the stain: the baseline of everything.")
 @CONFIG
 @OVERWRITE

@@ -47,5 +47,5 @@ def region(context: click.Context, parameter: click.Parameter, value: str | None
     if value is None or value == "all":
         return value
     if not value.isdecimal():
-        raise InputError(f"{value!r} is no region", where="--region", remedy="give a number, or all")
+        raise InputError(f"{value!r} is no region", where=parameter.opts[0], remedy="give a number, or all")
     return int(value)

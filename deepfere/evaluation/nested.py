@@ -11,7 +11,6 @@ of the result, but not between the two.
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,10 +31,10 @@ from deepfere.model.guide import GuideSpec
 from deepfere.model.ridge import fit_average
 from deepfere.model.stain_types import StainTypes
 from deepfere.model.transfer import DEFAULT_SMOOTHING_PITCH, SmoothingChoice
-from deepfere.pipeline.prepare import stain_overview
+from deepfere.pipeline.overview import section_overview
 from deepfere.pipeline.workspace import Progress
-from deepfere.readers.slide import open_slide
 from deepfere.reconstruction.result import Result
+from deepfere.section import Section
 from deepfere.tiling.plan import plan_windows
 
 Array = NDArray[np.float64]
@@ -91,8 +90,7 @@ def nested_scores(result: Result, config: Config, progress: Progress) -> dict[st
     if found is None or not LEAST_PX <= int(result.mask.sum()) <= MOST_PX:
         return None
     pitch = float(np.mean(result.grid.pitch_um))
-    with closing(open_slide(str(section["slide"]), section.get("slide_mpp_um"), config.slide.backend)) as slide:
-        stain, _ = stain_overview(slide, pitch, ink=config.artefacts == "auto")
+    stain, _, _ = section_overview(Section.model_validate(section), config, pitch)
     unused = result.artefacts()
     if unused is not None:
         stain = stain.without(unused > 0)

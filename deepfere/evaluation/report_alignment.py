@@ -144,6 +144,8 @@ def artefact_words(provenance: Mapping[str, Any]) -> list[str]:
         area = f"{entry['area_um2'] / 1e6:.3g} mm²"
         if entry["kind"] == "ink":
             out.append(f"Ink or the like on {area} of the slide, told by its colour, is not used.")
+        elif entry["kind"] == "piece":
+            out.append(f"Other pieces of tissue on the slide ({area} with their surroundings) are not used.")
         else:
             out.append(
                 f"A {entry['kind']} of {area} on the slide is not used: {entry['measured_px']} measured pixels do not "

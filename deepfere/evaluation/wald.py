@@ -118,7 +118,9 @@ def wald(
         if base.guide:
             out = Path(folder) / "ours.zarr"
             placed = {"slide_mpp_um": section.get("slide_mpp_um"), "alignment": Path(result.path) / "alignment.json"}
-            given = {key: section[key] for key in ("slide_mpp_um", "alignment", "landmarks") if section.get(key)}
+            placed["slide_region"] = section.get("slide_region")
+            asked = ("slide_mpp_um", "alignment", "landmarks", "slide_region")
+            given = {key: section[key] for key in asked if section.get(key)}
             state = "given" if section.get("alignment") or section.get("landmarks") else "found"
             if Path(given.get("landmarks") or "").suffix.lower() == MIS:
                 # Teaching points know the grid that was measured, not one that was degraded.

@@ -60,9 +60,9 @@ def render(description: Description) -> str:
 
 def _remote(url: str) -> Description:
     from deepfere.inspect import raw, stores
-    from deepfere.readers.remote import holds
+    from deepfere.readers.slide_zarr import is_zarr
 
-    return stores.zarr_group(url) if holds(url, "zarr.json") else raw.slide(url)
+    return stores.zarr_group(url) if is_zarr(url) else raw.slide(url)
 
 
 def _file(path: Path) -> Description:
@@ -98,11 +98,12 @@ def _file(path: Path) -> Description:
 
 def _folder(path: Path) -> Description:
     from deepfere.inspect import raw, stores
+    from deepfere.readers.slide_zarr import is_zarr
     from deepfere.readers.table import is_table
 
     if is_table(path):
         return raw.table(path)
-    if (path / "zarr.json").exists():
+    if is_zarr(path):
         return stores.zarr_group(str(path))
     if (path / "identity.json").exists():
         return stores.work(path)

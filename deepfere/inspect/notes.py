@@ -49,6 +49,10 @@ class Notes:
         if value is not None and value != "":
             self.facts.append((name, str(value)))
 
+    def fact(self, name: str) -> str | None:
+        """The first value of that name, or None."""
+        return next((value for key, value in self.facts if key == name), None)
+
     def problem(self, text: str) -> None:
         """One more reason why it is not whole."""
         self.problems.append(" ".join(text.split()))

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
-from deepfere.inspect.notes import Description, Notes, add_mask, count_text, pair_text, sample, size_text
+from deepfere.inspect.notes import MAX_LISTED, Description, Notes, add_mask, count_text, pair_text, sample, size_text
 from deepfere.readers.ranges import first_bytes, is_url, open_ranges
+from deepfere.readers.slide_zarr import is_zarr
 
 if TYPE_CHECKING:
     from deepfere.readers.imzml import ImzmlIndex
@@ -28,8 +29,14 @@ CHECKSUMS = {b"0": "md5", b"1": "sha1", b"2": "sha256"}
 CHECKSUM_BYTES = 1 << 30
 HEAD_BYTES = 1 << 17
 MZ_SAMPLE_BYTES = 64 << 20
+PIECES_PX = 1 << 27
 PROBES = (0.0, 0.5, 1.0)
-READ_BY = {"openslide": "OpenSlide", "tiff": "deepfere itself (JPEG tiles)", "flat": "deepfere itself"}
+READ_BY = {
+    "openslide": "OpenSlide",
+    "tiff": "deepfere itself (JPEG tiles)",
+    "flat": "deepfere itself",
+    "zarr": "deepfere itself (OME-Zarr)",
+}
 STORED = {"csc": "by variable (csc)", "csr": "by pixel (csr)", "dense": "densely"}
 
 
@@ -189,10 +196,11 @@ def slide(path: str | Path) -> Description:
 
 def _slide(path: str | Path, said: list[str]) -> Description:
     from deepfere.readers.slide import open_slide
+    from deepfere.readers.slide_colour import profile_text
     from deepfere.readers.slide_mpp import GIVE_MPP
 
     notes, mpp_text = Notes(), ""
-    problem = _tiff_problem(path, said)
+    problem = "" if is_zarr(path) else _tiff_problem(path, said)
     if problem:
         notes.problem(problem)
     try:
@@ -208,11 +216,12 @@ def _slide(path: str | Path, said: list[str]) -> Description:
         ) from error
     try:
         known = None if mpp_text else opened.mpp_um
-        notes.add("format", _vendor(path) or f"plain {_picture(path)}")
+        notes.add("format", _format(path, opened))
         notes.add("read by", READ_BY[opened.backend])
         notes.add("size", size_text(opened.shape_px, known))
         notes.add("pixel size", mpp_text or f"{pair_text(opened.mpp_um)} um (mpp)")
-        if opened.backend != "flat" and not is_url(path):
+        notes.add("colour profile", "none" if opened.profile is None else profile_text(opened.profile))
+        if opened.backend in ("openslide", "tiff") and not is_url(path):
             _add_properties(notes, path)
         notes.add("levels", len(opened.levels))
         for number, level in enumerate(opened.levels):
@@ -220,9 +229,12 @@ def _slide(path: str | Path, said: list[str]) -> Description:
             size = f"{level.shape_px[0]:,} x {level.shape_px[1]:,} pixels"
             notes.add(f"level {number}", size + (f", {shrunk} times smaller" if number else ", full size"))
         _probe(notes, opened)
+        if known is not None and not notes.problems:
+            _add_pieces(notes, opened)
     finally:
         opened.close()
-    return notes.done(path, "slide" if opened.backend != "flat" else "slide (plain picture)")
+    plain = opened.backend == "flat" and notes.fact("format") != "OME-TIFF"
+    return notes.done(path, "slide (plain picture)" if plain else "slide")
 
 
 @contextmanager
@@ -263,11 +275,20 @@ def _tiff_problem(path: str | Path, said: list[str]) -> str:
     return ""
 
 
-def _vendor(path: str | Path) -> str | None:
-    """What OpenSlide calls the format; None for a plain picture, and for a URL, at which it cannot look."""
+def _format(path: str | Path, opened: Slide) -> str:
+    """What OpenSlide calls the format; at a URL it cannot look."""
     import openslide
 
-    return None if is_url(path) else openslide.OpenSlide.detect_format(str(path))
+    from deepfere.readers.slide_flat import is_ome_tiff
+    from deepfere.readers.slide_zarr import ZarrSlide
+
+    if isinstance(opened, ZarrSlide):
+        return f"OME-Zarr {opened.version}"
+    picture = _picture(path)
+    if picture == "TIFF" and is_ome_tiff(path):
+        return "OME-TIFF"
+    vendor = None if is_url(path) else openslide.OpenSlide.detect_format(str(path))
+    return vendor or f"plain {picture}"
 
 
 def _picture(path: str | Path) -> str:
@@ -281,6 +302,22 @@ def _add_properties(notes: Notes, path: str | Path) -> None:
         power = handle.properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER)
         notes.add("magnification", f"{power} x" if power else None)
         notes.add("further pictures", ", ".join(sorted(handle.associated_images)))
+
+
+def _add_pieces(notes: Notes, opened: Slide) -> None:
+    """Pieces of tissue, where a level is small enough to be looked at."""
+    from deepfere.tiling.pieces import find_pieces, looked_at_px
+
+    pixels = looked_at_px(opened)
+    if pixels > PIECES_PX:
+        notes.add("pieces", f"not looked for: the level to look at has {pixels:,} pixels")
+        return
+    found = find_pieces(opened).pieces
+    notes.add("pieces", f"{len(found)} of tissue")
+    for piece in found[:MAX_LISTED]:
+        notes.add(f"piece {piece.number}", piece.text())
+    if len(found) > MAX_LISTED:
+        notes.add("further pieces", f"{len(found) - MAX_LISTED}")
 
 
 def _probe(notes: Notes, opened: Slide) -> None:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from deepfere.errors import InputError
 from deepfere.inspect.files import add_alignment
 from deepfere.inspect.notes import Description, Notes, add_mask, count_text, pair_text, sample, size_text
+from deepfere.inspect.raw import slide
 
-STAGES = ("ingest", "align", "tile", "learn", "reconstruct")
+STAGES = ("sample", "ions", "ingest", "align", "tile", "learn", "reconstruct")
 SHARD_SAMPLE = 64
 
 
@@ -25,24 +26,32 @@ def zarr_group(path: str) -> Description:
         InputError: It is none, or of no kind that is known.
     """
     from deepfere.measured import store as measured_store
-    from deepfere.store import open_group
+    from deepfere.store import open_foreign
 
-    group = open_group(path, "r")
-    attrs = dict(group.attrs)
+    group = open_foreign(path)
+    attrs: dict[str, Any] = dict(group.attrs)
     kind = attrs.get("format")
     if kind == measured_store.FORMAT:
         return _measured(path, attrs)
     if kind == "deepfere-result":
         return _result(path, attrs)
-    ome = attrs.get("ome")
-    if isinstance(ome, dict) and ome.get("multiscales"):
-        return _pyramid(path, group, ome)
-    raise InputError(
-        "is a Zarr group of no kind that deepfere knows", where=path, remedy="give a measurement, a result or an image"
-    )
+    ome = attrs["ome"] if isinstance(attrs.get("ome"), dict) else attrs
+    if not ome.get("multiscales") and ome.get("bioformats2raw.layout") is None:
+        raise InputError(
+            "is a Zarr group of no kind that deepfere knows",
+            where=path,
+            remedy="give a measurement, a result or an image",
+        )
+    try:
+        return slide(path)
+    except InputError as error:
+        if not ome.get("multiscales"):
+            raise
+        return _pyramid(path, group, ome, error.what)
 
 
 def _measured(path: str, attrs: dict[str, Any]) -> Description:
+    from deepfere.measured.lock_mass import told
     from deepfere.measured.store import open_measured
 
     notes, kind = Notes(), "ingested measurement"
@@ -70,6 +79,11 @@ def _measured(path: str, attrs: dict[str, Any]) -> Description:
     notes.add("tolerance", f"{measured.tolerance_ppm:g} ppm")
     for key in ("mode", "representation", "polarity"):
         notes.add(key, a.get(key))
+    if "lock_mass" in a:
+        notes.add("lock mass", told(a["lock_mass"]).removeprefix("lock mass "))
+    if "profile" in a:
+        notes.add("profiles", ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in a["profile"].items()))
+    notes.add("reference m/z", a.get("reference_mz"))
     origin = a.get("origin_px", [0, 0])
     notes.add("origin", f"x {origin[1]}, y {origin[0]} in the file's coordinates")
     add_mask(notes, measured.mask, measured.grid.pitch_um)
@@ -201,8 +215,10 @@ def _add_papers(notes: Notes, path: str, result: Any) -> None:
         notes.add("warning", text)
 
 
-def _pyramid(path: str, group: Any, ome: dict[str, Any]) -> Description:
+def _pyramid(path: str, group: Any, ome: dict[str, Any], no_slide: str) -> Description:
+    """An image that cannot be used as a slide, and why."""
     notes = Notes()
+    notes.add("as a slide", no_slide)
     for image in ome["multiscales"]:
         axes = image.get("axes", [])
         notes.add("image", image.get("name"))

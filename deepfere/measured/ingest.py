@@ -25,14 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import DeepfereError, InputError
-from deepfere.measured.ions import Source, choose_ions, of_region, open_source
+from deepfere.measured.ions import Source, choose_ions, known_kind, of_region, open_source
 from deepfere.measured.lock_mass import describe, fill_shifts, shift_image, told
+from deepfere.measured.normalise import FACTORS, REFERENCE
 from deepfere.measured.peaks import SharedIons
 from deepfere.measured.raster import Raster, batches, plan_raster
 from deepfere.measured.reduce import Reduce, Reducer, put, shared_axis
 from deepfere.measured.sampled import PeakSpec
 from deepfere.measured.store import (
-    FACTORS,
     FOUND,
     SHIFT,
     Measured,
@@ -87,6 +87,7 @@ def ingest(
     tolerance_ppm: float = 5.0,
     representation: str | None = None,
     treatment: Treatment = UNTREATED,
+    reference_mz: float | None = None,
     band_rows: int = 64,
     progress: Callable[[int, int], None] | None = None,
     duplicates: str = "error",
@@ -101,7 +102,7 @@ def ingest(
     Ions: those of ``mz`` where given; else the file's own axis, no ion dropped, where all spectra share one
     (continuous; a table of at most 5000 variables); else automatic, by `PeakSpec`. An ion's value is the sum of the
     centroids or bins in its window, or the area under the profile in it. Normalisation factors are those of the whole
-    spectrum as read.
+    spectrum as read, of profiles after smoothing and baseline.
 
     Args:
         msi_path: The .imzML, or the table's store (see `open_table`).
@@ -113,6 +114,7 @@ def ingest(
         representation: "centroid" or "profile"; wins over what the file says.
         treatment: What is done to spectra before windows are taken. With a lock mass the file is read twice, first
             for the shift of every spectrum; an image of them is stored.
+        reference_mz: Its intensity in each pixel is stored as one more factor of normalisation.
         band_rows: Image rows per band at most; fewer where a band would exceed 512 MiB.
         progress: Called with (bands done, bands).
         duplicates: What to do where a pixel has several spectra: "error", "sum" or "mean".
@@ -151,8 +153,10 @@ def ingest(
         raise InputError(f"unknown representation {representation!r}", remedy="give centroid or profile")
     kind = representation or source.representation
     targets = mz if mz is None or isinstance(mz, SharedIons) else _targets(mz)
+    if reference_mz is not None and not 0 < reference_mz < math.inf:
+        raise InputError(f"{reference_mz} is no m/z", where="--reference-mz", remedy="give a positive number")
     spec = PeakSpec(tolerance_ppm, mz_range=mz_range)
-    with _open_reduce(source, raster, targets, spec, kind, treatment, band_rows) as plan:
+    with _open_reduce(source, raster, targets, spec, kind, treatment, reference_mz, band_rows) as plan:
         with _whole_or_not(out_path, storage_options):
             writer = MeasuredWriter(
                 out_path,
@@ -163,7 +167,8 @@ def ingest(
                 storage_options=storage_options,
                 codec=codec,
             )
-            tally = _write_bands(source.int_length, raster, plan.reduce, writer, duplicates, progress)
+            names = FACTORS if reference_mz is None else (*FACTORS, REFERENCE)
+            tally = _write_bands(source.int_length, raster, plan.reduce, names, writer, duplicates, progress)
             if not tally.positive:
                 raise InputError(
                     "every ion is zero in every pixel",
@@ -179,6 +184,7 @@ def ingest(
         attrs = {
             **plan.how,
             "tolerance_ppm": float(tolerance_ppm),
+            "reference_mz": reference_mz,
             "origin_px": list(raster.origin_px),
             "region": region,
             "pitch_source": "given" if pitch_um is not None else "file",
@@ -217,6 +223,7 @@ def _open_reduce(
     spec: PeakSpec,
     kind: str | None,
     treatment: Treatment,
+    reference_mz: float | None,
     band_rows: int,
 ) -> Iterator[_Plan]:
     if isinstance(source, Table):
@@ -224,20 +231,26 @@ def _open_reduce(
         ions, how = choose_table_ions(source, raster, targets, kind, spec)
         rows = _band_rows(band_rows, len(ions), raster)
         order = np.concatenate(list(_by_band(raster, fitting_band(rows, raster.shape_px))))
-        yield _Plan(ions, how, rows, TableReducer(source, ions, how["ions"], spec.tolerance_ppm, order))
+        yield _Plan(ions, how, rows, TableReducer(source, ions, how["ions"], spec.tolerance_ppm, order, reference_mz))
         return
     with source.ibd_path.open("rb") as ibd:
         axis = shared_axis(source, ibd)
         treatment.check(source, kind, "axis" if axis is not None and targets is None else "list", axis is not None)
         ions, how = choose_ions(source, raster, axis, targets, kind, spec, treatment)
         found = None if kind is None else treatment.shifts(source, np.arange(len(source)), kind)
+        if reference_mz is not None:
+            kind = known_kind(source, kind)
+        if treatment.profile.active:
+            how["profile"] = treatment.profile.to_dict()
         shifts, images = None, {}
         if found is not None and treatment.lock_mass is not None:
             how["lock_mass"] = describe(found, treatment.lock_mass)
             shifts = fill_shifts(found, raster)
             images[SHIFT] = shift_image(shifts, raster).astype(np.float32)
             images[FOUND] = np.isfinite(shift_image(found, raster))
-        reduce = Reducer(source, axis, ions, how["ions"], kind, spec.tolerance_ppm, shifts)
+        reduce = Reducer(
+            source, axis, ions, how["ions"], kind, spec.tolerance_ppm, shifts, treatment.profile, reference_mz
+        )
         yield _Plan(ions, how, _band_rows(band_rows, len(ions), raster), partial(reduce, ibd), images)
 
 
@@ -302,13 +315,14 @@ def _write_bands(
     lengths: NDArray[np.int64],
     raster: Raster,
     reduce: Reduce,
+    names: tuple[str, ...],
     writer: MeasuredWriter,
     duplicates: str,
     progress: Callable[[int, int], None] | None,
 ) -> _Tally:
     ny, nx = raster.shape_px
     repeated = bool(raster.counts.max() > 1)
-    tally = _Tally(factors={name: np.zeros((ny, nx), np.float64 if repeated else np.float32) for name in FACTORS})
+    tally = _Tally(factors={name: np.zeros((ny, nx), np.float64 if repeated else np.float32) for name in names})
     bands = writer.bands
     ions = writer.ions.shape[0]
     images = np.empty((ions, writer.band_rows, nx), dtype=np.float32)  # one band, used again for the next
@@ -322,7 +336,7 @@ def _write_bands(
             tally.negatives += negatives
             tally.positive = tally.positive or bool(values.any())
             put(flat, (raster.row[batch] - begin) * nx + raster.col[batch], values, repeated)
-            for name, factor in zip(FACTORS, factors, strict=True):
+            for name, factor in zip(names, factors, strict=True):
                 if repeated:
                     np.add.at(tally.factors[name], (raster.row[batch], raster.col[batch]), factor)
                 else:

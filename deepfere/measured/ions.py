@@ -91,7 +91,12 @@ def sample_source(
     with source.ibd_path.open("rb") as ibd:
         if kind == "centroid":
             return sample_centroids(_spectra(source, ibd, rows, shifts), spec)
-        return sample_profiles(lambda: _spectra(source, ibd, rows, shifts))
+        if not treatment.profile.active:
+            return sample_profiles(lambda: _spectra(source, ibd, rows, shifts))
+        apply = treatment.profile.applied
+        return sample_profiles(
+            lambda: ((mz, apply(mz, v[None])[0].astype(np.float64)) for mz, v in _spectra(source, ibd, rows, shifts))
+        )
 
 
 def _spectra(index: ImzmlIndex, ibd: IO[bytes], rows: NDArray[np.int64], shifts: NDArray[np.float64] | None) -> Spectra:

@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
+from deepfere.measured.around import fill
+from deepfere.measured.peaks import peak_centre
 from deepfere.measured.raster import Raster, batches
 from deepfere.readers.imzml import ImzmlIndex
 from deepfere.readers.imzml_arrays import read_flat
 
 LEAST_FOUND = 0.1
 """Share of the spectra that must show a lock mass."""
-NEAR_PX, LEAST_NEAR = 2, 3
-"""A spectrum without one takes the median of those so many pixels around, if there are as many; else the section's."""
 PROFILE_SNR = 3.0
 
 
@@ -80,21 +80,8 @@ def check_found(shifts: NDArray[np.float64], lock: LockMass, where: object) -> N
 
 def fill_shifts(shifts: NDArray[np.float64], raster: Raster) -> NDArray[np.float64]:
     """Shifts (N,) of all spectra: where there is none, the median of those around the pixel, else of the section."""
-    missing = np.flatnonzero(np.isnan(shifts))
-    if not len(missing):
-        return shifts
-    image = shift_image(shifts, raster)
-    padded = np.pad(image, NEAR_PX, constant_values=np.nan)
-    width = 2 * NEAR_PX + 1
-    out, whole = shifts.copy(), float(np.nanmedian(shifts))
-    for begin in range(0, len(missing), 100_000):
-        part = missing[begin : begin + 100_000]
-        row, col = raster.row[part], raster.col[part]
-        near = np.stack([padded[row + k // width, col + k % width] for k in range(width * width)])
-        enough = np.isfinite(near).sum(axis=0) >= LEAST_NEAR
-        out[part] = whole
-        out[part[enough]] = np.nanmedian(near[:, enough], axis=0)
-    return out
+    image = fill(shift_image(shifts, raster), raster.mask)
+    return np.where(np.isnan(shifts), image[raster.row, raster.col], shifts)
 
 
 def shift_image(shifts: NDArray[np.float64], raster: Raster) -> NDArray[np.float64]:
@@ -163,25 +150,5 @@ def _of_profiles(
         if not 0 < top < len(m) - 1 or v[top] < max(v[top - 1], v[top + 1]):
             continue
         if v[top] > 0 and v[top] >= PROFILE_SNR * float(np.median(np.maximum(wide, 0))):
-            out[n] = (_centroid(m, v.astype(np.float64), top) / lock - 1) * 1e6
+            out[n] = (peak_centre(m, v.astype(np.float64), top) / lock - 1) * 1e6
     return out
-
-
-def _centroid(m: NDArray[np.float64], v: NDArray[np.float64], top: int) -> float:
-    """Centre of what lies above half height around a maximum, the profile taken as straight lines."""
-    half = 0.5 * v[top]
-    left = right = top
-    while left > 0 and half < v[left - 1] <= v[left]:
-        left -= 1
-    while right < len(v) - 1 and half < v[right + 1] <= v[right]:
-        right += 1
-    x, y = m[left : right + 1], v[left : right + 1] - half
-    if left > 0 and v[left - 1] <= half:  # where the line crosses half height
-        x = np.insert(x, 0, np.interp(half, v[left - 1 : left + 1], m[left - 1 : left + 1]))
-        y = np.insert(y, 0, 0.0)
-    if right < len(v) - 1 and v[right + 1] <= half:
-        x = np.append(x, np.interp(half, v[right + 1 : right - 1 : -1], m[right + 1 : right - 1 : -1]))
-        y = np.append(y, 0.0)
-    h, y0, y1 = np.diff(x), y[:-1], y[1:]
-    area = (h * (y0 + y1)).sum() / 2
-    return float((h * (x[:-1] * (2 * y0 + y1) + x[1:] * (y0 + 2 * y1))).sum() / 6 / area) if area > 0 else float(m[top])

@@ -164,17 +164,28 @@ def _maxima(axis: NDArray[np.float64], mean: NDArray[np.float64], spec: PeakSpec
     limit = max(spec.snr * noise, spec.strong_fraction * float(above.max()), 1e-12)
     tops, _ = signal.find_peaks(mean, prominence=limit)
     tops = tops[above[tops] >= limit]
-    centres = np.empty(len(tops))
-    for k, top in enumerate(tops):
-        # The centroid of what lies above half height, and no further than a few points.
-        left, right = top, top
-        while left > 0 and top - left < 8 and 0.5 * mean[top] < mean[left - 1] <= mean[left]:
-            left -= 1
-        while right < len(mean) - 1 and right - top < 8 and 0.5 * mean[top] < mean[right + 1] <= mean[right]:
-            right += 1
-        part = slice(left, right + 1)
-        centres[k] = np.average(axis[part], weights=mean[part])
+    centres = np.array([peak_centre(axis, mean, int(top)) for top in tops])
     return _merge(centres, mean[tops], spec.tolerance_ppm)
+
+
+def peak_centre(m: NDArray[np.float64], v: NDArray[np.float64], top: int) -> float:
+    """Centre of what lies above half height around a maximum, the profile taken as straight lines."""
+    half = 0.5 * v[top]
+    left = right = top
+    while left > 0 and half < v[left - 1] <= v[left]:
+        left -= 1
+    while right < len(v) - 1 and half < v[right + 1] <= v[right]:
+        right += 1
+    x, y = m[left : right + 1], v[left : right + 1] - half
+    if left > 0 and v[left - 1] <= half:  # where the line crosses half height
+        x = np.insert(x, 0, np.interp(half, v[left - 1 : left + 1], m[left - 1 : left + 1]))
+        y = np.insert(y, 0, 0.0)
+    if right < len(v) - 1 and v[right + 1] <= half:
+        x = np.append(x, np.interp(half, v[right + 1 : right - 1 : -1], m[right + 1 : right - 1 : -1]))
+        y = np.append(y, 0.0)
+    h, y0, y1 = np.diff(x), y[:-1], y[1:]
+    area = (h * (y0 + y1)).sum() / 2
+    return float((h * (x[:-1] * (2 * y0 + y1) + x[1:] * (y0 + 2 * y1))).sum() / 6 / area) if area > 0 else float(m[top])
 
 
 def _box(values: NDArray[Any], half: int) -> NDArray[Any]:

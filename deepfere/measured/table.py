@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
+from deepfere.measured.normalise import ragged_factors
 from deepfere.measured.peaks import SharedIons, found_ions
 from deepfere.measured.raster import Raster, batches, evenly
 from deepfere.measured.reduce import refuse_twice
 from deepfere.measured.sampled import PeakSpec, Sample, sample_centroids, sample_profiles, sample_rows
-from deepfere.measured.store import ragged_factors
 from deepfere.measured.windows import Windows
 from deepfere.readers.table import RowReader, Table
 
@@ -163,6 +163,7 @@ class TableReducer:
         how: "axis" where the ions are the variables themselves.
         tolerance_ppm: Half-width of an ion's window.
         order: Pixels in the order in which they will be asked for.
+        reference_mz: Its window is a fourth factor.
     """
 
     def __init__(
@@ -172,14 +173,16 @@ class TableReducer:
         how: str,
         tolerance_ppm: float,
         order: NDArray[np.int64],
+        reference_mz: float | None = None,
     ) -> None:
         self.table, self.ions = table, ions
         self.axis, self.rank = table.sorted_mz()
         self.windows = None if how == "axis" else Windows(ions, tolerance_ppm)
+        self.reference = None if reference_mz is None else Windows(np.array([reference_mz]), tolerance_ppm)
         self.reader = RowReader(table, order)
 
     def __call__(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float64], int]:
-        """Ions (n, M), factors (3, n) and the number of negative intensities of some pixels.
+        """Ions (n, M), factors (3 or 4, n) and the number of negative intensities of some pixels.
 
         Raises:
             InputError: An intensity is not finite.
@@ -193,6 +196,8 @@ class TableReducer:
         # Every variable is a value of every spectrum, stored or not.
         factors[1] *= np.sqrt(lengths / len(self.axis))
         place = self.rank[columns]
+        if self.reference is not None:
+            factors = np.vstack([factors, self.reference.sum_ragged(self.axis[place], values, lengths)[:, 0]])
         if self.windows is not None:
             return self.windows.sum_ragged(self.axis[place], values, lengths), factors, negatives
         n, a = len(rows), len(self.axis)

@@ -1,8 +1,8 @@
-"""What is done to spectra before windows are taken of them: lock mass."""
+"""What is done to spectra before windows are taken of them: lock mass, smoothing, baseline."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from deepfere.errors import InputError
 from deepfere.measured.lock_mass import LockMass, check_found, found_shifts
+from deepfere.measured.profile import UNCHANGED, ProfileSpec
 from deepfere.readers.imzml import ImzmlIndex
 from deepfere.readers.table import Table
 
@@ -20,13 +21,11 @@ class Treatment:
 
     Attributes:
         lock_mass: Peaks that correct the m/z of each spectrum.
+        profile: Smoothing and baseline of profiles.
     """
 
     lock_mass: LockMass | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """What is done, as the store states it; empty where nothing is."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+    profile: ProfileSpec = UNCHANGED
 
     def check(self, source: ImzmlIndex | Table, kind: str | None, ions: str, shared_axis: bool) -> None:
         """Refuse what cannot be done to a source.
@@ -42,6 +41,8 @@ class Treatment:
         """
         if self.lock_mass is not None:
             _check_lock_mass(source, kind, ions, shared_axis)
+        if self.profile.active:
+            _check_profile(source, kind)
 
     def shifts(self, source: ImzmlIndex | Table, rows: NDArray[np.int64], kind: str) -> NDArray[np.float64] | None:
         """Shift (n,) in ppm of some spectra, NaN where no lock mass is found; None without a lock mass.
@@ -76,6 +77,19 @@ def _check_lock_mass(source: ImzmlIndex | Table, kind: str | None, ions: str, sh
     elif ions == "axis":
         what = "has one m/z axis, whose points are its ions: a lock mass would shift them apart"
         remedy = f"say which ions to take (--mz), or {remedy}"
+    else:
+        return
+    raise InputError(what, where=source.path, remedy=remedy)
+
+
+def _check_profile(source: ImzmlIndex | Table, kind: str | None) -> None:
+    remedy = "leave ingest.baseline and ingest.smoothing out"
+    if isinstance(source, Table):
+        what = "holds sums of bins: baseline and smoothing are for profiles"
+    elif kind == "centroid":
+        what = "holds centroids: baseline and smoothing are for profiles"
+    elif kind is None:
+        what, remedy = "says neither centroid nor profile", "give --representation"
     else:
         return
     raise InputError(what, where=source.path, remedy=remedy)

@@ -18,8 +18,8 @@ from scipy.ndimage import binary_dilation, gaussian_filter, label
 
 from deepfere.model.features import StainReference, optical_density
 
-ARTEFACTS = ("none", "ink", "tear", "fold")
-"""Kinds of what is not used of a slide; their numbers stand in the stored map."""
+ARTEFACTS = ("none", "ink", "tear", "fold", "piece")
+"""Kinds of what is not used of a slide (piece: other pieces of tissue); their numbers stand in the stored map."""
 FAR = 5.2
 """Distance from the cloud, in its standard deviations, from which a colour is no stain's.
 

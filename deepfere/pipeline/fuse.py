@@ -14,6 +14,7 @@ from deepfere.errors import InputError
 from deepfere.frame import Alignment
 from deepfere.pipeline.deep import check_patches
 from deepfere.pipeline.learn import learn_stage
+from deepfere.pipeline.overview import section_pieces
 from deepfere.pipeline.prepare import align_stage, ingest_stage, msi_input_digest, prepared
 from deepfere.pipeline.tile import tile_stage
 from deepfere.pipeline.track import check_tracking, tracked
@@ -22,7 +23,8 @@ from deepfere.pipeline.write import Outcome, claim_result, reconstruct_stage
 from deepfere.readers.digest import content_digest
 from deepfere.readers.mis import MIS, read_mis, teaching_points_beside
 from deepfere.readers.ranges import is_url
-from deepfere.readers.slide import open_slide
+from deepfere.readers.slide import slide_digest
+from deepfere.readers.slide_zarr import is_zarr
 from deepfere.reconstruction.result import Result, open
 from deepfere.section import EACH, Section, make_section
 from deepfere.stopping import looking, watched
@@ -43,25 +45,29 @@ def input_digests(section: Section, config: Config) -> dict[str, str]:
         InputError: A file is missing or cannot be read.
     """
     out = {"msi": msi_input_digest(section.msi)}
-    named = {"alignment": section.alignment, "landmarks": section.landmarks}
-    if config.guide:
-        named["slide"] = section.slide
-    for name, path in named.items():
+    for name, path in {"alignment": section.alignment, "landmarks": section.landmarks}.items():
         if path is not None:
             if is_url(path):
-                if name != "slide":
-                    raise InputError("is a URL", where=path, remedy=f"give the {name} as a local file")
-            elif Path(path).is_dir():
-                raise InputError("is a folder", where=path, remedy=f"give the file of the {name}")
-            elif not Path(path).is_file():
-                raise InputError("does not exist", where=path, remedy="check the path")
+                raise InputError("is a URL", where=path, remedy=f"give the {name} as a local file")
+            _check_file(path, name)
             out[name] = content_digest(path)
+    if config.guide and section.slide is not None:
+        if not (is_url(section.slide) or is_zarr(section.slide)):
+            _check_file(section.slide, "slide")
+        out["slide"] = slide_digest(section.slide)
     return out
+
+
+def _check_file(path: str, name: str) -> None:
+    if Path(path).is_dir():
+        raise InputError("is a folder", where=path, remedy=f"give the file of the {name}")
+    if not Path(path).is_file():
+        raise InputError("does not exist", where=path, remedy="check the path")
 
 
 def identity_of(sections: list[Section], inputs: list[dict[str, str]], config: Config) -> str:
     """Hash of inputs and resolved settings: what makes a result what it is."""
-    stated = [[s.name, s.pitch_um, s.slide_mpp_um, s.region, s.mz_range] for s in sections]
+    stated = [[s.name, s.pitch_um, s.slide_mpp_um, s.region, s.slide_region, s.mz_range] for s in sections]
     return digest([RESULT_FORMAT, stated, inputs, config.digest()])
 
 
@@ -84,7 +90,7 @@ def check_files(section: Section, config: Config) -> None:
     """
     if section.slide is None:
         return
-    open_slide(section.slide, section.slide_mpp_um, config.slide.backend).close()
+    section_pieces(section, config)
     if section.alignment is not None:
         Alignment.load(section.alignment)
     if section.landmarks is not None:
@@ -138,13 +144,17 @@ def fuse(
     tolerance_ppm: float | None = None,
     representation: str | None = None,
     lock_mass: Iterable[float] | None = None,
+    normalisation: str | None = None,
+    reference_mz: float | None = None,
     duplicates: str | None = None,
     pitch_um: Any = None,
     slide_mpp_um: Any = None,
     slide_backend: str | None = None,
+    slide_icc: str | None = None,
     alignment: str | Path | None = None,
     landmarks: str | Path | None = None,
     region: int | str | None = None,
+    slide_region: int | str | None = None,
     guide: bool | None = None,
     config: str | Path | Config | None = None,
     overrides: Iterable[str] = (),
@@ -164,13 +174,17 @@ def fuse(
         tolerance_ppm: Half-width of an ion's m/z window.
         representation: "centroid" or "profile", where the file does not say.
         lock_mass: True m/z of peaks that correct the m/z of each spectrum.
+        normalisation: "none", "tic", "rms", "median" or "reference".
+        reference_mz: Ion to normalise by; without another ``normalisation`` it means "reference".
         duplicates: Several spectra for one pixel: "error", "sum" or "mean".
         pitch_um: Measured pixel size, where the file does not state it.
         slide_mpp_um: Slide pixel size, where the file does not state it.
         slide_backend: Reader of the slide: "auto", "openslide" or "tiff".
+        slide_icc: "srgb" converts colours by the slide's embedded profile, "none" takes them as they are stored.
         alignment: Alignment JSON to use as it is.
         landmarks: Landmark CSV, or sequence file with teaching points (.mis), that fixes the affine.
         region: Which of the measurement's regions, from 1, or "all"; None where there is only one.
+        slide_region: Which of the slide's pieces of tissue, from 1; None or "all" searches all of the slide.
         guide: False reconstructs without the stain: the baseline of everything.
         config: Settings file (YAML) or object; what else is given here wins over it.
         overrides: ``section.key=value`` strings.
@@ -195,8 +209,11 @@ def fuse(
         ingest__tolerance_ppm=tolerance_ppm,
         ingest__representation=representation,
         ingest__lock_mass_mz=lock,
+        ingest__normalisation=normalisation or (None if reference_mz is None else "reference"),
+        ingest__reference_mz=reference_mz,
         ingest__duplicates=duplicates,
         slide__backend=slide_backend,
+        slide__icc=slide_icc,
     )
     check_range(settings.factor)
     check_patches(settings)
@@ -211,6 +228,7 @@ def fuse(
         alignment=None if alignment is None else str(Path(alignment).resolve()),
         landmarks=None if landmarks is None else str(Path(landmarks).resolve()),
         region=region,
+        slide_region=slide_region,
     )
     if section.region == EACH:
         raise InputError("each region is a section of a study", where="region", remedy="give a number, or a study")

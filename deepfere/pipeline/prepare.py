@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deepfere.alignment.accept import AmbiguousPlacement
 from deepfere.alignment.bend import bend
-from deepfere.alignment.overview import NO_ARTEFACTS, MeasuredOverview, StainOverview
+from deepfere.alignment.overview import MeasuredOverview, StainOverview
 from deepfere.alignment.placement import centred_alignment, describe
 from deepfere.alignment.refine import AFFINE_STAGES, refine
 from deepfere.alignment.score import slide_cover
@@ -26,23 +27,21 @@ from deepfere.measured.factors import factor_weight, factorise
 from deepfere.measured.ingest import ingest
 from deepfere.measured.lock_mass import LockMass
 from deepfere.measured.peaks import SharedIons
+from deepfere.measured.profile import ProfileSpec
 from deepfere.measured.store import Measured, open_measured
 from deepfere.measured.treatment import Treatment
-from deepfere.model.artefacts import ARTEFACTS, find_artefacts
+from deepfere.model.artefacts import ARTEFACTS
 from deepfere.model.damage import find_candidates
-from deepfere.model.features import base_planes, stain_reference
 from deepfere.model.paper import check_size
+from deepfere.pipeline.overview import naming_pieces, section_overview, section_slide
 from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace
 from deepfere.readers.digest import tree_digest
 from deepfere.readers.imzml import msi_digest
 from deepfere.readers.mis import MIS, read_mis
-from deepfere.readers.slide import Slide, open_slide, read_area
 from deepfere.readers.table import is_table, table_digest
 from deepfere.section import Section
 from deepfere.store import remove
 from deepfere.tiling.plan import check_factor
-
-OVERVIEW_PX = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def ingest_stage(
         folder.root.mkdir(parents=True, exist_ok=True)
         if is_ingested(section.msi):
             _take_over(section, folder, config.ingest)
-            facts["warnings"] = []
+            facts["warnings"] = _notes(section, folder, config)
             return
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -98,19 +97,30 @@ def ingest_stage(
                 tolerance_ppm=config.ingest.tolerance_ppm,
                 representation=config.ingest.representation,
                 treatment=treatment_of(config.ingest),
+                reference_mz=config.ingest.reference_mz,
                 duplicates=config.ingest.duplicates,
                 band_rows=config.ingest.band_rows,
                 index_cache=folder.index,
                 region=section.region,
                 progress=lambda done, total: progress("ingest", done / max(total, 1)),
             )
-        facts["warnings"] = sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
+        told = sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
+        facts["warnings"] = told + _notes(section, folder, config)
+
+
+def _notes(section: Section, folder: SectionFolder, config: Config) -> list[str]:
+    """What is to be known about the normalisation; refuses one that cannot be had."""
+    notes = open_measured(folder.measured).normalisation_notes(config.ingest.normalisation)
+    return [f"{section.msi}: {note}" for note in notes]
 
 
 def treatment_of(settings: IngestSettings) -> Treatment:
     """What is done to spectra first."""
-    lock = settings.lock_mass_mz
-    return Treatment(None if lock is None else LockMass(tuple(lock), settings.lock_mass_tolerance_ppm))
+    lock, s = settings.lock_mass_mz, settings
+    return Treatment(
+        None if lock is None else LockMass(tuple(lock), s.lock_mass_tolerance_ppm),
+        ProfileSpec(s.baseline, s.baseline_width_ppm, s.smoothing, s.smoothing_points),
+    )
 
 
 def is_ingested(msi: str) -> bool:
@@ -139,13 +149,16 @@ def _take_over(section: Section, folder: SectionFolder, settings: IngestSettings
         "tolerance-ppm": settings.tolerance_ppm not in (plain.tolerance_ppm, cube.tolerance_ppm),
         "representation": settings.representation not in (plain.representation, cube.attrs.get("representation")),
         "lock-mass": settings.lock_mass_mz not in (None, cube.attrs.get("lock_mass", {}).get("mz")),
+        "ingest.baseline": settings.baseline not in (plain.baseline, cube.attrs.get("profile", {}).get("baseline")),
+        "ingest.smoothing": settings.smoothing not in (plain.smoothing, cube.attrs.get("profile", {}).get("smoothing")),
+        "reference-mz": settings.reference_mz not in (None, cube.attrs.get("reference_mz")),
         "duplicates": settings.duplicates not in (plain.duplicates, cube.attrs.get("duplicates")),
     }
     for name in (name for name, refused in given.items() if refused):
+        words = [word for word in name.removeprefix("ingest.").split("-") if word not in ("um", "ppm")]
         raise InputError(
-            f"{section.msi} is ingested: its {' '.join(p for p in name.split('-') if p not in ('um', 'ppm'))} was "
-            "settled then",
-            where=f"--{name}",
+            f"{section.msi} is ingested: its {' '.join(words)} was settled then",
+            where=name if "." in name else f"--{name}",
             remedy="leave it out, or give what it was ingested from",
         )
     shutil.copytree(section.msi, folder.measured)
@@ -162,40 +175,12 @@ def prepared(section: Section, work: Workspace, config: Config) -> Prepared:
     measured = open_measured(folder.measured)
     mpp = None
     if section.slide and config.guide:
-        with closing(open_slide(section.slide, section.slide_mpp_um, config.slide.backend)) as slide:
+        with closing(section_slide(section, config)) as slide:
             mpp = slide.mpp_um
     factor = check_factor(config.factor, measured.grid, mpp)
     if config.guide and config.model.tier == "paper":
         check_size(measured.grid.refine(factor).shape_px, config.paper.max_px)
     return Prepared(section, folder, measured, factor)
-
-
-def stain_overview(slide: Slide, pitch_um: float, ink: bool = True) -> tuple[StainOverview, NDArray[np.uint8]]:
-    """Base planes and picture of the whole slide, at about an eighth of the measured pitch.
-
-    Args:
-        slide: The opened slide.
-        pitch_um: Measured pixel size.
-        ink: Whether ink is looked for, and painted over with glass.
-    """
-    extent = (slide.shape_px[0] * slide.mpp_um[0], slide.shape_px[1] * slide.mpp_um[1])
-    wanted = max(pitch_um / 8, float(np.sqrt(extent[0] * extent[1] / OVERVIEW_PX)), *slide.mpp_um)
-    step = max(1, int(wanted / max(slide.mpp_um) + 1e-9))
-    spacing = (slide.mpp_um[0] * step, slide.mpp_um[1] * step)
-    shape = (max(1, slide.shape_px[0] // step), max(1, slide.shape_px[1] // step))
-    rgb, coverage = read_area(slide, (0.0, 0.0), shape, spacing)
-    reference = stain_reference(rgb, coverage)
-    artefacts = find_artefacts(rgb, coverage, reference, spacing, pitch_um) if ink else NO_ARTEFACTS
-    bare = rgb
-    if artefacts.mask.any():
-        # Marks must neither set thresholds nor draw the search: they become glass.
-        coverage = np.where(artefacts.mask, 0.0, coverage)
-        reference = stain_reference(rgb, coverage)
-        bare = np.where(artefacts.mask[..., None], np.asarray(reference.white).round(), rgb).astype(np.uint8)
-    planes = base_planes(bare, coverage, 1, reference)
-    if (planes[5] > 127).mean() < 0.002:
-        raise InputError("shows no tissue", where=slide.path, remedy="give the slide of this section")
-    return StainOverview(planes, spacing, reference, artefacts), rgb
 
 
 def measured_overview(prep: Prepared, config: Config) -> MeasuredOverview:
@@ -208,14 +193,19 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
     """Slide and measurement -> ``alignment.json``; user-given alignments and landmarks win."""
     section, folder = prep.section, prep.folder
     given = {name: section.model_dump(mode="json")[name] for name in ("slide_mpp_um", "pitch_um")}
-    settings = [config.ingest.model_dump(), config.align.model_dump(), config.model.max_factors, config.artefacts]
+    settings = [
+        config.ingest.model_dump(),
+        config.align.model_dump(),
+        config.model.max_factors,
+        config.artefacts,
+        config.slide.icc,
+    ]
     depends = [inputs, *settings, given, work.facts("ingest", section.name).get("fingerprint")]
     with work.stage("align", depends, section.name) as facts:
         if facts is None:
             return
         pitch = float(np.mean(prep.measured.grid.pitch_um))
-        with closing(open_slide(str(section.slide), section.slide_mpp_um, config.slide.backend)) as slide:
-            stain, rgb = stain_overview(slide, pitch, ink=config.artefacts == "auto")
+        stain, rgb, mpp_um = section_overview(section, config, pitch)
         measured = measured_overview(prep, config)
         start = centred_alignment(prep.measured.grid, stain.extent_um, np.eye(2))
         if not np.ptp(measured.images[:, measured.mask], axis=1).any():
@@ -227,15 +217,18 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
         if section.alignment:
             found = Alignment.load(section.alignment).with_evidence(source="given")
         elif section.landmarks:
-            found = _placed_by_hand(section.landmarks, prep, slide.mpp_um)
+            found = _placed_by_hand(section.landmarks, prep, mpp_um)
         else:
-            best, _ = search(
-                measured,
-                stain,
-                angle_step_deg=config.align.angle_step_deg,
-                refined=config.align.candidates,
-                progress=lambda share: progress("align", 0.7 * share),
-            )
+            try:
+                best, _ = search(
+                    measured,
+                    stain,
+                    angle_step_deg=config.align.angle_step_deg,
+                    refined=config.align.candidates,
+                    progress=lambda share: progress("align", 0.7 * share),
+                )
+            except AmbiguousPlacement as error:
+                raise naming_pieces(error, section, config, prep.measured.grid) from error
             found = refine(measured, stain, best, AFFINE_STAGES)
             progress("align", 0.8)
             found = bend(measured, stain, found, lambda share: progress("align", 0.8 + 0.2 * share))
@@ -254,10 +247,16 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
         if config.artefacts == "auto":
             kinds, facts["artefacts"], facts["left_in"] = _artefacts(measured, stain, found)
         spacing = np.asarray(stain.spacing_um)
+        if stain.elsewhere is not None and stain.elsewhere.any():
+            kinds[stain.elsewhere] = ARTEFACTS.index("piece")
+            area = float(stain.elsewhere.sum() * np.prod(stain.spacing_um))
+            told = {"kind": "piece", "area_um2": area, "decided_by": f"slide_region {section.slide_region}"}
+            facts["artefacts"] = [told, *facts.get("artefacts", [])]
         np.savez_compressed(folder.overview, rgb=rgb, spacing_um=spacing, artefacts=kinds)
         facts["reference"] = stain.reference.to_dict()
         ink = kinds == ARTEFACTS.index("ink")
-        for name, marks in (("ink_share", ink), ("damage_share", (kinds > 0) & ~ink)):
+        damage = (kinds > 0) & ~ink & (kinds != ARTEFACTS.index("piece"))
+        for name, marks in (("ink_share", ink), ("damage_share", damage)):
             facts[name] = float(marks.sum() / max(1, (marks | (stain.planes[5] > 127)).sum()))
         progress("align", 1.0)
 

@@ -19,9 +19,10 @@ from deepfere.model.artefacts import Artefacts
 from deepfere.model.features import StainReference
 from deepfere.model.guide import GuideSpec
 from deepfere.model.transfer import SMOOTHINGS_PITCH
+from deepfere.pipeline.overview import section_slide
 from deepfere.pipeline.prepare import Prepared
 from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace, write_json
-from deepfere.readers.slide import Reading, open_slide
+from deepfere.readers.slide import Reading
 from deepfere.reconstruction.shards import CacheWorker, PoolWorker
 from deepfere.store import create_array, open_group
 from deepfere.tiling.cache import CacheSpec, create_cache, is_cache
@@ -36,7 +37,7 @@ def guide_spec(prep: Prepared, inputs: dict[str, str], work: Workspace, config: 
     Its smoothing is the widest that learning may choose: what is cached reaches far enough for all.
     """
     hr = prep.measured.grid.refine(prep.factor).pitch_um
-    with closing(open_slide(str(prep.section.slide), prep.section.slide_mpp_um, config.slide.backend)) as slide:
+    with closing(section_slide(prep.section, config)) as slide:
         mpp_um = slide.mpp_um
         planes = plan_planes(slide.shape_px, mpp_um, hr)
         # Workers take the reader that was chosen here: what was proven equal once is not proven again.
@@ -46,7 +47,7 @@ def guide_spec(prep: Prepared, inputs: dict[str, str], work: Workspace, config: 
         spacing = data["spacing_um"]
         artefacts = Artefacts(data["artefacts"] > 0, (float(spacing[0]), float(spacing[1])))
     marks = hashlib.sha256(np.packbits(artefacts.mask).tobytes()).hexdigest()
-    fingerprint = digest([inputs["slide"], mpp_um, planes.to_dict(), reference.to_dict(), marks])
+    fingerprint = digest([inputs["slide"], mpp_um, planes.to_dict(), reference.to_dict(), marks, reading.icc])
     url, path = str(prep.folder.planes), str(prep.section.slide)
     cache = CacheSpec(url, path, fingerprint, mpp_um, planes, reference, artefacts, reading)
     spec = GuideSpec(
@@ -110,6 +111,10 @@ def tile_stage(
         pool(prep, spec, alignment, progress, folder.pooled, smoothings_pitch(config))
         facts["shards"] = len(rows)
         facts["slide"] = asdict(cache.reading)
+        if config.slide.icc != cache.reading.icc:
+            facts["warnings"] = [
+                f"slide.icc={config.slide.icc}: the slide carries no profile; its colours are as stored"
+            ]
 
 
 def reach_um(spec: GuideSpec, alignment: Alignment, network_px: int) -> float:

@@ -338,7 +338,8 @@ def _provenance(
 
     packages = ("ray", "torch", "zarr", "numpy", "openslide-python", "imagecodecs", "pyimzml", "mlflow")
     notes = list(outcome.warnings)
-    notes += work.facts("ingest", prep.section.name).get("warnings", [])
+    for stage in ("ingest", "tile"):
+        notes += work.facts(stage, prep.section.name).get("warnings", [])
     facts = work.facts("align", prep.section.name) if config.guide else {}
     for name, what in (("ink_share", "ink or the like"), ("damage_share", "torn or folded, by the measurement's word")):
         if facts.get(name, 0.0) > 0:

@@ -7,9 +7,9 @@ pixel (r, c) has its centre at ``((r + 1/2) mpp_y, (c + 1/2) mpp_x)`` micrometre
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +17,11 @@ from numpy.typing import NDArray
 from deepfere.errors import InputError
 from deepfere.readers.ranges import first_bytes, is_url
 from deepfere.readers.slide_area import Axis, average
-from deepfere.readers.slide_mpp import given_mpp, number, trusted_mpp
+from deepfere.readers.slide_mpp import given_mpp
 
-CACHE_BYTES = 256 << 20
 READ_PIXELS = 1 << 24
-ANCHOR_SEARCH_PX = 64
-CELL_PX = 1024
-Backend = Literal["auto", "openslide", "tiff", "flat"]
+Backend = Literal["auto", "openslide", "tiff", "flat", "zarr"]
+Icc = Literal["none", "srgb"]
 
 
 @dataclass(frozen=True)
@@ -46,15 +44,19 @@ class Slide(Protocol):
 
     Attributes:
         path: Where it is.
-        backend: "openslide", "tiff" or "flat": which reader it is.
+        backend: "openslide", "tiff", "flat" or "zarr": which reader it is.
         shape_px: Level-0 pixels (h, w).
         mpp_um: Micrometres per level-0 pixel (y, x).
         levels: The pyramid, level 0 first.
         background: (3,) uint8, the colour where there is no image.
+        profile: Its embedded ICC profile; None where it has none.
+        icc: "srgb" where the profile is applied, "none" where pixels are as stored.
     """
 
     path: str
     backend: Backend
+    icc: Icc
+    profile: bytes | None
     shape_px: tuple[int, int]
     mpp_um: tuple[float, float]
     levels: tuple[Level, ...]
@@ -79,6 +81,8 @@ class Reading:
         level_mpp_um: Its pixel size (y, x).
         mpp_um: The pixel size (y, x) that is delivered, exactly.
         scale: Pixels of the level per delivered pixel (y, x); (1, 1) is as stored.
+        icc: "srgb" where colours are converted by the slide's own profile.
+        profile: That profile, in words.
     """
 
     backend: Backend
@@ -86,6 +90,8 @@ class Reading:
     level_mpp_um: tuple[float, float]
     mpp_um: tuple[float, float]
     scale: tuple[float, float]
+    icc: Icc = "none"
+    profile: str | None = None
 
     @classmethod
     def of(cls, slide: Slide, mpp_um: tuple[float, float]) -> Reading:
@@ -93,33 +99,56 @@ class Reading:
         level = adequate_level(slide, mpp_um)
         down, own = slide.levels[level].downsample, slide.mpp_um
         size = own[0] * down[0], own[1] * down[1]
-        return cls(slide.backend, level, size, mpp_um, (mpp_um[0] / size[0], mpp_um[1] / size[1]))
+        scale = mpp_um[0] / size[0], mpp_um[1] / size[1]
+        if slide.icc == "none" or slide.profile is None:
+            return cls(slide.backend, level, size, mpp_um, scale)
+        from deepfere.readers.slide_colour import profile_text
+
+        return cls(slide.backend, level, size, mpp_um, scale, slide.icc, profile_text(slide.profile))
 
 
-def open_slide(path: str | Path, mpp_um: float | tuple[float, float] | None = None, backend: Backend = "auto") -> Slide:
+def open_slide(
+    path: str | Path,
+    mpp_um: float | tuple[float, float] | None = None,
+    backend: Backend = "auto",
+    icc: Icc = "none",
+) -> Slide:
     """Open a slide or a plain picture.
 
     OpenSlide knows the formats. Plain TIFFs are read directly where it cannot be exact (it ignores the
     orientation tag, and places levels whose size is not a whole fraction of level 0 approximately), and so are
-    TIFFs that it does not know, PNG and JPEG. Tiled JPEG TIFFs, Aperio's among them, are read directly because
+    TIFFs that it does not know, OME-TIFF (of whose pyramid it sees one level), PNG and JPEG. A folder is an
+    OME-Zarr slide (`deepfere.readers.slide_zarr`). Tiled JPEG TIFFs, Aperio's among them, are read directly because
     that is faster, where the pixels are the same (`deepfere.readers.slide_tiff.in_place_of`).
 
     Args:
         path: The slide; a URL is always read directly, by byte ranges: TIFFs that are not of a vendor's own kind,
-            Aperio's of JPEG tiles, PNG and JPEG.
+            Aperio's of JPEG tiles, OME-Zarr, PNG and JPEG.
         mpp_um: Micrometres per level-0 pixel, one value or (y, x); wins over what the file says.
-        backend: "auto" as above; "openslide", "tiff" or "flat" (plain pictures) takes that reader and no other.
+        backend: "auto" as above; "openslide", "tiff", "flat" (plain pictures) or "zarr" takes that reader and no
+            other.
+        icc: "srgb" converts colours by the embedded profile, where there is one.
 
     Raises:
         InputError: No reader (not the one asked for) takes the file; it is not an 8-bit RGB or grey picture; or
             nothing trustworthy says how large a pixel is: no mpp, one outside 0.05-100 um, or a default for
             screens and printers (72, 96, 100, 150, 200, 300 or 600 dpi).
     """
+    slide = _opened_as_stored(path, None if mpp_um is None else given_mpp(mpp_um), backend)
+    if icc == "none":
+        return slide
+    from deepfere.readers.slide_colour import in_srgb
+
+    return in_srgb(slide)
+
+
+def _opened_as_stored(path: str | Path, given: tuple[float, float] | None, backend: Backend) -> Slide:
     import openslide
 
-    from deepfere.readers import slide_flat, slide_tiff
+    from deepfere.readers import slide_flat, slide_openslide, slide_tiff, slide_zarr
 
-    given = None if mpp_um is None else given_mpp(mpp_um)
+    if backend == "zarr" or (backend == "auto" and slide_zarr.is_zarr(path)):
+        return slide_zarr.open_zarr(path, given, look=backend == "auto")
     if is_url(path):
         return _open_url(str(path), given, backend)
     path = Path(path)
@@ -129,16 +158,17 @@ def open_slide(path: str | Path, mpp_um: float | tuple[float, float] | None = No
         return (slide_tiff.open_tiff if backend == "tiff" else slide_flat.open_flat)(path, given)
     detected = openslide.OpenSlide.detect_format(str(path))
     if backend == "openslide":
-        return _through_openslide(path, given)
+        return slide_openslide.open_openslide(path, given)
     if detected is None or (detected == "generic-tiff" and slide_flat.prefer_flat_tiff(path)):
         slide: Slide = slide_flat.open_flat(path, given)
     else:
-        slide = _through_openslide(path, given)
+        slide = slide_openslide.open_openslide(path, given)
     return slide_tiff.in_place_of(slide) if detected in ("aperio", "generic-tiff") else slide
 
 
 def _open_url(url: str, given: tuple[float, float] | None, backend: Backend) -> Slide:
     from deepfere.readers import slide_flat, slide_tiff
+    from deepfere.readers.slide_tiff_levels import NotTaken
 
     if backend == "openslide":
         raise InputError("OpenSlide reads no URL", where=url, remedy="copy it to a local disk, or leave slide.backend")
@@ -148,126 +178,28 @@ def _open_url(url: str, given: tuple[float, float] | None, backend: Backend) -> 
         return slide_flat.open_flat(url, given)
     try:
         return slide_tiff.open_tiff(url, given)
-    except slide_tiff.NotTaken:
+    except NotTaken:
         if backend == "tiff":
             raise
         return slide_flat.open_flat(url, given)
 
 
 @lru_cache(maxsize=4)
-def opened(path: str, mpp_um: tuple[float, float], backend: Backend) -> Slide:
+def opened(path: str, mpp_um: tuple[float, float], backend: Backend, icc: Icc = "none") -> Slide:
     """`open_slide`, once per process: workers take up many pieces of the same few slides."""
-    return open_slide(path, mpp_um, backend)
+    return open_slide(path, mpp_um, backend, icc)
 
 
-def _through_openslide(path: Path, given: tuple[float, float] | None) -> OpenSlideSlide:
-    import openslide
+def slide_digest(path: str | Path) -> str:
+    """sha256 (hexadecimal) of a slide's content, wherever it lies.
 
-    try:
-        handle = openslide.OpenSlide(str(path))
-    except openslide.OpenSlideError as error:
-        raise InputError(f"cannot be opened ({error})", where=path, remedy="convert it to a pyramidal TIFF") from error
-    try:
-        keys = (openslide.PROPERTY_NAME_MPP_Y, openslide.PROPERTY_NAME_MPP_X)
-        stated = tuple(number(handle.properties.get(key)) for key in keys)
-        mpp = given or trusted_mpp((stated[0], stated[1]), path)
-    except InputError:
-        handle.close()
-        raise
-    return OpenSlideSlide(path, handle, mpp)
+    Raises:
+        InputError: It cannot be read.
+    """
+    from deepfere.readers.digest import content_digest
+    from deepfere.readers.slide_zarr import is_zarr, zarr_digest
 
-
-class OpenSlideSlide:
-    """A slide read through OpenSlide (thread-safe; opened again where it is unpickled)."""
-
-    backend: Backend = "openslide"
-
-    def __init__(self, path: Path, handle: Any, mpp_um: tuple[float, float]) -> None:
-        import openslide
-
-        self.path = str(path)
-        self.mpp_um = mpp_um
-        self._handle = handle
-        # The default cache of 32 MiB does not hold one row of tiles of a large slide.
-        self._cache = openslide.OpenSlideCache(CACHE_BYTES)
-        handle.set_cache(self._cache)
-        w0, h0 = handle.dimensions
-        self.shape_px = (h0, w0)
-        stored = [
-            tuple(int(handle.properties.get(f"openslide.level[{k}].tile-{side}", 256)) for side in ("height", "width"))
-            for k in range(handle.level_count)
-        ]
-        self.levels = tuple(
-            Level((h, w), (whole_downsample(h0, h), whole_downsample(w0, w)), (tile[0], tile[1]))
-            for (w, h), tile in zip(handle.level_dimensions, stored, strict=True)
-        )
-        colour = handle.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
-        self.background = np.array([int(colour[k : k + 2], 16) for k in (0, 2, 4)], dtype=np.uint8)
-
-    @cached_property
-    def _exact(self) -> tuple[bool, ...]:
-        """Which levels OpenSlide can address without a fractional shift."""
-        return tuple(float(d).is_integer() for d in self._handle.level_downsamples)
-
-    def read(self, level: int, row: int, col: int, height: int, width: int) -> NDArray[np.uint8]:
-        """See `Slide.read`."""
-        out = np.empty((height, width, 3), dtype=np.uint8)
-        out[:] = self.background
-        h, w = self.levels[level].shape_px
-        top, left, bottom, right = max(row, 0), max(col, 0), min(row + height, h), min(col + width, w)
-        if top >= bottom or left >= right:
-            return out
-        # A location is given in whole level-0 pixels. Where the downsample is not whole, every fixed cell of
-        # the level is read from one anchor of its own whose location is almost whole: the shift stays
-        # negligible, and a pixel is the same whatever window it is read in.
-        cell = 4096 if self._exact[level] else CELL_PX
-        for r0 in range(top - top % cell, bottom, cell):
-            for c0 in range(left - left % cell, right, cell):
-                a, b = max(r0, top), min(r0 + cell, bottom)
-                c, d = max(c0, left), min(c0 + cell, right)
-                piece = self._piece(level, r0, c0, a, b, c, d)
-                out[a - row : b - row, c - col : d - col] = piece
-        return out
-
-    def _piece(
-        self, level: int, cell_row: int, cell_col: int, top: int, bottom: int, left: int, right: int
-    ) -> NDArray[np.uint8]:
-        import openslide
-
-        downsample = float(self._handle.level_downsamples[level])
-        if self._exact[level]:
-            row, col = top, left
-        else:
-            row, col = _anchor(cell_row, downsample), _anchor(cell_col, downsample)
-        location = (round(col * downsample), round(row * downsample))
-        try:
-            region = self._handle.read_region(location, level, (right - col, bottom - row))
-        except openslide.OpenSlideError as error:
-            # After an error OpenSlide refuses everything: what else the slide holds is read through a new handle.
-            self._handle = openslide.OpenSlide(self.path)
-            self._handle.set_cache(self._cache)
-            raise InputError(
-                f"level {level} cannot be decoded at row {top}, column {left} ({error})",
-                where=self.path,
-                remedy="copy or scan the slide again",
-            ) from error
-        rgba = np.asarray(region)[top - row :, left - col :]
-        return on_background(rgba, self.background)
-
-    def close(self) -> None:
-        """See `Slide.close`."""
-        self._handle.close()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open_slide, (self.path, self.mpp_um, "openslide")
-
-
-def _anchor(start: int, downsample: float) -> int:
-    """The pixel at or shortly before ``start`` whose level-0 position is nearest to whole."""
-    candidates = np.arange(max(0, start - ANCHOR_SEARCH_PX + 1), start + 1)
-    position = candidates * downsample
-    distance = np.abs(position - np.rint(position))
-    return int(candidates[::-1][np.argmin(distance[::-1])])
+    return zarr_digest(path) if is_zarr(path) else content_digest(path)
 
 
 def on_background(rgba: NDArray[np.uint8], background: NDArray[np.uint8]) -> NDArray[np.uint8]:

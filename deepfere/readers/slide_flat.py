@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from numpy.typing import NDArray
 from deepfere.errors import InputError
 from deepfere.readers.ranges import Ranges, first_bytes, is_url, open_ranges
 from deepfere.readers.slide import (
-    CACHE_BYTES,
     Backend,
+    Icc,
     Level,
     on_background,
     open_slide,
@@ -24,6 +25,7 @@ from deepfere.readers.slide import (
 )
 from deepfere.readers.slide_mpp import GIVE_MPP, trusted_mpp
 
+CACHE_BYTES = 256 << 20
 WHITE = np.array([255, 255, 255], dtype=np.uint8)
 CONVERT = "convert it to an 8-bit RGB TIFF"
 # EXIF and TIFF orientation -> (swap rows and columns, flip rows, flip columns), applied in that order to turn
@@ -50,9 +52,12 @@ class FlatSlide:
         stored: Per level: stored shape (h, w) and a function that reads a window of it as RGB.
         orientation: TIFF orientation 1-8.
         close: Called once at the end.
+        tiles: Per level: stored shape (h, w) of its tiles, None where it has none.
+        profile: Embedded ICC profile.
     """
 
     backend: Backend = "flat"
+    icc: Icc = "none"
 
     def __init__(
         self,
@@ -61,14 +66,19 @@ class FlatSlide:
         stored: list[tuple[tuple[int, int], Window]],
         orientation: int,
         close: Callable[[], None],
+        tiles: list[tuple[int, int] | None] | None = None,
+        profile: bytes | None = None,
     ) -> None:
         self.path, self.mpp_um, self.background = str(path), mpp_um, WHITE
-        self._stored, self._close = stored, close
+        self._stored, self._close, self.profile = stored, close, profile
         self._swap, self._flip_rows, self._flip_cols = ORIENTATIONS[orientation]
         shapes = [shape[::-1] if self._swap else shape for shape, _ in stored]
         self.shape_px = (shapes[0][0], shapes[0][1])
+        turned = -1 if self._swap else 1
+        natives = [(256, 256) if tile is None else tile[::turned] for tile in tiles or [None] * len(shapes)]
         self.levels = tuple(
-            Level((h, w), (whole_downsample(shapes[0][0], h), whole_downsample(shapes[0][1], w))) for h, w in shapes
+            Level((h, w), (whole_downsample(shapes[0][0], h), whole_downsample(shapes[0][1], w)), (tile[0], tile[1]))
+            for (h, w), tile in zip(shapes, natives, strict=True)
         )
 
     def read(self, level: int, row: int, col: int, height: int, width: int) -> NDArray[np.uint8]:
@@ -108,13 +118,13 @@ class FlatSlide:
 
 
 def prefer_flat_tiff(path: Path) -> bool:
-    """Whether a plain TIFF is better read directly than through OpenSlide (see `open_slide`)."""
+    """Whether a plain or OME-TIFF is better read directly than through OpenSlide (see `open_slide`)."""
     import tifffile
 
     try:
         with tifffile.TiffFile(path) as file:
             page = file.pages.first
-            if _orientation(page) != 1:
+            if _orientation(page) != 1 or file.is_ome:
                 return True
             h0, w0 = page.shape[:2]
             sizes = [level.shape[:2] for level in file.series[0].levels]
@@ -122,6 +132,14 @@ def prefer_flat_tiff(path: Path) -> bool:
         return False
     # OpenSlide's downsample is the mean of both axes' ratios; it addresses a level exactly where that is whole.
     return not all(((h0 / h + w0 / w) / 2).is_integer() for h, w in sizes)
+
+
+def is_ome_tiff(path: str | Path) -> bool:
+    """Whether a TIFF (file or URL) carries OME-XML."""
+    import tifffile
+
+    with closing(open_ranges(path)) as ranges, ranges.open() as stream, tifffile.TiffFile(stream) as file:
+        return bool(file.is_ome)
 
 
 def open_flat(path: str | Path, given_mpp_um: tuple[float, float] | None) -> FlatSlide:
@@ -147,6 +165,7 @@ def _open_picture(path: str | Path, given: tuple[float, float] | None) -> FlatSl
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with open_ranges(path).open() as stream, Image.open(stream) as picture:
                 mode, orientation = picture.mode, int(picture.getexif().get(0x0112, 1))
+                profile = picture.info.get("icc_profile") or None
                 if mode not in ("RGB", "RGBA", "L", "LA", "P", "1"):
                     raise InputError(f"is a {mode} picture, not 8-bit RGB or grey", where=path, remedy=CONVERT)
                 rgba = np.asarray(picture.convert("RGBA"))
@@ -164,7 +183,14 @@ def _open_picture(path: str | Path, given: tuple[float, float] | None) -> FlatSl
         return image[top:bottom, left:right]
 
     stored: list[tuple[tuple[int, int], Window]] = [((image.shape[0], image.shape[1]), window)]
-    return FlatSlide(path, given, stored, orientation if orientation in ORIENTATIONS else 1, lambda: None)
+    upright = orientation if orientation in ORIENTATIONS else 1
+    return FlatSlide(path, given, stored, upright, lambda: None, profile=profile)
+
+
+def embedded_profile(page: Any) -> bytes | None:
+    """The ICC profile of a TIFF page."""
+    tag = page.tags.get(34675)
+    return None if tag is None or not tag.value else bytes(tag.value)
 
 
 def _orientation(page: Any) -> int:
@@ -203,7 +229,7 @@ def _open_tiff(path: str | Path, given: tuple[float, float] | None) -> FlatSlide
             )
         for page in pages:
             _refuse_unread(page, path)
-        orientation = _orientation(pages[0])
+        orientation, profile = _orientation(pages[0]), embedded_profile(pages[0])
         if given is None:
             y, x = stated_mpp(file, pages[0])
             given = trusted_mpp((x, y) if ORIENTATIONS[orientation][0] else (y, x), path)
@@ -215,7 +241,8 @@ def _open_tiff(path: str | Path, given: tuple[float, float] | None) -> FlatSlide
         raise InputError(f"cannot be read as TIFF ({error})", where=path, remedy=CONVERT) from error
     cache = _Segments(ranges)
     stored = [((p.imagelength, p.imagewidth), cache.window(k, p)) for k, p in enumerate(pages)]
-    return FlatSlide(path, given, stored, orientation, close)
+    tiles = [(p.tilelength, p.tilewidth) if p.is_tiled else None for p in pages]
+    return FlatSlide(path, given, stored, orientation, close, tiles, profile)
 
 
 def _refuse_unread(page: Any, path: str | Path) -> None:

@@ -7,11 +7,9 @@ calls ``aperio`` and ``generic-tiff`` whose levels are all 8-bit RGB or YCbCr JP
 
 from __future__ import annotations
 
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +18,13 @@ from numpy.typing import NDArray
 
 from deepfere.errors import InputError
 from deepfere.readers.jpeg import jpeg_damage, pixel_memory
-from deepfere.readers.ranges import Ranges, is_url, open_ranges
-from deepfere.readers.slide import Backend, Level, Slide, open_slide, whole_downsample
+from deepfere.readers.ranges import Ranges, open_ranges
+from deepfere.readers.slide import Backend, Icc, Level, Slide, open_slide, whole_downsample
 from deepfere.readers.slide_mpp import trusted_mpp
+from deepfere.readers.slide_tiff_levels import TiledLevel, aperio_or_stated_mpp, tiled_levels
 
 WHITE = np.array([255, 255, 255], dtype=np.uint8)
 CACHE_BYTES = 8 << 20
-COLOURS = {2: "rgb", 6: "ycbcr"}
-FOREIGN = ("SCN", "Philips", "iScan", "Trestle", "DICOM")
-
-
-@dataclass(frozen=True)
-class TiledLevel:
-    """Where the native tiles of one level are.
-
-    Attributes:
-        shape_px: Pixels (h, w).
-        tile_px: Pixels of a native tile (h, w); those at the lower and right edge reach beyond the level.
-        offsets: (rows, columns) int64, bytes from the start of the file.
-        counts: (rows, columns) int64, bytes; 0 where a sparse file leaves a tile out.
-        tables: JPEG tables that the tiles share, None where each has its own.
-        colour: "rgb" or "ycbcr": how the JPEG's components are to be understood.
-    """
-
-    shape_px: tuple[int, int]
-    tile_px: tuple[int, int]
-    offsets: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    tables: bytes | None
-    colour: str
 
 
 class TiffSlide:
@@ -62,11 +38,21 @@ class TiffSlide:
         mpp_um: Micrometres per level-0 pixel (y, x).
         tiled: The pyramid, level 0 first.
         ranges: The file's bytes.
+        profile: Embedded ICC profile.
     """
 
     backend: Backend = "tiff"
+    icc: Icc = "none"
 
-    def __init__(self, path: str, mpp_um: tuple[float, float], tiled: list[TiledLevel], ranges: Ranges) -> None:
+    def __init__(
+        self,
+        path: str,
+        mpp_um: tuple[float, float],
+        tiled: list[TiledLevel],
+        ranges: Ranges,
+        profile: bytes | None = None,
+    ) -> None:
+        self.profile = profile
         self.path, self.mpp_um, self.background = path, mpp_um, WHITE
         self.tiled, self._ranges = tuple(tiled), ranges
         self.shape_px = tiled[0].shape_px
@@ -246,10 +232,6 @@ class TiffSlide:
         return open_slide, (self.path, self.mpp_um, "tiff")
 
 
-class NotTaken(InputError):
-    """A TIFF that is not of JPEG tiles as they are read here; another reader may take it."""
-
-
 def open_tiff(path: str | Path, given_mpp_um: tuple[float, float] | None) -> TiffSlide:
     """Open a tiled JPEG TIFF.
 
@@ -263,12 +245,15 @@ def open_tiff(path: str | Path, given_mpp_um: tuple[float, float] | None) -> Tif
     """
     import tifffile
 
+    from deepfere.readers.slide_flat import embedded_profile
+
     where = str(path)
     ranges = open_ranges(path)
     try:
         with ranges.open() as stream, tifffile.TiffFile(stream) as file:
-            levels = _levels(file, where)
-            mpp = given_mpp_um or trusted_mpp(_stated_mpp(file), path)
+            levels = tiled_levels(file, where)
+            mpp = given_mpp_um or trusted_mpp(aperio_or_stated_mpp(file), path)
+            profile = embedded_profile(file.pages.first)
     except InputError:
         ranges.close()
         raise
@@ -277,7 +262,7 @@ def open_tiff(path: str | Path, given_mpp_um: tuple[float, float] | None) -> Tif
         raise InputError(
             f"cannot be read as TIFF ({' '.join(str(error).split())})", where=where, remedy="copy it again"
         ) from error
-    return TiffSlide(where, mpp, levels, ranges)
+    return TiffSlide(where, mpp, levels, ranges, profile)
 
 
 def in_place_of(other: Slide) -> Slide:
@@ -311,80 +296,3 @@ def _same_tile(slide: TiffSlide, other: Slide, level: int) -> bool:
         return bool(np.array_equal(slide.read(*window), other.read(*window)))
     except InputError:
         return False
-
-
-def _levels(file: Any, where: str) -> list[TiledLevel]:
-    """Levels as OpenSlide finds them: tiled pages; beyond the first of a plain TIFF, those marked as reduced.
-
-    Raises:
-        InputError: One of them is not of JPEG tiles that are read here.
-    """
-    first = file.pages.first
-    foreign = next((name for name in FOREIGN if name in (first.description + first.software)[:4096]), None)
-    if foreign or file.is_ndpi:
-        raise _vendors_own(foreign or "NDPI", "it is not read as a tiled JPEG TIFF", where)
-    aperio = first.description.startswith("Aperio")
-    try:
-        return _tiled_levels(file, aperio, where)
-    except NotTaken as error:
-        if aperio:
-            raise _vendors_own("Aperio", error.what, where) from error
-        raise
-
-
-def _vendors_own(vendor: str, why: str, where: str) -> InputError:
-    return InputError(f"is a slide of its vendor's own kind ({vendor}): {why}", where=where, remedy=_elsewhere(where))
-
-
-def _tiled_levels(file: Any, aperio: bool, where: str) -> list[TiledLevel]:
-    pages = [p for n, p in enumerate(file.pages) if p.is_tiled and (n == 0 or aperio or p.subfiletype & 1)]
-    if not pages:
-        raise _not_taken("is not tiled", where)
-    out = []
-    for number, page in enumerate(sorted(pages, key=lambda p: -p.imagewidth)):
-        page = page.aspage()
-        if page.compression != 7 or page.photometric not in COLOURS:
-            kind = f"{page.compression.name} {page.photometric.name}"
-            raise _not_taken(f"level {number} is {kind}, not JPEG in RGB or YCbCr", where)
-        if page.samplesperpixel != 3 or page.planarconfig != 1 or page.dtype != np.uint8:
-            raise _not_taken(f"level {number} is not 8-bit RGB, pixel by pixel", where)
-        orientation = page.tags.get(274)
-        if orientation is not None and orientation.value != 1:
-            raise _not_taken("does not lie upright (orientation tag)", where)
-        shape = -(-page.imagelength // page.tilelength), -(-page.imagewidth // page.tilewidth)
-        offsets, counts = (np.array(v, np.int64) for v in (page.dataoffsets, page.databytecounts))
-        if offsets.size != shape[0] * shape[1] or counts.size != offsets.size:
-            raise _not_taken(f"level {number} has {offsets.size} tiles, not {shape[0] * shape[1]}", where)
-        if aperio and not counts.all():
-            raise _not_taken(f"level {number} leaves tiles out, to be filled from other levels", where)
-        out.append(
-            TiledLevel(
-                (page.imagelength, page.imagewidth),
-                (page.tilelength, page.tilewidth),
-                offsets.reshape(shape),
-                counts.reshape(shape),
-                page.jpegtables or None,
-                COLOURS[int(page.photometric)],
-            )
-        )
-    return out
-
-
-def _not_taken(why: str, where: str) -> NotTaken:
-    return NotTaken(f"{why}: it is not read as a tiled JPEG TIFF", where=where, remedy=_elsewhere(where))
-
-
-def _elsewhere(where: str) -> str:
-    return "copy it to a local disk" if is_url(where) else "leave slide.backend at auto"
-
-
-def _stated_mpp(file: Any) -> tuple[float | None, float | None]:
-    """Micrometres per level-0 pixel (y, x) as OpenSlide states them."""
-    from deepfere.readers.slide_flat import stated_mpp
-
-    page = file.pages.first
-    if not page.description.startswith("Aperio"):
-        return stated_mpp(file, page)
-    found = re.search(r"\|\s*MPP\s*=\s*([0-9.eE+-]+)", page.description)
-    value = float(found[1]) if found else None
-    return value, value

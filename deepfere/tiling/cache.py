@@ -79,7 +79,7 @@ def compute_shard(spec: CacheSpec, row: int, col: int) -> NDArray[np.uint8]:
     r0, r1, c0, c1 = spec.planes.shard_window(row, col)
     block, spacing = spec.planes.block, spec.planes.spacing_um
     rgb, coverage = read_area(
-        opened(spec.slide, spec.mpp_um, spec.reading.backend),
+        opened(spec.slide, spec.mpp_um, spec.reading.backend, spec.reading.icc),
         (r0 * spacing[0], c0 * spacing[1]),
         ((r1 - r0) * block, (c1 - c0) * block),
         spec.planes.fine_mpp_um,

@@ -90,7 +90,7 @@ class TileReader:
 
     def __init__(self, plan: TilePlan, slide: Slide | None = None) -> None:
         self.plan = plan
-        self.slide = slide or opened(plan.path, plan.slide_mpp_um, plan.reading.backend)
+        self.slide = slide or opened(plan.path, plan.slide_mpp_um, plan.reading.backend, plan.reading.icc)
         self._level = self.slide.levels[plan.reading.level]
         # Where output pixels are pixels of the level, up to its very end, tiles are cut out as they are.
         whole = all(n * d == full for n, d, full in zip(*self._sizes(), strict=True))

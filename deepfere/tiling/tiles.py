@@ -68,11 +68,9 @@ class TissueMask:
         """Tissue by colour, as the fusion finds it (`deepfere.model.features`), from the pyramid."""
         from deepfere.model.features import base_planes, stain_reference
 
-        spacing = tuple(max(mpp_um, own) for own in slide.mpp_um)
-        shape = [max(1, int(n * own / s)) for n, own, s in zip(slide.shape_px, slide.mpp_um, spacing, strict=True)]
-        rgb, coverage = read_area(slide, (0.0, 0.0), (shape[0], shape[1]), (spacing[0], spacing[1]))
+        rgb, coverage, spacing = tissue_overview(slide, mpp_um)
         planes = base_planes(rgb, coverage, 1, stain_reference(rgb, coverage))
-        return cls(planes[5] > 127, (spacing[0], spacing[1]))
+        return cls(planes[5] > 127, spacing)
 
     def shares(self, corner_um: NDArray[np.float64], side_um: float) -> NDArray[np.float32]:
         """Share of each square (n corners (y, x), one side) that is tissue: exact, all at once.
@@ -95,6 +93,16 @@ class TissueMask:
         (y0, x0), (y1, x1) = low.T, high.T
         area = up_to(y1, x1) - up_to(y0, x1) - up_to(y1, x0) + up_to(y0, x0)
         return (area * spacing.prod() / side_um**2).astype(np.float32)
+
+
+def tissue_overview(
+    slide: Slide, mpp_um: float = TISSUE_UM
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], tuple[float, float]]:
+    """All of a slide, small: RGB (h, w, 3), coverage (h, w), and pixel size (y, x), not finer than the slide's."""
+    spacing = (max(mpp_um, slide.mpp_um[0]), max(mpp_um, slide.mpp_um[1]))
+    shape = [max(1, int(n * own / s)) for n, own, s in zip(slide.shape_px, slide.mpp_um, spacing, strict=True)]
+    rgb, coverage = read_area(slide, (0.0, 0.0), (shape[0], shape[1]), spacing)
+    return rgb, coverage, spacing
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,164 @@
+"""Several pieces of tissue on one slide: found, numbered, listed; one chosen; and what is asked where two fit alike."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tifffile
+
+from deepfere.errors import InputError
+from deepfere.evaluation.report_alignment import artefact_words
+from deepfere.frame import Alignment
+from deepfere.inspect import describe
+from deepfere.pipeline.overview import MARGIN_UM, stain_overview
+from deepfere.readers.slide import open_slide
+from deepfere.tiling.pieces import HALO_UM, find_pieces
+from deepfere.tiling.tiles import TileSpec, plan_tiles
+
+MPP = 8.0
+# Boxes of the drawn pieces, um: y, x, height, width. The third is cracked, the gap is glass.
+DRAWN = [(1000, 5200, 2400, 2000), (1100, 800, 3000, 2600), (5200, 1200, 2000, 4800)]
+CRACK_UM = 200.0
+COARSE_UM = 32.0
+
+
+def drawn(ink=False):
+    """(h, w, 3) three pieces of tissue, a speck of dust, and perhaps a pen mark."""
+    rng = np.random.default_rng(0)
+    shape = (1000, 1000)
+    image = np.full((*shape, 3), 244.0)
+    y, x = (np.indices(shape) + 0.5) * MPP
+    for top, left, height, width in DRAWN:
+        inside = ((y - top - height / 2) / (height / 2)) ** 2 + ((x - left - width / 2) / (width / 2)) ** 2 <= 1
+        amount = 1 + 0.4 * np.sin(y / 90) * np.cos(x / 130)  # of one stain: its colour varies along one line
+        image[inside] = (244 * np.exp(-amount[..., None] * np.array([0.22, 0.71, 0.33])))[inside]
+    image[(np.abs(x - 3600) < CRACK_UM / 2) & (y > 5000)] = 244
+    image[(np.abs(x - 7000) < 60) & (np.abs(y - 6000) < 60)] = 244 * np.exp(-np.array([0.22, 0.71, 0.33]))
+    if ink:
+        image[(np.abs(y - 500) < 150) & (x > 300) & (x < 3300)] = (60, 140, 70)
+    return (image + rng.normal(0, 3, image.shape)).clip(0, 255).astype(np.uint8)
+
+
+def written(path, image, mpp=MPP):
+    tifffile.imwrite(
+        path,
+        image,
+        photometric="rgb",
+        tile=(256, 256),
+        compression="deflate",
+        resolution=(1e4 / mpp, 1e4 / mpp),
+        resolutionunit="CENTIMETER",
+        metadata=None,
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def slide_path(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("pieces") / "slide.tif", drawn())
+
+
+def test_pieces_are_found_and_numbered(slide_path):
+    found = find_pieces(open_slide(slide_path))
+    assert [p.number for p in found.pieces] == [1, 2, 3]
+    # Reading order of the upper left corners: the first begins highest, wherever it lies across.
+    for piece, (y, x, h, w) in zip(found.pieces, DRAWN, strict=True):
+        np.testing.assert_allclose([*piece.start_um, *piece.extent_um], [y, x, h, w], atol=2 * COARSE_UM)
+        lost = CRACK_UM * h if piece.number == 3 else 0.0
+        assert piece.area_um2 == pytest.approx(np.pi / 4 * h * w - lost, rel=0.03)
+    again = find_pieces(open_slide(slide_path))
+    assert again.pieces == found.pieces and np.array_equal(again.ground, found.ground)
+    speck = found.ground[int(6000 / found.ground_um[0]), int(7000 / found.ground_um[1])]
+    assert speck == 0 and found.mask.mask[int(6000 / found.mask.spacing_um[0]), int(7000 / found.mask.spacing_um[1])]
+    assert found.nearest(np.array([2000.0, 6000.0])) == 1 and found.nearest(np.array([2000.0, 100.0])) == 2
+    with pytest.raises(InputError) as caught:
+        found.choose(4, slide_path)
+    assert all(w in str(caught.value) for w in (str(slide_path), "no piece of tissue 4", "3: y ", "--slide-region"))
+
+
+def test_ink_is_no_piece(tmp_path, slide_path):
+    marked = find_pieces(open_slide(written(tmp_path / "ink.tif", drawn(ink=True)))).pieces
+    plain = find_pieces(open_slide(slide_path)).pieces
+    assert [p.start_um for p in marked] == [p.start_um for p in plain] and len(marked) == 3
+
+
+def test_tissue_of_one_piece_restricts_tiles(slide_path):
+    slide = open_slide(slide_path)
+    found = find_pieces(slide)
+    spec = TileSpec(32, MPP, tissue=0.2)
+    everything = plan_tiles(slide, spec, found.mask)
+    parts = [plan_tiles(slide, spec, found.tissue(n)) for n in (1, 2, 3)]
+    assert min(len(p) for p in parts) > 50 and sum(len(p) for p in parts) == len(everything)
+    top, left, height, width = DRAWN[1]
+    corner = parts[1].corner_px * MPP
+    assert (corner >= [top - 32 * MPP, left - 32 * MPP]).all() and (corner <= [top + height, left + width]).all()
+
+
+def test_info_lists_them(slide_path, tmp_path):
+    said = describe(slide_path)
+    assert said.whole and said.fact("pieces") == "3 of tissue"
+    text = said.fact("piece 2")
+    assert text.startswith("y 1") and "mm2 of tissue" in text and " um)" in text
+    assert (
+        describe(written(tmp_path / "empty.tif", np.full((300, 300, 3), 244, np.uint8))).fact("pieces") == "0 of tissue"
+    )
+
+
+def test_the_overview_of_one_piece_reads_no_other(slide_path):
+    slide = open_slide(slide_path)
+    found, whole = find_pieces(slide), stain_overview(slide, 50.0)[1]
+    windows, read = [], slide.read
+    slide.read = lambda level, *window: windows.append(window) or read(level, *window)
+    stain, rgb = stain_overview(slide, 50.0, pieces=found, number=3)
+    top, left, height, width = DRAWN[2]
+    low = np.array([top, left]) - MARGIN_UM - 3 * COARSE_UM
+    high = np.array([top + height, left + width]) + MARGIN_UM + 3 * COARSE_UM
+    for r, c, h, w in windows:
+        assert (np.array([r, c]) * MPP >= low).all() and (np.array([r + h, c + w]) * MPP <= high).all()
+    assert stain.spacing_um == (MPP, MPP) and rgb.shape == whole.shape
+    rows, cols = slice(int(top / MPP), int((top + height) / MPP)), slice(int(left / MPP), int((left + width) / MPP))
+    np.testing.assert_array_equal(rgb[rows, cols], whole[rows, cols])
+    # The second piece reaches into the margin: it is hidden, as tissue and as cover.
+    into = int((top - 200) / MPP), int(2100 / MPP)
+    assert (rgb[: int((top - MARGIN_UM) / MPP) - 20] == 255).all()
+    assert stain.elsewhere.any() and not (stain.planes[5][stain.elsewhere] > 0).any()
+    assert (stain.planes[6][stain.elsewhere] == 0).all() and stain.planes[6][rows, cols].min() == 255
+    assert (stain.planes[5] > 127).sum() * MPP**2 == pytest.approx(found.pieces[2].area_um2, rel=0.02)
+    assert into[0] > 0 and HALO_UM < MARGIN_UM
+
+
+def test_two_that_fit_alike_are_asked_about_and_one_is_taken(phantom, tmp_path, cli):
+    """The phantom's tissue twice on one slide: refused with the option; with it, found on the piece that was chosen."""
+    one = open_slide(phantom.slide)
+    image = one.read(0, 0, 0, *one.shape_px)
+    glass = np.full((one.shape_px[0], 200, 3), np.median(image.reshape(-1, 3)[:500], axis=0), np.uint8)
+    twice = np.concatenate([image, glass, image], axis=1)
+    path = written(tmp_path / "twice.tif", twice, one.mpp_um[0])
+    assert describe(path).fact("pieces") == "2 of tissue"
+    quick = ["--factor", "4", "tracking.uri=none", "align.angle_step_deg=30", "align.candidates=4"]
+    wrong = cli("fuse", phantom.imzml, path, "-o", tmp_path / "r.zarr", "--slide-region", "3", *quick)
+    assert wrong.code == 2 and "no piece of tissue 3" in wrong.errors[0]
+    assert "--slide-region" in cli("fuse", phantom.imzml, path, "-o", "r", "--slide-region", "x").errors[0]
+    assert [p.name for p in tmp_path.iterdir()] == ["twice.tif"]
+    study, work = tmp_path / "study.yaml", tmp_path / "work"
+    section = {"name": "right", "msi": phantom.imzml, "slide": path}
+    study.write_text(json.dumps({"sections": [section]}, default=str))
+    refused = cli("align", study, "-o", work, *quick)
+    assert refused.code == 2 and len(refused.errors) == 1
+    assert all(w in refused.errors[0] for w in ("piece 1", "piece 2", "--slide-region", "mm2 of tissue"))
+    assert not work.exists()
+    study.write_text(json.dumps({"sections": [section | {"slide_region": 2}]}, default=str))
+    done = cli("align", study, "-o", work, *quick)
+    assert done.code == 0, done
+    found = Alignment.load(work / "sections" / "right" / "alignment.json")
+    truth = Alignment.load(phantom.truth / "alignment.json")
+    points = np.array([[300.0, 300.0], [900.0, 300.0], [600.0, 800.0]])
+    shift = np.array([0.0, (image.shape[1] + 200) * one.mpp_um[1]])
+    assert np.abs(found.map(points) - truth.map(points) - shift).max() < 40
+    facts = json.loads((work / "done" / "align-right.json").read_text())
+    (entry,) = [e for e in facts["artefacts"] if e["kind"] == "piece"]
+    assert entry["area_um2"] > 1e5 and entry["decided_by"] == "slide_region 2"
+    (words,) = artefact_words({"artefacts": {"masked": [entry]}})
+    assert words.startswith("Other pieces of tissue on the slide (") and "mm²" in words
