@@ -126,6 +126,20 @@ def test_paths_are_absolute_and_a_list_of_targets_is_a_setting(cli, phantom, hom
     assert "--mz" not in command and sent_settings(done.out).ingest.mz == [600.25, 700.5]
 
 
+def test_every_option_of_a_job_is_known_to_be_a_setting_or_not():
+    """A new option that is a setting must travel as one: else its file, or the client's default, would be missed."""
+    from deepfere.cli import main
+    from deepfere.submit.prepare import SETTINGS
+
+    others = {"msi", "slide", "study", "out", "overrides", "config", "overwrite", "no_guide", "model"}
+    others |= {"pitch_um", "slide_mpp_um", "alignment", "landmarks", "region", "slide_region"}
+    submit = main.commands["submit"]
+    for name in submit.commands:
+        assert {p.name for p in main.commands[name].params} <= others | set(SETTINGS), name
+    known = {f"{k}__{n}" for k, v in Config().resolved().items() if isinstance(v, dict) for n in v} | {"factor"}
+    assert set(SETTINGS.values()) <= known
+
+
 # What is wrong is told before anything is sent.
 
 
