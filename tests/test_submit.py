@@ -20,6 +20,7 @@ from deepfere.config import Config, load_config
 from deepfere.submit.submission import VARIABLE, tags_from_environment
 from deepfere.submit.target import Ended, Job, Tail, follow
 from tests.test_cluster_files import operator_errors, schema_errors
+from tests.test_docs import check_command
 
 PROGRAM = [sys.executable, "-m", "deepfere"]
 ID = re.compile(r"deepfere-[a-z]+-[0-9a-f]{12}")
@@ -124,6 +125,20 @@ def test_paths_are_absolute_and_a_list_of_targets_is_a_setting(cli, phantom, hom
     assert command[command.index("--out") + 1] == str(phantom.imzml.parent / "r.zarr")
     assert command[command.index("--pitch-um") + 1] == "50,40" and "--overwrite" in command
     assert "--mz" not in command and sent_settings(done.out).ingest.mz == [600.25, 700.5]
+
+
+def test_every_option_of_a_job_is_known_to_be_a_setting_or_not():
+    """A new option that is a setting must travel as one: else its file, or the client's default, would be missed."""
+    from deepfere.cli import main
+    from deepfere.submit.prepare import SETTINGS
+
+    others = {"msi", "slide", "study", "out", "overrides", "config", "overwrite", "no_guide", "model"}
+    others |= {"pitch_um", "slide_mpp_um", "alignment", "landmarks", "region", "slide_region"}
+    submit = main.commands["submit"]
+    for name in submit.commands:
+        assert {p.name for p in main.commands[name].params} <= others | set(SETTINGS), name
+    known = {f"{k}__{n}" for k, v in Config().resolved().items() if isinstance(v, dict) for n in v} | {"factor"}
+    assert set(SETTINGS.values()) <= known
 
 
 # What is wrong is told before anything is sent.
@@ -275,6 +290,33 @@ def test_kubectl_is_told_and_asked_until_the_end(cli, study, home, monkeypatch, 
     # The settings go when the job goes.
     (owner,) = json.loads(calls[3][-1].removeprefix("--patch="))["metadata"]["ownerReferences"]
     assert (owner["kind"], owner["uid"]) == ("RayJob", "17")
+
+
+def test_a_job_of_kubernetes_is_stopped_in_its_head(home, monkeypatch):
+    from deepfere.submit.kuberay import KubeJob
+
+    (home / "calls").touch()
+    (home / "kubectl").write_text(
+        f"""#!{sys.executable}
+import json, sys
+with open({str(home / "calls")!r}, "a") as log:
+    log.write(json.dumps(sys.argv[1:]) + "\\n")
+if "rayjob" in sys.argv:
+    print(json.dumps({{"status": {{"rayClusterName": "c1", "jobDeploymentStatus": "Running"}}}}))
+elif "pods" in sys.argv:
+    print("pod/c1-head")
+"""
+    )
+    (home / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{home}:{os.environ['PATH']}")
+    KubeJob("deepfere-train-0123456789ab", "imaging", "/shared/work").stop()
+    calls = [json.loads(line) for line in (home / "calls").read_text().splitlines()]
+    assert all(call[0] == "--namespace=imaging" for call in calls)
+    assert "--selector=ray.io/cluster=c1,ray.io/node-type=head" in calls[1]
+    exec_, command = calls[2][1:4], calls[2][calls[2].index("--") + 1 :]
+    assert exec_ == ["exec", "pod/c1-head", "--container=ray-head"]
+    assert command == ["deepfere", "stop", "--no-wait", "/shared/work"]
+    check_command(command[1:])
 
 
 # Slurm.
@@ -443,8 +485,8 @@ def test_interrupting_the_watcher_leaves_the_job_alone(home):
     assert process.returncode == 1 and "runs on" in err and f"deepfere stop {name}" in err, err
     job = int((folder / "pid").read_text())
     assert Path(f"/proc/{job}").exists() and not (folder / "code").exists()
-    os.kill(job, 15)
-    while not (folder / "code").exists():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    stopped = subprocess.run([*PROGRAM, "stop", name], capture_output=True, text=True, timeout=100)
+    assert stopped.returncode == 0 and stopped.stdout == f"{name}: asked to stop\nstopped\n", stopped
     assert (folder / "code").read_text() == "1"
+    again = subprocess.run([*PROGRAM, "stop", name], capture_output=True, text=True, timeout=100)
+    assert again.returncode == 0 and again.stdout == f"{name} has ended already\n", again

@@ -8,6 +8,8 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from typing import Any
 
 from deepfere.errors import DeepfereError
@@ -59,11 +61,13 @@ class LocalJob(Job):
         return self._log.read()
 
     def stop(self) -> None:
-        """SIGTERM."""
-        try:
-            os.kill(int((self.folder / PROCESS).read_text()), signal.SIGTERM)
-        except (FileNotFoundError, ProcessLookupError):
-            pass  # it has not begun, or has ended
+        """SIGTERM, as soon as it has begun."""
+        process = self.folder / PROCESS
+        while not (process.exists() and process.read_text()) and self.ended() is None:
+            time.sleep(0.1)
+        if self.ended() is None:
+            with suppress(ProcessLookupError):  # it has ended in between
+                os.kill(int(process.read_text()), signal.SIGTERM)
 
     def record(self) -> dict[str, Any]:
         """The name suffices."""
@@ -100,7 +104,8 @@ class Local(Target):
             except BlockingIOError:
                 return LocalJob(name)  # somebody else was first, with the same
             (folder / CONFIG).write_text(submission.config_text)
-            (folder / CODE).unlink(missing_ok=True)
+            for file in (CODE, PROCESS):
+                (folder / file).unlink(missing_ok=True)
             command = [
                 sys.executable,
                 "-m",

@@ -19,8 +19,11 @@ SETTINGS = {
     "tolerance_ppm": "ingest__tolerance_ppm",
     "representation": "ingest__representation",
     "lock_mass": "ingest__lock_mass_mz",
+    "normalisation": "ingest__normalisation",
+    "reference_mz": "ingest__reference_mz",
     "duplicates": "ingest__duplicates",
     "slide_backend": "slide__backend",
+    "slide_icc": "slide__icc",
 }
 """Options that are settings: they travel as these."""
 ELSEWHERE = "--paths-on-cluster"
@@ -44,6 +47,8 @@ def prepare(command: click.Command, values: Mapping[str, Any], *, to: str, elsew
         values["overrides"], values["slide"] = (slide, *values["overrides"]), None
     guide = False if values.get("no_guide") else None
     given = {key: values.get(name) for name, key in SETTINGS.items()}
+    if values.get("reference_mz") is not None:
+        given["ingest__normalisation"] = given["ingest__normalisation"] or "reference"
     config = load_config(values["config"], values["overrides"], guide=guide, **given)
     if elsewhere and to in ("local", "slurm"):
         raise InputError(
@@ -102,7 +107,7 @@ def _check(job: str, values: Mapping[str, Any], paths: Mapping[str, str], config
         return
     if job == "fuse":
         named = {key: paths.get(key) for key in ("msi", "slide", "alignment", "landmarks")}
-        more = {key: values.get(key) for key in ("pitch_um", "slide_mpp_um", "region")}
+        more = {key: values.get(key) for key in ("pitch_um", "slide_mpp_um", "region", "slide_region")}
         if not config.guide:
             named["slide"] = None
         sections = [make_section(name="section", **named, **more)]
