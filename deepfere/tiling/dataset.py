@@ -54,5 +54,6 @@ def patch_dataset(
         fn_constructor_args=([asdict(s) for s in sources], patch_px, shape_px),
         batch_size=batch,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
-        num_cpus=0.5,
+        # They ask for no CPU: where training has taken them all, its own input would wait for ever.
+        num_cpus=0,
     )

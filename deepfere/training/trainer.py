@@ -52,8 +52,7 @@ def preflight(settings: TrainSettings) -> None:
             where="train.workers",
             remedy="lower train.workers or set train.use_gpu=false",
         )
-    # One CPU stays with Ray Data: a group that takes every CPU starves its own input.
-    most = max(1, int(2 * (cpus - 0.5)))
+    most = int(2 * cpus)
     if not settings.use_gpu and settings.workers > most:
         raise InputError(
             f"{settings.workers} CPU workers are asked for and the cluster has {cpus:g} CPUs",
@@ -104,7 +103,7 @@ def train_joint(
     shape = plane_shape(sources, settings.patch_px)
     rows = draw(patches, settings.steps, batch, settings.seed)
     cpus = ray.cluster_resources().get("CPU", 1.0)
-    per_worker = 1.0 if cpus - train.workers >= 1.0 else 0.5
+    per_worker = 1.0 if cpus >= train.workers else 0.5
     trainer = TorchTrainer(
         work,
         train_loop_config={
@@ -119,7 +118,8 @@ def train_joint(
         },
         torch_config=TorchConfig(timeout_s=300),
         scaling_config=ScalingConfig(
-            num_workers=train.workers,
+            # Where hosts are lost and not replaced, fewer workers go on.
+            num_workers=(1, train.workers) if train.workers > 1 else 1,
             use_gpu=train.use_gpu,
             resources_per_worker={"CPU": per_worker, **({"GPU": 1} if train.use_gpu else {})},
         ),

@@ -74,7 +74,7 @@ def work(config: dict[str, Any]) -> None:
     wrapped = prepare_model(model, move_to_device=False, parallel_strategy_kwargs={"find_unused_parameters": True})
     world, rank = train.get_context().get_world_size(), train.get_context().get_world_rank()
     batches = train.get_dataset_shard("train").iter_torch_batches(
-        batch_size=settings.batch // world // config["parts"], drop_last=True, prefetch_batches=2, device="cpu"
+        batch_size=max(1, settings.batch // world // config["parts"]), drop_last=True, prefetch_batches=2, device="cpu"
     )
     clock = Clock()
     for step, loaded in enumerate(clock.steps(batches, config["parts"])):
