@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from deepfere.config import digest
-from deepfere.errors import DeepfereError, IdentityError, InputError
+from deepfere.errors import DeepfereError, IdentityError, InputError, system_text
 from deepfere.store import sync
 
 Progress = Callable[[str, float], None]
@@ -219,8 +219,8 @@ class Workspace:
         except DeepfereError as error:
             raise DeepfereError(f"{error}{self._note(error)}") from error
         except OSError as error:
-            where = error.filename or self.root
-            raise DeepfereError(f"{where}: {error.strerror or error}{self._note(error)}") from error
+            where = "" if error.filename else f"{self.root}: "
+            raise DeepfereError(f"{where}{system_text(error)}{self._note(error)}") from error
         except MemoryError as error:
             raise DeepfereError(f"the memory does not suffice{self._note(error)}") from error
 
