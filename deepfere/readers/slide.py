@@ -142,7 +142,11 @@ def open_slide(
         return slide
     from deepfere.readers.slide_colour import in_srgb
 
-    return in_srgb(slide)
+    try:
+        return in_srgb(slide)
+    except InputError:
+        slide.close()
+        raise
 
 
 def _opened_as_stored(path: str | Path, given: tuple[float, float] | None, backend: Backend) -> Slide:
