@@ -20,7 +20,8 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-# Several hosts on this machine, in network namespaces: needs root and iproute2, and skips without.
+# Real clusters on this machine: hosts in network namespaces (root, iproute2), Ray's dashboard, Slurm (root, slurm-wlm,
+# munge), killed processes. What cannot be is skipped.
 test-cluster: $(VENV)/.installed
 	$(BIN)/python -m pytest -m cluster
 

@@ -186,7 +186,8 @@ def measured(command: Sequence[str]) -> tuple[float, int, str]:
         while process.poll() is None:
             with suppress(psutil.NoSuchProcess):
                 peak = max(peak, tree_pss_bytes(root))
-            time.sleep(0.5)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.5)
         seconds = time.perf_counter() - started
         log.seek(0)
         printed = log.read()

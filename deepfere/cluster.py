@@ -19,6 +19,7 @@ from typing import Any
 
 from deepfere.config import RaySettings
 from deepfere.errors import DeepfereError, InputError, system_text
+from deepfere.stopping import current, requested, saving
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -211,14 +212,17 @@ class RowWorker(ABC):
     """
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Ray Data's entry: a batch of one row with the column ``row`` (JSON)."""
+        """Ray Data's entry: a batch of one row: ``row`` (JSON), and ``stop``, the file that says to begin no more."""
         import torch
 
         torch.set_num_threads(1)
         out: list[str] = []
-        for text in batch["row"]:
+        for text, stop in zip(batch["row"], batch["stop"], strict=True):
             row = json.loads(str(text))
             try:
+                if requested(str(stop)):
+                    out.append(json.dumps({"unit": row["unit"], "error": None, "stopped": True}))
+                    continue
                 out.append(json.dumps({**self.work(row), "unit": row["unit"], "error": None}))
             except InputError as error:
                 parts = {"what": error.what, "where": error.where and str(error.where), "remedy": error.remedy}
@@ -266,8 +270,10 @@ def run_rows(
     Raises:
         InputError: Some rows failed, all of them because of the input; the others are done.
         DeepfereError: Some rows failed for another reason.
+        Stopped: The run was asked to stop; rows that had been begun are done.
     """
-    items = [{"row": json.dumps(row)} for row in rows]
+    stop = str(current() or "")
+    items = [{"row": json.dumps(row), "stop": stop} for row in rows]
     if not items:
         return []
     records: list[dict[str, Any]] = []
@@ -275,15 +281,18 @@ def run_rows(
 
     def collect(found: Iterable[dict[str, Any]]) -> None:
         for record in found:
+            if record.get("stopped"):
+                continue
             (failed if record["error"] else records).append(record)
             if on_done:
                 on_done(record)
 
-    if len(items) <= inline_up_to:
-        here = worker(*arguments)
-        collect(json.loads(str(text)) for item in items for text in here({"row": [item["row"]]})["record"])
-    else:
-        _on_actors(items, worker, arguments, collect, what, num_cpus, num_gpus)
+    with saving():
+        if len(items) <= inline_up_to:
+            here = worker(*arguments)
+            collect(json.loads(str(t)) for item in items for t in here({k: [v] for k, v in item.items()})["record"])
+        else:
+            _on_actors(items, worker, arguments, collect, what, num_cpus, num_gpus)
     if failed:
         first = failed[0]
         if all("input" in record for record in failed):

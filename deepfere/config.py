@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from deepfere.errors import InputError
 
@@ -33,20 +33,61 @@ def target_list(values: Iterable[float]) -> list[float]:
     return targets
 
 
+def rising(value: tuple[float, float] | None) -> tuple[float, float] | None:
+    """A range of m/z, refused where it is none.
+
+    Raises:
+        ValueError: It does not rise, or begins below zero.
+    """
+    if value is not None and not 0 <= value[0] < value[1]:
+        raise ValueError(f"{value[0]:g} to {value[1]:g} is no range of m/z")
+    return value
+
+
 class IngestSettings(_Settings):
     """How the measurement is read."""
 
     tolerance_ppm: float = Field(5.0, gt=0, le=1000, description="half-width of an ion's m/z window")
     mz: list[float] | None = Field(None, description="target list, sorted; None = the file's axis, or automatic peaks")
-    normalisation: Literal["none", "tic", "rms", "median"] = "none"
+    mz_range: tuple[float, float] | None = Field(None, description="lowest and highest m/z of automatic peaks")
+    normalisation: Literal["none", "tic", "rms", "median", "reference"] = "none"
+    reference_mz: float | None = Field(None, gt=0, description="for normalisation: reference")
     representation: Literal["centroid", "profile"] | None = Field(None, description="where the file does not say")
+    lock_mass_mz: list[float] | None = Field(None, description="true m/z of peaks that correct each spectrum's m/z")
+    lock_mass_tolerance_ppm: float = Field(20.0, gt=0, le=1000, description="how far off they are looked for")
+    baseline: Literal["none", "tophat", "snip"] = Field("none", description="taken away from profiles")
+    baseline_width_ppm: float = Field(3000.0, gt=0, le=1e5, description="wider than any peak")
+    smoothing: Literal["none", "savgol", "gaussian"] = Field("none", description="of profiles")
+    smoothing_points: int = Field(9, ge=5, le=1001, description="odd")
     duplicates: Literal["error", "sum", "mean"] = Field("error", description="several spectra for one pixel")
     band_rows: int = Field(64, ge=1)
 
-    @field_validator("mz")
+    @field_validator("mz", "lock_mass_mz")
     @classmethod
     def _targets(cls, value: list[float] | None) -> list[float] | None:
         return None if value is None else target_list(value)
+
+    @field_validator("mz_range")
+    @classmethod
+    def _range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        return rising(value)
+
+    @model_validator(mode="after")
+    def _reference(self) -> IngestSettings:
+        if self.normalisation == "reference" and self.reference_mz is None:
+            raise ValueError("normalisation=reference needs an m/z: give --reference-mz (ingest.reference_mz)")
+        return self
+
+    @field_validator("smoothing_points")
+    @classmethod
+    def _odd(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError(f"{value} is even, and a point has as many before it as behind")
+        return value
+
+    def sampled(self) -> dict[str, Any]:
+        """What a sample of a section's spectra depends on."""
+        return self.model_dump(exclude={"mz", "mz_range", "normalisation", "reference_mz", "duplicates", "band_rows"})
 
 
 class SlideSettings(_Settings):
@@ -88,6 +129,15 @@ class TrainSettings(_Settings):
     held_out: float = Field(0.2, gt=0, lt=0.9, description="share of the spatial blocks kept from training")
     workers: int = Field(1, ge=1)
     use_gpu: bool = False
+    accumulate: int = Field(1, ge=1, description="parts that a worker's share of a step is split into")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the network while it trains")
+
+    @property
+    def resolved_precision(self) -> str:
+        """What "auto" stands for: half precision on a GPU."""
+        if self.precision != "auto":
+            return self.precision
+        return "bfloat16" if self.use_gpu else "float32"
 
 
 class PaperEmbedding(_Settings):
@@ -133,12 +183,22 @@ class RaySettings(_Settings):
     object_store_memory_bytes: int = Field(256 * 2**20, ge=80 * 2**20)
 
 
+class RunSettings(_Settings):
+    """How a run is carried out."""
+
+    time_limit_s: float | None = Field(None, gt=0, description="seconds after which it saves its work and stops")
+
+
 class TrackingSettings(_Settings):
     """MLflow: ``uri: none`` switches tracking off."""
 
     uri: str | None = None
     experiment: str = "deepfere"
     register_as: str | None = Field("deepfere", description="registered model name; None = do not register")
+
+
+UNNUMBERED = ("run", "ray", "tracking")
+"""Sections of the settings that change no numbers."""
 
 
 class Config(_Settings):
@@ -157,6 +217,7 @@ class Config(_Settings):
     train: TrainSettings = TrainSettings()
     paper: PaperSettings = PaperSettings()
     reconstruct: ReconstructSettings = ReconstructSettings()
+    run: RunSettings = RunSettings()
     ray: RaySettings = RaySettings()
     tracking: TrackingSettings = TrackingSettings()
 
@@ -165,9 +226,9 @@ class Config(_Settings):
         return self.model_dump(mode="json")
 
     def digest(self) -> str:
-        """Hash of what changes numbers: everything but where Ray and MLflow are."""
+        """Hash of what changes numbers: everything but how it runs, and where Ray and MLflow are."""
         values = self.resolved()
-        for name in ("ray", "tracking"):
+        for name in UNNUMBERED:
             values.pop(name)
         values["train"].pop("use_gpu")
         return digest(values)

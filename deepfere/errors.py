@@ -33,3 +33,26 @@ def system_text(error: OSError) -> str:
 
 class IdentityError(InputError):
     """A result or work folder made from other inputs or settings stands at the wanted path."""
+
+
+class SectionFailures(DeepfereError):
+    """Sections of a study failed; what could be done for the others is done.
+
+    Args:
+        found: (section, stage, error) of each.
+        sections: How many the study has.
+        why: What could not be done for the others.
+
+    Attributes:
+        lines: One line per failure: section, stage, what, where and how to mend it.
+        summary: How many failed, and what comes next.
+        all_input: Whether all of them are wrong input (exit code 2), none a failure of the machine (1).
+    """
+
+    def __init__(self, found: list[tuple[str, str, DeepfereError]], sections: int, why: str = "") -> None:
+        self.found = list(found)
+        self.lines = [f"section {name}, {stage}: {' '.join(str(error).split())}" for name, stage, error in found]
+        self.all_input = all(isinstance(error, InputError) for _, _, error in found)
+        failed = len({name for name, _, _ in found})
+        self.summary = f"{failed} of {sections} sections failed" + (f"; {why}" if why else "; the others are done")
+        super().__init__("; ".join([self.summary, *self.lines]))

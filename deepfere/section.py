@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from deepfere.config import rising
 from deepfere.errors import InputError
 
 EACH = "each"
@@ -26,6 +27,8 @@ class Section(BaseModel):
         slide_mpp_um: Slide pixel size (y, x) where the file does not state it (always wins).
         alignment: Alignment JSON that is used as it is.
         landmarks: Landmark CSV, or sequence file with teaching points (.mis), that fixes the affine.
+        mz_range: Lowest and highest m/z that was scanned, where the spectra do not show it: an ion of the study that
+            they never hold is zero within, and refused outside.
         region: Which of the measurement's regions it is: a number, "all" for all of them as one section, or, in a
             study, "each" for as many sections. None where there is only one.
         slide_region: Which of the slide's pieces of tissue is searched and used: a number; None or "all" for all.
@@ -40,8 +43,19 @@ class Section(BaseModel):
     slide_mpp_um: tuple[float, float] | None = None
     alignment: str | None = None
     landmarks: str | None = None
+    mz_range: tuple[float, float] | None = None
     region: int | Literal["all", "each"] | None = None
     slide_region: int | Literal["all"] | None = None
+
+    @field_validator("mz_range", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("mz_range")
+    @classmethod
+    def _range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        return rising(value)
 
     @field_validator("pitch_um", "slide_mpp_um", mode="before")
     @classmethod

@@ -1,6 +1,7 @@
 """Ray job entry point: Decode the slides of a study into patch caches.
 
-Submit it with Ray's own client, from a checkout, to a cluster whose nodes share the study's storage:
+`deepfere submit` does the same and more. With Ray's own client, from a checkout, to a cluster whose nodes share the
+study's storage:
 
     ray job submit --working-dir . -- python jobs/tile.py study.yaml -o /shared/work
 """

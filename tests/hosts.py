@@ -109,6 +109,16 @@ class Hosts:
         while _pids(self.names[n]):
             time.sleep(0.05)
 
+    def cut(self, n: int) -> None:
+        """Take a host off the network; its processes go on, and hear nothing any more."""
+        _ip("link", "set", f"dfv{n}", "down")
+
+    def rejoin(self, n: int) -> None:
+        """Put a host that was cut off back, as after a reboot: what ran there is gone, and its Ray node starts anew."""
+        self.kill(n)
+        _ip("link", "set", f"dfv{n}", "up")
+        self.start(n)
+
     def _on(self, n: int, command: list[str]) -> list[str]:
         return ["ip", "netns", "exec", self.names[n], *command]
 

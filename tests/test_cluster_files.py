@@ -31,7 +31,7 @@ SBATCH = CLUSTER / "slurm" / "reconstruct.sbatch"
 KUBERAY = {name: CLUSTER / "kuberay" / f"{name}.yaml" for name in ("rayjob", "raycluster")}
 LAUNCHER = [CLUSTER / "aws.yaml", CLUSTER / "gcp.yaml"]
 FILES = sorted(path for path in CLUSTER.rglob("*") if path.is_file())
-PAGE = ROOT / "docs" / "cluster.md"
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("cluster", "ray-cluster", "kubernetes", "slurm")]
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
 IMAGE = re.compile(r"[\w./-]*deepfere:[\w.-]+")
 
@@ -40,7 +40,7 @@ def load(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text())
 
 
-every_file = pytest.mark.parametrize("path", [*FILES, PAGE], ids=lambda p: str(p.relative_to(ROOT)))
+every_file = pytest.mark.parametrize("path", [*FILES, *PAGES], ids=lambda p: str(p.relative_to(ROOT)))
 every_manifest = pytest.mark.parametrize("name", KUBERAY)
 every_launcher = pytest.mark.parametrize("path", LAUNCHER, ids=lambda p: p.name)
 
@@ -64,8 +64,8 @@ def commands(path: Path) -> list[list[str]]:
 
 
 def test_there_is_something_to_check():
-    found = {path: [words for words in commands(path) if "deepfere" in words] for path in (*FILES, PAGE)}
-    assert all(found[path] for path in (*KUBERAY.values(), PAGE))
+    found = {path: [words for words in commands(path) if "deepfere" in words] for path in (*FILES, *PAGES)}
+    assert all(found[path] for path in (*KUBERAY.values(), *PAGES))
     assert {path.name for path in FILES} >= {"Dockerfile", "aws.yaml", "gcp.yaml", "rayjob.yaml", "reconstruct.sbatch"}
 
 
@@ -109,7 +109,7 @@ def test_settings_and_paths_that_the_text_names_exist(path):
         assert key in resolved[section] or key in ("sbatch", "py"), f"{section}.{key}"
     for key in re.findall(r"\bray\.([a-z_]+)=", text):
         assert key in resolved["ray"], f"ray.{key}"
-    for name in re.findall(r"(?<![\w/])((?:cluster|jobs|docs|tests)/[\w/.-]+\.\w+)", text):
+    for name in re.findall(r"(?<![\w/.])((?:cluster|jobs|docs|tests)/[\w/.-]+\.\w+)", text):
         assert (ROOT / name).exists() or (path.parent / name).exists(), name
 
 

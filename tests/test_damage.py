@@ -121,12 +121,26 @@ def test_too_coarse_an_overview_shows_no_candidates(clean):
 
 
 def test_parts_of_one_candidate_are_decided_together():
-    def part(whole, evidence):
-        return Verdict("fold", whole, 1.0, 4, None if evidence is None else 0.1, evidence, False)
-
     # 5 + 5 nats are enough together; what is real of it stays, what is too small goes with the rest.
-    verdicts = _decided([part(0, 5.0), part(0, 5.0), part(0, -50.0), part(0, None), part(1, 5.0), part(2, 40.0)])
-    assert [v.masked for v in verdicts] == [True, True, False, True, False, True]
+    found = [part(0, 5.0), part(0, 5.0), part(0, -50.0), part(0, None), part(1, 5.0), part(2, 40.0)]
+    assert [v.masked for v in _decided(found, 1000)] == [True, True, False, True, False, True]
+
+
+def test_what_the_repaired_picture_does_not_explain_is_no_damage():
+    """Pale tissue with a chemistry of its own: the picture as it is fits badly there, and so does a repaired one."""
+    found = [part(0, 40.0, fits=False), part(0, 8.0), part(0, -1.0), part(1, 40.0)]
+    assert [v.masked for v in _decided(found, 1000)] == [False, False, False, True]
+
+
+def test_most_of_a_section_is_not_damaged():
+    found = [part(n, 40.0) for n in range(6)]
+    assert all(v.masked for v in _decided(found, 24 * 5))
+    assert not any(v.masked for v in _decided(found, 24 * 5 - 1))
+
+
+def part(whole, evidence, fits=True):
+    """A verdict on four measured pixels."""
+    return Verdict("fold", whole, 1.0, 4, None if evidence is None else 0.1, evidence, fits, False)
 
 
 def test_unseen_neighbours_do_not_reach_the_detail_of_a_pixel():

@@ -7,7 +7,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from deepfere.alignment.score import spatial_blocks
-from deepfere.model.denoise import LEAST_PX, Denoised, denoise, predict
+from deepfere.model.denoise import LEAST_PX, Denoised, Predictor, denoise
 from deepfere.model.uncertainty import without_centre
 
 SHAPE = (36, 33)
@@ -113,13 +113,14 @@ def test_a_block_is_predicted_without_itself(monkeypatch):
     y = x @ rng.standard_normal(5) + 0.1 * rng.standard_normal(block.size)
     other = y.copy()
     other[block == 3] += 100.0
-    a, b = predict(x, y, block), predict(x, other, block)
+    predictor = Predictor(x[:, 1:], block)
+    a, b = predictor(x[:, :1], y), predictor(x[:, :1], other)
     np.testing.assert_allclose(a[block == 3], b[block == 3], atol=1e-9)
     assert np.abs(a - b)[block != 3].max() > 1
     assert np.corrcoef(a, y)[0, 1] > 0.99
     # A column that says nothing, or is the same everywhere, does no harm.
     wide = np.column_stack([x, np.full(block.size, 3.0)])
-    assert np.corrcoef(predict(wide, y, block), y)[0, 1] > 0.99
+    assert np.corrcoef(Predictor(wide[:, 3:], block)(wide[:, :3], y), y)[0, 1] > 0.99
 
 
 def test_it_survives_its_file_and_repeats(tmp_path):

@@ -53,8 +53,14 @@ def check_command(words: list[str]) -> None:
     """Refuse a ``deepfere`` command that the CLI would not take (nothing is run)."""
     if words[:1] in (["--version"], ["--help"]):
         return
-    command = main.commands.get(words[0])
-    assert command is not None, f"no command {words[0]!r}"
+    command: click.Command | None = main
+    while isinstance(command, click.Group):
+        command, named, words = command.commands.get(words[0]), words[0], words[1:]
+        assert command is not None, f"no command {named!r}"
+        if isinstance(command, click.Group) and not words:
+            return
+    assert command is not None
+    words = [named, *words]
     context = click.Context(command, info_name=words[0])
     parser = command.make_parser(context)
     values, _, order = parser.parse_args(list(words[1:]))
@@ -106,6 +112,9 @@ def test_there_is_something_to_check():
         "fuse a b",
         "fuse a b -o c train.stepz=3",
         "demo -o demo --quick",
+        "submit retrain study.yaml -o work --to ray",
+        "submit train study.yaml -o work --too ray",
+        "submit train study.yaml -o work",
     ],
 )
 def test_the_check_of_commands_can_fail(line):
@@ -137,12 +146,14 @@ def test_every_command_is_documented():
 
 @every_page
 def test_option_names_in_the_text_exist(page):
-    known = {option for command in main.commands.values() for p in command.params for option in p.opts}
+    commands = [c for one in main.commands.values() for c in (one, *getattr(one, "commands", {}).values())]
+    known = {option for command in commands for p in command.params for option in p.opts}
     foreign = {"--working-dir", "--backend-store-uri", "--quick", "--json", "--help"}
     foreign |= {"--seed", "--shape"}  # of the phantom's own program
     foreign |= {"--write-docs", "--from", "--work", "--recompute-paper", "--paper"}  # of the benchmarks
     foreign |= {"--thyra-python", "--peer-python"}
     foreign |= {"--address", "--generate", "--head", "--no-wait", "--port"}  # Ray
+    foreign |= {"--batch", "--signal"}  # Slurm
     foreign |= {"--build-arg", "--cpus-per-task", "--gpus-per-node", "--nodes", "--time", "--version"}  # others
     named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", page.read_text()))
     assert named <= known | foreign

@@ -185,7 +185,7 @@ def test_interrupted_twice_and_the_same_bytes(fused, phantom, place, tmp_path, c
     run = Interrupted(phantom, place, tmp_path / "again.zarr")
 
     code, err = run.stop(signal.SIGTERM, lambda: any((run.work / "training").glob("*.step")))
-    assert code == 1 and "stopped; the same command again resumes" in err and "Traceback" not in err
+    assert code == 1 and "stopped (by SIGTERM); the same command again resumes" in err and "Traceback" not in err
     first = run.done()
     assert "tile-section" in first and "learn" not in first
     assert not run.target.exists()

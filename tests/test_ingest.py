@@ -10,8 +10,10 @@ from pyimzml.ImzMLWriter import ImzMLWriter
 from deepfere.errors import InputError
 from deepfere.measured import ingest as ingest_module
 from deepfere.measured.ingest import ingest
-from deepfere.measured.peaks import PeakSpec, centroid_peaks, profile_peaks
-from deepfere.measured.store import MeasuredWriter, open_measured, spectrum_factors, write_measured
+from deepfere.measured.normalise import spectrum_factors
+from deepfere.measured.peaks import find_ions
+from deepfere.measured.sampled import PeakSpec, sample_centroids, sample_profiles
+from deepfere.measured.store import MeasuredWriter, open_measured, write_measured
 from deepfere.measured.windows import Windows
 from deepfere.store import create_array, open_group
 
@@ -419,16 +421,20 @@ def centroid_set(n, m, jitter_ppm, noise, seed, fraction=(0.05, 1.0)):
     return ions, spectra
 
 
+def centroid_peaks(spectra):
+    return find_ions(lambda: [sample_centroids(spectra, PeakSpec())], PeakSpec())
+
+
 @pytest.mark.parametrize(("jitter_ppm", "noise"), [(0.0, 0), (2.0, 0), (3.0, 0), (2.0, 200), (3.0, 600)])
 def test_automatic_centroid_peaks(jitter_ppm, noise):
     ions, spectra = centroid_set(300, 200, jitter_ppm, noise, seed=3)
-    got = centroid_peaks(lambda: iter(spectra), len(spectra), PeakSpec())
+    got = centroid_peaks(spectra)
     ppm = np.abs(got[:, None] / ions - 1) * 1e6
     gaps = np.diff(ions) / ions[1:] * 1e6
     alone = (np.append(gaps, np.inf) > 20) & (np.insert(gaps, 0, np.inf) > 20)
     assert (ppm.min(0)[alone] <= 3).mean() >= 0.985  # found
     assert (ppm.min(1) > 5).sum() <= 1  # invented
-    np.testing.assert_array_equal(got, centroid_peaks(lambda: iter(spectra), len(spectra), PeakSpec()))
+    np.testing.assert_array_equal(got, centroid_peaks(spectra))
 
 
 def test_rare_but_strong_ions_are_kept_and_rare_weak_ones_not():
@@ -440,7 +446,7 @@ def test_rare_but_strong_ions_are_kept_and_rare_weak_ones_not():
         for m, v in ((weak, 1e-4 * top), (strong, 50 * top)):
             mz, value = np.append(mz, m), np.append(value, v)
         spectra[200 * k] = (mz, value)
-    got = centroid_peaks(lambda: iter(spectra), len(spectra), PeakSpec())
+    got = centroid_peaks(spectra)
     assert len(got) == 6 and np.abs(got - strong).min() < 0.01 and np.abs(got - weak).min() > 1
 
 
@@ -454,7 +460,7 @@ def test_automatic_profile_peaks():
         for mz in ions:
             y += 20 * rng.gamma(3, 1) * np.exp(-0.5 * ((axis / mz - 1) / 2e-5) ** 2)
         spectra.append((axis, y))
-    got = profile_peaks(lambda: iter(spectra), len(spectra), PeakSpec(tolerance_ppm=40))
+    got = find_ions(lambda: [sample_profiles(lambda: spectra)], PeakSpec(tolerance_ppm=40))
     assert len(got) == len(ions)
     np.testing.assert_allclose(got, ions, rtol=5e-6)
 

@@ -35,6 +35,15 @@ def test_levels_are_direct_averages_at_odd_sizes(shape):
         np.testing.assert_allclose(halved(image, level), direct(image, level), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(7, 7), (5, 9), (1, 3), (2, 5), (3, 1), (64, 32), (515, 1031)])
+def test_half_precision_is_the_single_precision_mean_rounded(shape):
+    image = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float16)
+    expected = halved(image.astype(np.float32), 1).astype(np.float16)
+    found = halved(image, 1)
+    assert found.dtype == np.float16
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_a_pixel_over_three_rows_is_their_mean():
     image = np.array([0, 0, 0, 0, 0, 0, 1], np.float32).reshape(1, 7, 1)
     assert halved(image, 2).ravel() == pytest.approx([0, 1 / 3])

@@ -1,5 +1,6 @@
 """Tables of pixels by m/z bins: AnnData and SpatialData stores, written by hand, and by thyra where it is there."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -453,3 +454,24 @@ def test_thyra_loses_the_pixel_height(tmp_path):
     path = thyra(for_thyra(tmp_path / "a.imzML", spectra, (10, 20)), tmp_path / "t.zarr")
     with pytest.raises(InputError, match="states pixels of 10 x 10 um, but its source's were 20 x 10 um"):
         ingest(path, tmp_path / "m.zarr")
+
+
+def test_a_table_and_an_imzml_share_the_ions_of_a_study(tmp_path, cli):
+    """The table's own variables are ions no longer: the other section has another m/z too."""
+    values, x, y, mz = spectra(filled=0.9)
+    write_table(tmp_path / "t.zarr", values, x, y, mz)
+    more = np.insert(mz, 5, (mz[4] + mz[5]) / 2)
+    as_imzml(tmp_path / "i.imzML", np.insert(values, 5, 7.0, axis=1), x, y, more, mode="processed")
+    (tmp_path / "study.csv").write_text("name,msi,pitch_um\ntable,t.zarr,10\nfile,i.imzML,10\n")
+    done = cli("ingest", tmp_path / "study.csv", "-o", tmp_path / "w", "--no-guide")
+    assert done.code == 0 and done.out.count("12 ions") == 2, done
+    table, file = (deepfere.open_measured(tmp_path / "w" / "sections" / s / "measured.zarr") for s in ("table", "file"))
+    np.testing.assert_allclose(table.mz, more, rtol=1e-8)
+    np.testing.assert_array_equal(table.mz, file.mz)
+    np.testing.assert_array_equal(np.delete(table.cube(), 5, 0), np.delete(file.cube(), 5, 0))
+    assert (table.cube()[5][table.mask] == 0).all() and (file.cube()[5][file.mask] == 7).all()
+    told = json.loads((tmp_path / "w" / "done" / "ingest-table.json").read_text())["warnings"]
+    assert len(told) == 1 and "1 of 12 ions of the study have no variable within 5 ppm and are zero" in told[0]
+    # A bin, not a peak of its own, cannot be shifted.
+    lost = cli("ingest", tmp_path / "study.csv", "-o", tmp_path / "l", "--no-guide", f"ingest.lock_mass_mz=[{mz[0]}]")
+    assert lost.code == 2 and "section table, sample" in lost.err and "holds bins of m/z" in lost.err

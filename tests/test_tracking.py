@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -431,40 +428,8 @@ def test_damaged_weights_are_noticed(uri):
 # -- a server ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def server(empty_store, tmp_path):
-    """A real tracking server on a free port of this machine, ended with its group."""
-    database = tmp_path / "server.db"
-    shutil.copyfile(empty_store, database)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--backend-store-uri", f"sqlite:///{database}", "--workers", "1"]
-    command += ["--artifacts-destination", str(tmp_path / "artifacts")]
-    log = tmp_path / "server.log"
-    env = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with log.open("wb") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=env, cwd=tmp_path, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
-                    if answer.read() == b"OK":
-                        break
-            except OSError:
-                pass
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
-            time.sleep(0.2)
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(20)
-
-
-def test_a_server_keeps_runs_and_models(server, tmp_path, monkeypatch):
+def test_a_server_keeps_runs_and_models(mlflow_server, tmp_path, monkeypatch):
+    server = mlflow_server
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     net = network()
     tracker = Tracker.start(server, "study", params={"a": 1})

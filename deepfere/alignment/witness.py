@@ -34,6 +34,12 @@ LEAST_PX = 2
 MARGIN = 6.0
 """Difference of log likelihoods, in nats, that damage needs, besides the logarithm of the number of parts (Bonferroni);
 and its opposite is what anatomy needs before it joins the regression."""
+FITS = 2.0
+"""Mean square of what the repaired picture leaves of damage, in units of what the regression leaves elsewhere..."""
+EXPLAINS = 0.25
+"""...or of what the picture as it is leaves, at most. Otherwise something is there that neither picture knows."""
+MOST_DAMAGE = 0.2
+"""Share of the measured pixels that may be damaged: of a picture that is wrong in more places the rest is no judge."""
 TRENDS = 3
 """Cosines per axis that take up what changes smoothly over the section."""
 ROUNDS = 3
@@ -54,6 +60,7 @@ class Verdict:
         gain: How much of the change that the picture claims is in the measurement: 1 in anatomy, 0 in damage.
         evidence: Log likelihood of the repaired picture less that of the picture, the correlation of neighbouring
             pixels' residuals taken off; None = not judged.
+        fits: Whether the repaired picture explains the measurement (`FITS`, `EXPLAINS`); None = not judged.
         masked: Whether it is taken for damage.
     """
 
@@ -63,6 +70,7 @@ class Verdict:
     measured_px: int
     gain: float | None
     evidence: float | None
+    fits: bool | None
     masked: bool
 
 
@@ -79,7 +87,7 @@ def judge(
     """
     kinds, whole = candidates.kinds, candidates.whole
     area = np.bincount(candidates.labels.ravel(), minlength=len(kinds) + 1)[1:] * np.prod(stain.spacing_um)
-    unjudged = [Verdict(*what, 0, None, None, False) for what in zip(kinds, whole, area.tolist(), strict=True)]
+    unjudged = [Verdict(*what, 0, None, None, None, False) for what in zip(kinds, whole, area.tolist(), strict=True)]
     if not kinds:
         return []
     slide = torch.from_numpy(alignment.map(footprint_points(measured, SUPERSAMPLE).numpy()))
@@ -103,28 +111,35 @@ def judge(
         for number, kind in enumerate(kinds):
             own = part == number
             witnesses = pixel[own & (share >= TOUCHED)]
-            gain = evidence = None
+            said: tuple[float | None, float | None, bool | None] = (None, None, None)
             if len(witnesses) >= LEAST_PX:
-                gain, evidence = regression.evidence(witnesses, pixel[own])
-            found.append(Verdict(kind, whole[number], float(area[number]), len(witnesses), gain, evidence, False))
+                said = regression.evidence(witnesses, pixel[own])
+            found.append(Verdict(kind, whole[number], float(area[number]), len(witnesses), *said, False))
         before, real = real, np.array([v.evidence is not None and v.evidence < -MARGIN for v in found])
         if (before == real).all():
             break
-    return _decided(found)
+    return _decided(found, int(measured.mask.sum()))
 
 
-def _decided(found: list[Verdict]) -> list[Verdict]:
-    """Damage is what is not real of a candidate, if all of that has the evidence; or a part with twice as much."""
+def _decided(found: list[Verdict], measured_px: int) -> list[Verdict]:
+    """Damage is what is not real of a candidate, if all of that has the evidence; or a part with twice as much.
+
+    Nothing speaks for damage where the repaired picture does not fit either; and too much of it is none.
+    """
     margin = MARGIN + float(np.log(max(1, sum(v.evidence is not None for v in found))))
     total: dict[int, float] = {}
+    evidence = []
     for v in found:
-        own = v.evidence or 0.0
+        own = min(v.evidence or 0.0, 0.0) if v.fits is False else v.evidence or 0.0
+        evidence.append(own)
         total[v.whole] = total.get(v.whole, 0.0) + (own if own > -margin else 0.0)
-    evidence = [v.evidence or 0.0 for v in found]
-    return [
-        replace(v, masked=own > 2 * margin or (own > -margin and total[v.whole] > margin))
+    out = [
+        replace(v, masked=v.fits is not False and (own > 2 * margin or (own > -margin and total[v.whole] > margin)))
         for v, own in zip(found, evidence, strict=True)
     ]
+    if sum(v.measured_px for v in out if v.masked) > MOST_DAMAGE * measured_px:
+        return found
+    return out
 
 
 def masked_areas(verdicts: list[Verdict]) -> list[dict[str, Any]]:
@@ -185,8 +200,8 @@ class _Regression:
         inverse = np.linalg.inv(gram + penalty)
         return inverse @ cross, inverse
 
-    def evidence(self, witnesses: NDArray, own: NDArray) -> tuple[float, float]:
-        """Gain and log likelihood ratio of a part, the regression without the pixels (flat) that are its own."""
+    def evidence(self, witnesses: NDArray, own: NDArray) -> tuple[float, float, bool]:
+        """Gain, log likelihood ratio and `Verdict.fits` of a part, by a fit without its own pixels (flat)."""
         inside = own[self._rows[own]]
         gram, cross = self._moments(inside)
         count = int(self._rows.sum()) - len(inside)
@@ -202,7 +217,9 @@ class _Regression:
         size = float((change**2 / self._same).sum())
         gain = float((change * left[1] / self._same).sum()) / max(size, 1e-12)
         # A residual whose neighbours say the same counts for as much less.
-        return gain, float(((distance[0] - distance[1]) / self._same).sum() / 2)
+        evidence = float(((distance[0] - distance[1]) / self._same).sum() / 2)
+        mean = [float(d.sum()) / left[0].size for d in distance]
+        return gain, evidence, mean[1] <= max(FITS, EXPLAINS * mean[0])
 
 
 def _mean_product(a: NDArray, b: NDArray) -> NDArray[np.float64]:

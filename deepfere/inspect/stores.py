@@ -15,7 +15,7 @@ from deepfere.inspect.files import add_alignment
 from deepfere.inspect.notes import Description, Notes, add_mask, count_text, pair_text, sample, size_text
 from deepfere.inspect.raw import slide
 
-STAGES = ("ingest", "align", "tile", "learn", "reconstruct")
+STAGES = ("sample", "ions", "ingest", "align", "tile", "learn", "reconstruct")
 SHARD_SAMPLE = 64
 
 
@@ -51,6 +51,7 @@ def zarr_group(path: str) -> Description:
 
 
 def _measured(path: str, attrs: dict[str, Any]) -> Description:
+    from deepfere.measured.lock_mass import told
     from deepfere.measured.store import open_measured
 
     notes, kind = Notes(), "ingested measurement"
@@ -72,10 +73,17 @@ def _measured(path: str, attrs: dict[str, Any]) -> Description:
     how = {"axis": "the file's own axis", "list": "a target list", "automatic": "automatic peaks"}.get(
         a.get("ions", "")
     )
+    if how == "automatic peaks" and (sections := a.get("peaks", {}).get("sections")):
+        how += f" of {sections} sections"
     notes.add("m/z", f"{count_text(len(mz), 'ion')}, {mz[0]:.4f} to {mz[-1]:.4f}" + (f" ({how})" if how else ""))
     notes.add("tolerance", f"{measured.tolerance_ppm:g} ppm")
     for key in ("mode", "representation", "polarity"):
         notes.add(key, a.get(key))
+    if "lock_mass" in a:
+        notes.add("lock mass", told(a["lock_mass"]).removeprefix("lock mass "))
+    if "profile" in a:
+        notes.add("profiles", ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in a["profile"].items()))
+    notes.add("reference m/z", a.get("reference_mz"))
     origin = a.get("origin_px", [0, 0])
     notes.add("origin", f"x {origin[1]}, y {origin[0]} in the file's coordinates")
     add_mask(notes, measured.mask, measured.grid.pitch_um)

@@ -19,27 +19,22 @@ from functools import partial
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import DeepfereError, InputError
-from deepfere.measured.peaks import PeakSpec, centroid_peaks, profile_peaks, sample_rows
-from deepfere.measured.raster import Raster, batches, evenly, plan_raster
-from deepfere.measured.reduce import (
-    Reduce,
-    Reducer,
-    ascending,
-    check_axis,
-    put,
-    refuse_twice,
-    refuse_values,
-    shared_axis,
-)
-from deepfere.measured.regions import choose_region
+from deepfere.measured.ions import Source, choose_ions, known_kind, of_region, open_source
+from deepfere.measured.lock_mass import describe, fill_shifts, shift_image, told
+from deepfere.measured.normalise import FACTORS, REFERENCE
+from deepfere.measured.peaks import SharedIons
+from deepfere.measured.raster import Raster, batches, plan_raster
+from deepfere.measured.reduce import Reduce, Reducer, put, shared_axis
+from deepfere.measured.sampled import PeakSpec
 from deepfere.measured.store import (
-    FACTORS,
+    FOUND,
+    SHIFT,
     Measured,
     MeasuredWriter,
     fitting_band,
@@ -47,9 +42,8 @@ from deepfere.measured.store import (
 )
 from deepfere.measured.table import TableReducer
 from deepfere.measured.table import choose_ions as choose_table_ions
-from deepfere.readers.imzml import ImzmlIndex, read_index
-from deepfere.readers.imzml_arrays import read_arrays
-from deepfere.readers.table import Table, is_table, open_table
+from deepfere.measured.treatment import UNTREATED, Treatment
+from deepfere.readers.table import Table
 from deepfere.store import Codec, StorageOptions, remove
 
 BAND_BYTES = 512 << 20
@@ -64,14 +58,36 @@ class _Tally:
     factors: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be written.
+
+    Attributes:
+        ions: (M,) ascending.
+        how: How they were chosen, and what is done to spectra.
+        band_rows: Image rows of a band.
+        reduce: Spectra to ions.
+        images: Further images (ny, nx) of the store.
+    """
+
+    ions: NDArray[np.float64]
+    how: dict[str, Any]
+    band_rows: int
+    reduce: Reduce
+    images: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+
 def ingest(
     msi_path: str | Path,
     out_path: str | Path,
     *,
     pitch_um: float | tuple[float, float] | None = None,
-    mz: Sequence[float] | None = None,
+    mz: Sequence[float] | SharedIons | None = None,
+    mz_range: tuple[float, float] | None = None,
     tolerance_ppm: float = 5.0,
     representation: str | None = None,
+    treatment: Treatment = UNTREATED,
+    reference_mz: float | None = None,
     band_rows: int = 64,
     progress: Callable[[int, int], None] | None = None,
     duplicates: str = "error",
@@ -86,15 +102,19 @@ def ingest(
     Ions: those of ``mz`` where given; else the file's own axis, no ion dropped, where all spectra share one
     (continuous; a table of at most 5000 variables); else automatic, by `PeakSpec`. An ion's value is the sum of the
     centroids or bins in its window, or the area under the profile in it. Normalisation factors are those of the whole
-    spectrum as read.
+    spectrum as read, of profiles after smoothing and baseline.
 
     Args:
         msi_path: The .imzML, or the table's store (see `open_table`).
         out_path: Store to write, path or URL.
         pitch_um: Pixel pitch, one value or (y, x); wins over the file's.
-        mz: Target m/z.
+        mz: Target m/z, or ions that were found over the sections of a study.
+        mz_range: Lowest and highest m/z of automatic ions.
         tolerance_ppm: Half-width of an ion's window.
         representation: "centroid" or "profile"; wins over what the file says.
+        treatment: What is done to spectra before windows are taken. With a lock mass the file is read twice, first
+            for the shift of every spectrum; an image of them is stored.
+        reference_mz: Its intensity in each pixel is stored as one more factor of normalisation.
         band_rows: Image rows per band at most; fewer where a band would exceed 512 MiB.
         progress: Called with (bands done, bands).
         duplicates: What to do where a pixel has several spectra: "error", "sum" or "mean".
@@ -108,7 +128,8 @@ def ingest(
         The finished store, opened.
 
     Raises:
-        InputError: See `read_index` and `open_table`; several regions and none chosen; no pitch;
+        InputError: See `read_index`, `open_table` and `Treatment.check`; a lock mass is hardly found;
+            several regions and none chosen; no pitch;
             fewer than four measured pixels; duplicate coordinates with
             "error"; intensities that are not finite; every ion zero; nothing says whether spectra are
             centroids or profiles and it matters; the store exists.
@@ -116,12 +137,12 @@ def ingest(
         DeepfereError: The disk is full; nothing of the store is left behind.
 
     Warns:
-        UserWarning: Negative intensities were set to zero.
+        UserWarning: Negative intensities were set to zero; what a lock mass did.
     """
-    source = open_table(msi_path) if is_table(msi_path) else read_index(msi_path, cache=index_cache)
+    source = open_source(msi_path, index_cache=index_cache)
     refuse_occupied(out_path, overwrite, storage_options)
     pitch = _choose_pitch(source, pitch_um)
-    source = _of_region(source, region)
+    source = of_region(source, region)
     raster = plan_raster(source, duplicates)
     _give_back()
     if not (math.isfinite(tolerance_ppm) and 0 < tolerance_ppm < 1e5):
@@ -131,19 +152,23 @@ def ingest(
     if representation not in (None, "centroid", "profile"):
         raise InputError(f"unknown representation {representation!r}", remedy="give centroid or profile")
     kind = representation or source.representation
-    targets = None if mz is None else _targets(mz)
-    with _open_reduce(source, raster, targets, tolerance_ppm, kind, band_rows) as (ions, how, rows, reduce):
+    targets = mz if mz is None or isinstance(mz, SharedIons) else _targets(mz)
+    if reference_mz is not None and not 0 < reference_mz < math.inf:
+        raise InputError(f"{reference_mz} is no m/z", where="--reference-mz", remedy="give a positive number")
+    spec = PeakSpec(tolerance_ppm, mz_range=mz_range)
+    with _open_reduce(source, raster, targets, spec, kind, treatment, reference_mz, band_rows) as plan:
         with _whole_or_not(out_path, storage_options):
             writer = MeasuredWriter(
                 out_path,
-                ions,
+                plan.ions,
                 raster.shape_px,
-                band_rows=rows,
+                band_rows=plan.band_rows,
                 overwrite=overwrite,
                 storage_options=storage_options,
                 codec=codec,
             )
-            tally = _write_bands(source.int_length, raster, reduce, writer, duplicates, progress)
+            names = FACTORS if reference_mz is None else (*FACTORS, REFERENCE)
+            tally = _write_bands(source.int_length, raster, plan.reduce, names, writer, duplicates, progress)
             if not tally.positive:
                 raise InputError(
                     "every ion is zero in every pixel",
@@ -154,9 +179,12 @@ def ingest(
             warnings.warn(
                 f"{source.path}: {tally.negatives} negative intensities set to zero", UserWarning, stacklevel=2
             )
+        if "lock_mass" in plan.how:
+            warnings.warn(f"{source.path}: {told(plan.how['lock_mass'])}", UserWarning, stacklevel=2)
         attrs = {
-            **how,
+            **plan.how,
             "tolerance_ppm": float(tolerance_ppm),
+            "reference_mz": reference_mz,
             "origin_px": list(raster.origin_px),
             "region": region,
             "pitch_source": "given" if pitch_um is not None else "file",
@@ -169,12 +197,12 @@ def ingest(
             "negative_intensities": tally.negatives,
             "written_by": f"deepfere {_version()}",
         }
-        factors = {name: image.astype(np.float32, copy=False) for name, image in tally.factors.items()}
+        images = {name: image.astype(np.float32, copy=False) for name, image in tally.factors.items()}
         with _whole_or_not(out_path, storage_options):
-            return writer.finish(raster.mask, factors, pitch, attrs)
+            return writer.finish(raster.mask, {**images, **plan.images}, pitch, attrs)
 
 
-def _provenance(source: ImzmlIndex | Table) -> dict[str, Any]:
+def _provenance(source: Source) -> dict[str, Any]:
     if isinstance(source, Table):
         names = [source.path.name, source.name] if source.name else [source.path.name]
         return {"mode": "table", "encoding": source.encoding, "source": names, "empty_rows": source.empty}
@@ -189,25 +217,41 @@ def _provenance(source: ImzmlIndex | Table) -> dict[str, Any]:
 
 @contextmanager
 def _open_reduce(
-    source: ImzmlIndex | Table,
+    source: Source,
     raster: Raster,
-    targets: NDArray[np.float64] | None,
-    tolerance_ppm: float,
+    targets: NDArray[np.float64] | SharedIons | None,
+    spec: PeakSpec,
     kind: str | None,
+    treatment: Treatment,
+    reference_mz: float | None,
     band_rows: int,
-) -> Iterator[tuple[NDArray[np.float64], dict[str, Any], int, Reduce]]:
-    """The ions, how they were chosen, the rows of a band, and what reduces spectra to the ions."""
+) -> Iterator[_Plan]:
     if isinstance(source, Table):
-        ions, how = choose_table_ions(source, raster, targets, tolerance_ppm, kind)
+        treatment.check(source, kind, "list", False)
+        ions, how = choose_table_ions(source, raster, targets, kind, spec)
         rows = _band_rows(band_rows, len(ions), raster)
         order = np.concatenate(list(_by_band(raster, fitting_band(rows, raster.shape_px))))
-        yield ions, how, rows, TableReducer(source, ions, how["ions"], tolerance_ppm, order)
+        yield _Plan(ions, how, rows, TableReducer(source, ions, how["ions"], spec.tolerance_ppm, order, reference_mz))
         return
     with source.ibd_path.open("rb") as ibd:
         axis = shared_axis(source, ibd)
-        ions, how = _choose_ions(source, ibd, raster, axis, targets, tolerance_ppm, kind)
-        reduce = Reducer(source, axis, ions, how["ions"], kind, tolerance_ppm)
-        yield ions, how, _band_rows(band_rows, len(ions), raster), partial(reduce, ibd)
+        treatment.check(source, kind, "axis" if axis is not None and targets is None else "list", axis is not None)
+        ions, how = choose_ions(source, raster, axis, targets, kind, spec, treatment)
+        found = None if kind is None else treatment.shifts(source, np.arange(len(source)), kind)
+        if reference_mz is not None:
+            kind = known_kind(source, kind)
+        if treatment.profile.active:
+            how["profile"] = treatment.profile.to_dict()
+        shifts, images = None, {}
+        if found is not None and treatment.lock_mass is not None:
+            how["lock_mass"] = describe(found, treatment.lock_mass)
+            shifts = fill_shifts(found, raster)
+            images[SHIFT] = shift_image(shifts, raster).astype(np.float32)
+            images[FOUND] = np.isfinite(shift_image(found, raster))
+        reduce = Reducer(
+            source, axis, ions, how["ions"], kind, spec.tolerance_ppm, shifts, treatment.profile, reference_mz
+        )
+        yield _Plan(ions, how, _band_rows(band_rows, len(ions), raster), partial(reduce, ibd), images)
 
 
 def _band_rows(most: int, ions: int, raster: Raster) -> int:
@@ -247,7 +291,7 @@ def _version() -> str:
         return "unknown"
 
 
-def _choose_pitch(source: ImzmlIndex | Table, given: float | tuple[float, float] | None) -> tuple[float, float]:
+def _choose_pitch(source: Source, given: float | tuple[float, float] | None) -> tuple[float, float]:
     if given is None:
         if source.pitch_um is None:
             raise InputError(source.pitch_problem, where=source.path, remedy="give --pitch-um")
@@ -257,56 +301,6 @@ def _choose_pitch(source: ImzmlIndex | Table, given: float | tuple[float, float]
     if len(values) != 2 or not all(math.isfinite(v) and v > 0 for v in values):
         raise InputError(f"{given} is not a pixel pitch", where="--pitch-um", remedy="give one or two positive numbers")
     return values[0], values[1]
-
-
-def _of_region(source: ImzmlIndex | Table, region: int | str | None) -> ImzmlIndex | Table:
-    """The spectra of a region alone; see `choose_region`."""
-    whole = plan_raster(source, "sum")
-    chosen = choose_region(whole.mask, region, whole.origin_px, source.path)
-    kept = np.flatnonzero(chosen[whole.row, whole.col])
-    return source if len(kept) == len(source) else source.only(kept)
-
-
-def _choose_ions(
-    index: ImzmlIndex,
-    ibd: IO[bytes],
-    raster: Raster,
-    axis: NDArray[np.float64] | None,
-    targets: NDArray[np.float64] | None,
-    tolerance_ppm: float,
-    kind: str | None,
-) -> tuple[NDArray[np.float64], dict[str, Any]]:
-    """The ions (M,) ascending, and how they were chosen."""
-    if targets is None and axis is not None:
-        ions = np.sort(axis, kind="stable")
-        refuse_twice(ions, index.path)
-        return ions, {"ions": "axis"}
-    if kind is None:
-        raise InputError("says neither centroid nor profile", where=index.path, remedy="give --representation")
-    if targets is not None:
-        return targets, {"ions": "list"}
-    spec = PeakSpec(tolerance_ppm)
-    rows = evenly(raster)[sample_rows(len(index), spec)]
-
-    def spectra() -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-        for batch in batches(index.int_length, rows, 1):
-            mzs, values = read_arrays(index, ibd, batch, "mz"), read_arrays(index, ibd, batch, "int")
-            for i, m, v in zip(batch, mzs, values, strict=True):
-                m64, v64 = m.astype(np.float64), v.astype(np.float64)
-                check_axis(index, m64, int(i))
-                if not np.isfinite(v64).all():
-                    refuse_values(index, int(i))
-                yield ascending(m64, np.maximum(v64, 0.0))
-
-    find = centroid_peaks if kind == "centroid" else profile_peaks
-    ions = find(spectra, len(rows), spec)
-    if not len(ions):
-        raise InputError(
-            f"no m/z recurs within {tolerance_ppm:g} ppm in {spec.min_fraction:.0%} of its spectra (at least 3)",
-            where=index.path,
-            remedy="give --mz or a wider --tolerance-ppm",
-        )
-    return ions, {"ions": "automatic", "peaks": {**spec.to_dict(kind), "sampled_spectra": len(rows)}}
 
 
 def _by_band(raster: Raster, band_rows: int) -> Iterator[NDArray[np.int64]]:
@@ -321,13 +315,14 @@ def _write_bands(
     lengths: NDArray[np.int64],
     raster: Raster,
     reduce: Reduce,
+    names: tuple[str, ...],
     writer: MeasuredWriter,
     duplicates: str,
     progress: Callable[[int, int], None] | None,
 ) -> _Tally:
     ny, nx = raster.shape_px
     repeated = bool(raster.counts.max() > 1)
-    tally = _Tally(factors={name: np.zeros((ny, nx), np.float64 if repeated else np.float32) for name in FACTORS})
+    tally = _Tally(factors={name: np.zeros((ny, nx), np.float64 if repeated else np.float32) for name in names})
     bands = writer.bands
     ions = writer.ions.shape[0]
     images = np.empty((ions, writer.band_rows, nx), dtype=np.float32)  # one band, used again for the next
@@ -341,7 +336,7 @@ def _write_bands(
             tally.negatives += negatives
             tally.positive = tally.positive or bool(values.any())
             put(flat, (raster.row[batch] - begin) * nx + raster.col[batch], values, repeated)
-            for name, factor in zip(FACTORS, factors, strict=True):
+            for name, factor in zip(names, factors, strict=True):
                 if repeated:
                     np.add.at(tally.factors[name], (raster.row[batch], raster.col[batch]), factor)
                 else:

@@ -1,138 +1,158 @@
-"""Automatic ions: which m/z a set of sampled spectra shares.
+"""Automatic ions: which m/z the sampled spectra of one section, or of all sections of a study, share.
 
 Centroids: sampled centroids are counted on a fine logarithmic axis and smoothed by half the tolerance; each
 maximum whose window is filled often enough, and significantly more often than its surroundings, is an ion.
-Profiles: maxima of the mean spectrum, smoothed alike, that stand out of its noise. Deterministic: no random numbers.
+Profiles: maxima of the mean spectrum, smoothed alike, that stand out of its noise. Of several sections, an ion is what
+is one in all of them taken together, or in one of them. Deterministic: no random numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage, signal, stats
 
-from deepfere.measured.windows import _gaps
+from deepfere.errors import InputError
+from deepfere.measured.sampled import Bins, CentroidSample, PeakSpec, ProfileSample, Sample, interpolated
 
-Spectra = Callable[[], Iterable[tuple[NDArray[np.float64], NDArray[np.float64]]]]
-BINS_PER_TOLERANCE = 6
-MAX_BINS = 1 << 25
+Samples = Callable[[], Iterable[Sample]]
 
 
 @dataclass(frozen=True)
-class PeakSpec:
-    """How ions are found.
+class SharedIons:
+    """Ions that were found over several sections.
 
     Attributes:
-        tolerance_ppm: Half-width of an ion's window.
-        min_fraction: An ion is in at least this fraction of the sampled spectra...
-        strong_fraction: ...or its mean intensity is at least this fraction of the strongest ion's (profiles:
-            always required).
-        min_spectra: And in at least so many of them in any case.
-        false_ions: Centroids: ions that chance alone may add over the whole range (Poisson, at the rate of
-            centroids in each ion's surroundings).
-        snr: Profiles: prominence of a maximum over the noise of the mean spectrum.
-        sample: Spectra that are looked at, at most.
+        mz: (M,) ascending.
+        peaks: How, as the store states it.
     """
 
-    tolerance_ppm: float = 5.0
-    min_fraction: float = 0.01
-    strong_fraction: float = 1e-3
-    min_spectra: int = 3
-    false_ions: float = 0.05
-    snr: float = 5.0
-    sample: int = 2000
-
-    def to_dict(self, kind: str) -> dict[str, Any]:
-        """What mattered for this kind of spectra, "centroid" or "profile", as the store states it."""
-        unused = {"snr"} if kind == "centroid" else {"min_fraction", "min_spectra", "false_ions"}
-        return {name: value for name, value in asdict(self).items() if name not in unused}
+    mz: NDArray[np.float64]
+    peaks: dict[str, Any]
 
 
-def sample_rows(n: int, spec: PeakSpec) -> NDArray[np.int64]:
-    """Evenly spaced spectra, (<= spec.sample,) int64."""
-    count = min(n, spec.sample)
-    return np.unique((np.arange(count) + 0.5) * n / count).astype(np.int64)
-
-
-def centroid_peaks(spectra: Spectra, count: int, spec: PeakSpec) -> NDArray[np.float64]:
-    """Ions (M,) ascending of centroid spectra.
+def find_ions(samples: Samples, spec: PeakSpec) -> NDArray[np.float64]:
+    """Ions (M,) ascending.
 
     Args:
-        spectra: Gives the sampled spectra (m/z, intensity) each time it is called; it is called twice.
-        count: How many spectra that is.
+        samples: Gives the samples of the sections each time it is called, all of centroids or all of profiles and
+            always in the same order (sums depend on it in their last digits); one of them is held at a time.
         spec: How.
     """
-    low, high = np.inf, -np.inf
-    for mz, value in spectra():
-        present = mz[value > 0]
-        if len(present):
-            low, high = min(low, float(present.min())), max(high, float(present.max()))
-    if not 0 < low <= high:
-        return np.empty(0)
-    step = spec.tolerance_ppm * 1e-6 / BINS_PER_TOLERANCE
-    step = max(step, np.log(high / low) / MAX_BINS)
-    bins = int(np.log(high / low) / step) + 1
-    hits, total, moment = np.zeros(bins, np.int32), np.zeros(bins), np.zeros(bins)
-    for mz, value in spectra():
-        used = value > 0
-        at = np.minimum((np.log(mz[used] / low) / step).astype(np.int64), bins - 1)
-        hits[np.unique(at)] += 1
-        np.add.at(total, at, value[used])
-        np.add.at(moment, at, value[used] * mz[used])
+    profiles = isinstance(next(iter(samples())), ProfileSample)
+    ions = _profile_ions(samples, spec) if profiles else _centroid_ions(samples, spec)
+    low, high = spec.mz_range or (0.0, np.inf)
+    return ions[(ions >= low) & (ions <= high)]
 
-    half = max(1, round(spec.tolerance_ppm * 1e-6 / step))
-    window = 2 * half + 1
-    filled = _box(hits, half)
-    smooth = ndimage.gaussian_filter1d(hits.astype(np.float32), half / 2, mode="constant")
-    top = np.flatnonzero(
-        (smooth > 0) & (smooth >= _shifted(smooth, 1)) & (smooth > _shifted(smooth, -1)) & (filled > 0)
+
+def found_ions(sample: Sample, spec: PeakSpec, where: object) -> tuple[NDArray[np.float64], dict[str, Any]]:
+    """The ions (M,) that one section's sample shows, ascending, and how they were found.
+
+    Raises:
+        InputError: There is none.
+    """
+    ions = find_ions(lambda: [sample], spec)
+    if not len(ions):
+        refuse_none(spec, where)
+    return ions, {"ions": "automatic", "peaks": {**spec.to_dict(sample.kind), "sampled_spectra": sample.spectra}}
+
+
+def refuse_none(spec: PeakSpec, where: object) -> None:
+    """Say that no ion was found."""
+    raise InputError(
+        f"no m/z recurs within {spec.tolerance_ppm:g} ppm in {spec.min_fraction:.0%} of its spectra (at least 3)",
+        where=where,
+        remedy="give --mz or a wider --tolerance-ppm",
     )
-    rate = _background(filled, window * 500)
-    intensity = _around(total, top, half)
-    often = filled[top] >= spec.min_fraction * count
-    strong = intensity >= spec.strong_fraction * intensity.max(initial=0.0)
-    chance = stats.poisson.sf(filled[top] - 1, rate[top])
-    clear = chance * (bins / half) <= spec.false_ions
-    enough = filled[top] >= min(spec.min_spectra, count)
-    top = top[(often | strong) & clear & enough]
-    top = _separate(top, smooth, half)
+
+
+def _centroid_ions(samples: Samples, spec: PeakSpec) -> NDArray[np.float64]:
+    all_bins, count, sections = Bins(), 0, 0
+    for sample in samples():
+        assert isinstance(sample, CentroidSample)
+        all_bins.add(sample.at, sample.hits, sample.total, sample.moment)
+        count, sections = count + sample.spectra, sections + 1
+    if not len(all_bins.hits):
+        return np.empty(0)
+    half = spec.half_bins
+    smooth = ndimage.gaussian_filter1d(all_bins.hits.astype(np.float32), half / 2, mode="constant")
+    top = np.flatnonzero((smooth > 0) & (smooth >= _shifted(smooth, 1)) & (smooth > _shifted(smooth, -1)))
+    kept = _evident(all_bins, top, count, spec, spec.false_ions)
+    if sections > 1:
+        for sample in samples():
+            assert isinstance(sample, CentroidSample)
+            own = sample.bins()
+            at = top + (all_bins.first - own.first)
+            inside = np.flatnonzero((at >= 0) & (at < len(own.hits)))
+            kept[inside] |= _evident(own, at[inside], sample.spectra, spec, spec.false_ions / sections)
+    top = _separate(top[kept], smooth, half)
     if not len(top):
         return np.empty(0)
-    centre = _around(moment, top, half) / _around(total, top, half)
+    centre = _around(all_bins.moment, top, half) / _around(all_bins.total, top, half)
     return _merge(centre, smooth[top], spec.tolerance_ppm)
 
 
-def profile_peaks(spectra: Spectra, count: int, spec: PeakSpec) -> NDArray[np.float64]:
-    """Ions (M,) ascending of profile spectra: maxima of the mean spectrum, at their centroid.
+def _evident(bins: Bins, top: NDArray[np.int64], count: int, spec: PeakSpec, false_ions: float) -> NDArray[np.bool_]:
+    """Which maxima are filled often enough, or strongly, and more often than chance fills them."""
+    half = spec.half_bins
+    filled = _box(bins.hits, half)
+    rate = _background(filled, (2 * half + 1) * 500)
+    here, intensity = filled[top], _around(bins.total, top, half)
+    often = here >= spec.min_fraction * count
+    strong = intensity >= spec.strong_fraction * intensity.max(initial=0.0)
+    clear = stats.poisson.sf(here - 1, rate[top]) * (len(bins.hits) / half) <= false_ions
+    return (often | strong) & clear & (here >= max(1, min(spec.min_spectra, count)))
 
-    Args:
-        spectra: Gives the sampled spectra (m/z, intensity) each time it is called; it is called twice.
-        count: How many spectra that is.
-        spec: How.
-    """
-    axis = np.empty(0)
-    for mz, _ in spectra():
-        if len(mz) > len(axis):
-            axis = mz
-    if len(axis) < 3:
+
+def _profile_ions(samples: Samples, spec: PeakSpec) -> NDArray[np.float64]:
+    axis = _common_axis(samples)
+    mean, count, alone = np.zeros(len(axis)), 0, []
+    for sample in samples():
+        assert isinstance(sample, ProfileSample)
+        if len(sample.axis) > 2:
+            mean += sample.spectra * interpolated(axis, sample.axis, sample.mean)
+            alone.append(_maxima(sample.axis, sample.mean, spec))
+        count += sample.spectra
+    if not alone:
         return np.empty(0)
-    # The longest spectrum's own points, filled up where it left points out: fine enough for the instrument.
-    axis = _filled(np.unique(axis))
-    mean = np.zeros(len(axis))
-    for mz, value in spectra():
-        if len(mz) < 2:
-            continue
-        here = np.interp(axis, mz, value, left=0.0, right=0.0)
-        gap = np.flatnonzero(_gaps(np.diff(mz)))
-        if len(gap):
-            segment = np.clip(np.searchsorted(mz, axis, side="right") - 1, 0, len(mz) - 2)
-            here[np.isin(segment, gap) & ~np.isin(axis, mz)] = 0.0
-        mean += here
-    mean /= count
+    ions = _maxima(axis, mean / count, spec)
+    if len(alone) > 1:
+        # What a single section shows, and the mean of all hides.
+        for found in alone:
+            ions = np.sort(np.concatenate([ions, found[_distance_ppm(found, ions) > spec.tolerance_ppm]]))
+    return ions
+
+
+def _common_axis(samples: Samples) -> NDArray[np.float64]:
+    """The axis of the section with the most points, and points of others beyond its ends."""
+    axis = np.empty(0)
+    for sample in samples():
+        assert isinstance(sample, ProfileSample)
+        if len(sample.axis) > len(axis):
+            axis = sample.axis
+    for sample in samples():
+        assert isinstance(sample, ProfileSample)
+        if len(axis) and len(sample.axis):
+            beyond = sample.axis[(sample.axis < axis[0]) | (sample.axis > axis[-1])]
+            axis = np.sort(np.concatenate([axis, beyond]))
+    return axis
+
+
+def _distance_ppm(mz: NDArray[np.float64], ions: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How far each m/z is from the nearest ion; infinite where there is none."""
+    if not len(ions):
+        return np.full(len(mz), np.inf)
+    k = np.clip(np.searchsorted(ions, mz), 1, max(1, len(ions) - 1))
+    near = np.minimum(np.abs(ions[k - 1] - mz), np.abs(ions[np.minimum(k, len(ions) - 1)] - mz))
+    return near / mz * 1e6
+
+
+def _maxima(axis: NDArray[np.float64], mean: NDArray[np.float64], spec: PeakSpec) -> NDArray[np.float64]:
+    """Maxima of a mean spectrum, at their centroid."""
     # Smoothed by half the tolerance, where points are that dense, as the centroids are.
     points = 0.5 * spec.tolerance_ppm * 1e-6 / float(np.median(np.diff(axis) / axis[1:]))
     if points > 0.5:
@@ -144,17 +164,28 @@ def profile_peaks(spectra: Spectra, count: int, spec: PeakSpec) -> NDArray[np.fl
     limit = max(spec.snr * noise, spec.strong_fraction * float(above.max()), 1e-12)
     tops, _ = signal.find_peaks(mean, prominence=limit)
     tops = tops[above[tops] >= limit]
-    centres = np.empty(len(tops))
-    for k, top in enumerate(tops):
-        # The centroid of what lies above half height, and no further than a few points.
-        left, right = top, top
-        while left > 0 and top - left < 8 and 0.5 * mean[top] < mean[left - 1] <= mean[left]:
-            left -= 1
-        while right < len(mean) - 1 and right - top < 8 and 0.5 * mean[top] < mean[right + 1] <= mean[right]:
-            right += 1
-        part = slice(left, right + 1)
-        centres[k] = np.average(axis[part], weights=mean[part])
+    centres = np.array([peak_centre(axis, mean, int(top)) for top in tops])
     return _merge(centres, mean[tops], spec.tolerance_ppm)
+
+
+def peak_centre(m: NDArray[np.float64], v: NDArray[np.float64], top: int) -> float:
+    """Centre of what lies above half height around a maximum, the profile taken as straight lines."""
+    half = 0.5 * v[top]
+    left = right = top
+    while left > 0 and half < v[left - 1] <= v[left]:
+        left -= 1
+    while right < len(v) - 1 and half < v[right + 1] <= v[right]:
+        right += 1
+    x, y = m[left : right + 1], v[left : right + 1] - half
+    if left > 0 and v[left - 1] <= half:  # where the line crosses half height
+        x = np.insert(x, 0, np.interp(half, v[left - 1 : left + 1], m[left - 1 : left + 1]))
+        y = np.insert(y, 0, 0.0)
+    if right < len(v) - 1 and v[right + 1] <= half:
+        x = np.append(x, np.interp(half, v[right + 1 : right - 1 : -1], m[right + 1 : right - 1 : -1]))
+        y = np.append(y, 0.0)
+    h, y0, y1 = np.diff(x), y[:-1], y[1:]
+    area = (h * (y0 + y1)).sum() / 2
+    return float((h * (x[:-1] * (2 * y0 + y1) + x[1:] * (y0 + 2 * y1))).sum() / 6 / area) if area > 0 else float(m[top])
 
 
 def _box(values: NDArray[Any], half: int) -> NDArray[Any]:
@@ -218,13 +249,3 @@ def _merge(mz: NDArray[np.float64], weight: NDArray[Any], tolerance_ppm: float) 
         else:
             out.append([m, w])
     return np.array([m for m, _ in out])
-
-
-def _filled(axis: NDArray[np.float64]) -> NDArray[np.float64]:
-    """An axis with one zero-crossing point put on either side of each gap, so that maxima stay separate."""
-    step = np.diff(axis)
-    gap = np.flatnonzero(_gaps(step))
-    if not len(gap):
-        return axis
-    inner = np.minimum(step[np.maximum(gap - 1, 0)], step[np.minimum(gap + 1, len(step) - 1)])
-    return np.unique(np.concatenate([axis, axis[gap] + inner, axis[gap + 1] - inner]))

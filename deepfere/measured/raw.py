@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from deepfere.errors import InputError
 from deepfere.measured import store
+from deepfere.measured.normalise import FACTORS
 from deepfere.measured.raster import batches, plan_raster
 from deepfere.measured.reduce import Reduce, Reducer, put, shared_axis
 from deepfere.measured.table import TableReducer
@@ -67,6 +68,34 @@ class RawMeasured:
         image[~self.mask] = np.nan
         return image
 
+    @cached_property
+    def _factors(self) -> dict[str, NDArray[np.float32]]:
+        """Factors of normalisation (ny, nx), NaN where not measured; reads all of the file once."""
+        out = np.zeros((len(FACTORS), *self.mask.shape))
+        # They are of the whole spectrum: of which window, and of what kind, does not matter.
+        kind = self._source.representation or "centroid"
+        with self._reduce(np.array([1.0]), self.tolerance_ppm, kind) as reduce:
+            for rows in batches(self._source.int_length, np.arange(len(self._source)), 1):
+                for image, factor in zip(out, reduce(rows)[1], strict=True):
+                    np.add.at(image, (self._raster.row[rows], self._raster.col[rows]), factor)
+        out[:, ~self.mask] = np.nan
+        return dict(zip(FACTORS, out.astype(np.float32), strict=True))
+
+    @property
+    def tic(self) -> NDArray[np.float32]:
+        """(ny, nx) float32, sum of the pixel's whole spectrum; NaN where not measured."""
+        return self._factors["tic"]
+
+    @property
+    def rms(self) -> NDArray[np.float32]:
+        """(ny, nx) float32, root of the mean square over the spectrum's values."""
+        return self._factors["rms"]
+
+    @property
+    def median(self) -> NDArray[np.float32]:
+        """(ny, nx) float32, median of the spectrum's positive values."""
+        return self._factors["median"]
+
     @contextmanager
     def _reduce(self, ions: NDArray[np.float64], width: float, representation: str | None) -> Iterator[Reduce]:
         source = self._source
@@ -105,8 +134,9 @@ class RawMeasured:
 def open_measured(path: str | Path, storage_options: StorageOptions | None = None) -> store.Measured | RawMeasured:
     """Open a measurement: one that was ingested, or an .imzML or a table of pixels as it is.
 
-    All have ``ion_image(mz, ppm)``, ``spectrum(y, x)`` and ``mask``. Of an ingested one an ion image is that of the
-    stored ion nearest to the m/z; of the others it is the window around the m/z itself.
+    All have ``ion_image(mz, ppm)``, ``spectrum(y, x)``, ``mask`` and the factors of normalisation ``tic``, ``rms`` and
+    ``median``; an ingested one also ``reference``, ``factor(normalisation)`` and ``shift_ppm``. Of an ingested one an
+    ion image is that of the stored ion nearest to the m/z; of the others it is the window around the m/z itself.
 
     Raises:
         InputError: It is absent, none of these, or unfinished; see `read_index`, `open_table` and `plan_raster`.

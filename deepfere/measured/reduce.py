@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
-from deepfere.measured.store import ragged_factors, spectrum_factors
+from deepfere.measured.normalise import ragged_factors, spectrum_factors
+from deepfere.measured.profile import ProfileSpec
+from deepfere.measured.treatment import true_mz
 from deepfere.measured.windows import Windows
 from deepfere.readers.imzml import ImzmlIndex
 from deepfere.readers.imzml_arrays import read_arrays, read_flat
 
 Reduce = Callable[[NDArray[np.int64]], tuple[NDArray[np.float32], NDArray[np.float64], int]]
-"""Some spectra to ions (n, M), factors (3, n) and the number of negative intensities."""
+"""Some spectra to ions (n, M), factors (3, n), a fourth for a reference, and the number of negative intensities."""
 
 
 def check_axis(index: ImzmlIndex, axis: NDArray[np.float64], i: int) -> None:
@@ -80,7 +83,19 @@ def refuse_values(index: ImzmlIndex, i: int) -> None:
 
 
 class Reducer:
-    """Spectra to ions and factors, a batch at a time."""
+    """Spectra to ions and factors, a batch at a time.
+
+    Args:
+        index: Of the file.
+        axis: What its spectra share, if they do.
+        ions: (M,) ascending.
+        how: "axis" where the ions are the axis itself.
+        kind: "centroid", "profile" or unknown.
+        tolerance_ppm: Half-width of an ion's window.
+        shifts: (N,) by how many ppm the m/z of each spectrum are off.
+        profile: What is done to profiles first; factors are those of what is left.
+        reference_mz: Its window is a fourth factor.
+    """
 
     def __init__(
         self,
@@ -90,9 +105,14 @@ class Reducer:
         how: str,
         kind: str | None,
         tolerance_ppm: float,
+        shifts: NDArray[np.float64] | None = None,
+        profile: ProfileSpec | None = None,
+        reference_mz: float | None = None,
     ) -> None:
-        self.index, self.kind, self.ions = index, kind, ions
+        self.index, self.kind, self.ions, self.shifts = index, kind, ions, shifts
+        self.profile = profile if profile is not None and profile.active else None
         self.windows = None if how == "axis" else Windows(ions, tolerance_ppm)
+        self.reference = None if reference_mz is None else Windows(np.array([reference_mz]), tolerance_ppm)
         self.axis = axis
         self.order: NDArray[np.int64] | None = None
         if axis is not None and (np.diff(axis) < 0).any():
@@ -100,34 +120,71 @@ class Reducer:
             self.axis = axis[self.order]
 
     def __call__(self, ibd: IO[bytes], rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float64], int]:
-        """Ions (n, M), factors (3, n) and the number of negative intensities of some spectra."""
+        """Ions (n, M), factors (3, n; 4 with a reference) and the number of negative intensities of some spectra."""
         lengths = self.index.int_length[rows]
         if self.axis is not None:
             block = read_flat(self.index, ibd, rows, ("int",))[0].astype(np.float32, copy=False)
             block, negatives = self._not_negative(block, rows, lengths)
             block = block.reshape(len(rows), len(self.axis))
-            factors = spectrum_factors(block)
             if self.order is not None:
                 block = block[:, self.order]
-            if self.windows is None:
-                return block, factors, negatives
-            reduce = self.windows.sum_shared if self.kind == "centroid" else self.windows.area
-            return reduce(self.axis, block), factors, negatives
-        assert self.windows is not None
-        mz, values = read_flat(self.index, ibd, rows)
-        values, negatives = self._not_negative(values.astype(np.float32, copy=False), rows, lengths)
-        if len(mz) and not (mz.min() > 0 and mz.max() < np.inf):
-            for i, m in zip(rows, np.split(mz, np.cumsum(lengths)[:-1]), strict=True):
-                check_axis(self.index, m, int(i))
-        factors = ragged_factors(values, lengths)
+            if self.profile is not None:
+                block = self.profile.applied(self.axis, block)
+            take = partial(self._of_block, rows, self.axis, block)
+            factors = spectrum_factors(block)
+            ions = block if self.windows is None else take(self.windows)
+        else:
+            mz, values = read_flat(self.index, ibd, rows)
+            values, negatives = self._not_negative(values.astype(np.float32, copy=False), rows, lengths)
+            if len(mz) and not (mz.min() > 0 and mz.max() < np.inf):
+                for i, m in zip(rows, np.split(mz, np.cumsum(lengths)[:-1]), strict=True):
+                    check_axis(self.index, m, int(i))
+            if self.kind == "centroid":
+                if self.shifts is not None:
+                    mz = true_mz(mz, np.repeat(self.shifts[rows], lengths))
+                take = partial(_centroids, mz, values, lengths)
+            else:
+                spectra = self._profiles(mz, values, lengths)
+                if self.profile is not None:
+                    values = np.concatenate([v for _, v in spectra])
+                take = partial(self._areas, rows, spectra)
+            factors = ragged_factors(values, lengths)
+            assert self.windows is not None
+            ions = take(self.windows)
+        if self.reference is not None:
+            factors = np.vstack([factors, take(self.reference)[:, 0]])
+        return ions, factors, negatives
+
+    def _of_block(
+        self, rows: NDArray[np.int64], axis: NDArray[np.float64], block: NDArray[np.float32], windows: Windows
+    ) -> NDArray[np.float32]:
+        """Windows (n, M) of spectra on one axis."""
         if self.kind == "centroid":
-            return self.windows.sum_ragged(mz, values, lengths), factors, negatives
-        areas = np.zeros((len(rows), len(self.ions)), dtype=np.float32)
+            return windows.sum_shared(axis, block)
+        if self.shifts is None:
+            return windows.area(axis, block)
+        return self._areas(rows, [(axis, values) for values in block], windows)
+
+    def _profiles(
+        self, mz: NDArray[Any], values: NDArray[np.float32], lengths: NDArray[np.int64]
+    ) -> list[tuple[NDArray[Any], NDArray[Any]]]:
         ends = np.cumsum(lengths)
-        for k, (first, last) in enumerate(zip(ends - lengths, ends, strict=True)):
-            m64, ordered = ascending(mz[first:last].astype(np.float64), values[first:last])
-            areas[k] = self.windows.area(m64, ordered[None])[0]
-        return areas, factors, negatives
+        parts = [slice(first, last) for first, last in zip(ends - lengths, ends, strict=True)]
+        spectra = [ascending(mz[part].astype(np.float64), values[part]) for part in parts]
+        if self.profile is None:
+            return spectra
+        return [(m, self.profile.applied(m, v[None])[0]) for m, v in spectra]
+
+    def _areas(
+        self, rows: NDArray[np.int64], spectra: list[tuple[NDArray[Any], NDArray[Any]]], windows: Windows
+    ) -> NDArray[np.float32]:
+        """Areas (n, M) of profiles with an axis each."""
+        areas = np.zeros((len(rows), len(windows.mz)), dtype=np.float32)
+        for k, (mz, values) in enumerate(spectra):
+            if self.shifts is not None:
+                mz = true_mz(mz, self.shifts[rows[k]])
+            areas[k] = windows.area(mz, values[None])[0]
+        return areas
 
     def _not_negative(
         self, values: NDArray[np.float32], rows: NDArray[np.int64], lengths: NDArray[np.int64]
@@ -142,6 +199,12 @@ class Reducer:
         if least >= 0:
             return values, 0
         return np.maximum(values, 0), int((values < 0).sum())
+
+
+def _centroids(
+    mz: NDArray[Any], values: NDArray[Any], lengths: NDArray[np.int64], windows: Windows
+) -> NDArray[np.float32]:
+    return windows.sum_ragged(mz, values, lengths)
 
 
 def put(images: NDArray[np.float32], at: NDArray[np.int64], values: NDArray[np.float32], repeated: bool) -> None:

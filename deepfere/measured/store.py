@@ -2,8 +2,9 @@
 
 Layout: ``ions`` (M, ny, nx) float32 in explicit shards, one row of shards per image band; ``mask`` (ny, nx)
 bool; ``mz`` (M,) float64, ascending; ``tic``, ``rms``, ``median`` (ny, nx) float32, NaN where not measured.
-Attributes hold the format's version, pitch, origin and provenance; ``complete`` is written last, so that a
-store whose writer was stopped is visibly unfinished and is refused.
+With a reference m/z: ``reference``, alike. Where a lock mass was used: ``shift_ppm`` (ny, nx) float32, by how many
+ppm m/z were off, and ``lock_mass_found`` (ny, nx) bool. Attributes hold the format's version, pitch, origin and
+provenance; ``complete`` is written last, so that a store whose writer was stopped is visibly unfinished and is refused.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import zarr
@@ -19,13 +20,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from deepfere.errors import InputError
 from deepfere.frame import SectionGrid
+from deepfere.measured.normalise import FACTORS, REFERENCE, Normalisation, multiplier, notes, spectrum_factors
 from deepfere.store import Codec, StorageOptions, create_array, exists, open_group, remove
 
 FORMAT, FORMAT_VERSION = "deepfere-measured", 1
 CHUNK_IONS, CHUNK_PX = 64, 64
 SHARD_BYTES = 128 << 20
-FACTORS = ("tic", "rms", "median")
-Normalisation = Literal["none", "tic", "rms", "median"]
+SHIFT, FOUND = "shift_ppm", "lock_mass_found"
 
 
 class Measured:
@@ -85,29 +86,47 @@ class Measured:
         """(ny, nx) float32; see the class."""
         return self._factor("median")
 
+    @cached_property
+    def shift_ppm(self) -> NDArray[np.float32] | None:
+        """By how many ppm the m/z of each pixel were off before the lock mass corrected them, (ny, nx) float32.
+
+        NaN where not measured; a pixel without a lock mass (see `lock_mass_found`) has that of those around it. None
+        where no lock mass was used.
+        """
+        return self._factor(SHIFT) if SHIFT in self._group else None
+
+    @cached_property
+    def lock_mass_found(self) -> NDArray[np.bool_] | None:
+        """Where a lock mass was found, (ny, nx) bool; None where none was used."""
+        return np.asarray(_array(self._group, FOUND)[:], dtype=bool) if FOUND in self._group else None
+
     def _factor(self, name: str) -> NDArray[np.float32]:
         return np.asarray(_array(self._group, name)[:], dtype=np.float32)
+
+    @cached_property
+    def reference(self) -> NDArray[np.float32] | None:
+        """(ny, nx) float32, intensity of the reference m/z (``attrs["reference_mz"]``); None where none was given."""
+        return self._factor(REFERENCE) if REFERENCE in self._group else None
 
     def factor(self, normalisation: Normalisation) -> NDArray[np.float64] | None:
         """What an intensity is multiplied by, (ny, nx): the mean factor over the pixel's; None for "none".
 
-        A pixel whose factor is zero has no signal at all: its multiplier is zero, and it stays zero.
+        A pixel whose TIC, RMS or median is zero has no signal at all: its multiplier is zero, and it stays zero. A
+        pixel with signal but without the reference takes the median reference of those around it.
 
         Raises:
-            InputError: The normalisation is unknown, or its factor is zero everywhere.
+            InputError: The normalisation is unknown, its factor is zero everywhere or was not stored, or more than a
+                tenth of the pixels with signal are without the reference.
         """
-        if normalisation == "none":
-            return None
-        if normalisation not in FACTORS:
-            raise InputError(f"unknown normalisation {normalisation!r}", remedy=f"give none, {', '.join(FACTORS)}")
-        factor = self._factor(normalisation).astype(np.float64)
-        mean = float(factor[self.mask].mean())
-        if not mean > 0:
-            raise InputError(f"the {normalisation} factor is zero everywhere", where=self.path, remedy="choose another")
-        out = np.full(factor.shape, np.nan)
-        inside = factor[self.mask]
-        out[self.mask] = np.divide(mean, inside, out=np.zeros_like(inside), where=inside > 0)
-        return out
+        return multiplier(self, normalisation)
+
+    def normalisation_notes(self, normalisation: Normalisation) -> list[str]:
+        """What is to be known about a normalisation before its images are trusted, a line each.
+
+        Raises:
+            InputError: See `factor`.
+        """
+        return notes(self, normalisation)
 
     def cube(self, normalisation: Normalisation = "none") -> NDArray[np.float32]:
         """All ions, (M, ny, nx) float32, NaN where not measured.
@@ -265,7 +284,7 @@ class MeasuredWriter:
     def finish(
         self,
         mask: NDArray[np.bool_],
-        factors: Mapping[str, NDArray[np.float32]],
+        images: Mapping[str, NDArray[Any]],
         pitch_um: tuple[float, float],
         attrs: Mapping[str, Any],
     ) -> Measured:
@@ -273,15 +292,14 @@ class MeasuredWriter:
 
         Args:
             mask: (ny, nx).
-            factors: "tic", "rms" and "median", each (ny, nx).
+            images: "tic", "rms" and "median", and others by their names, each (ny, nx) float32 or bool.
             pitch_um: Pitch (y, x).
             attrs: Further attributes, plain values.
         """
         shape = self.shape_px
-        images: dict[str, NDArray[Any]] = {"mask": mask, **{name: factors[name] for name in FACTORS}}
-        for name, image in images.items():
-            fill: Any = False if name == "mask" else np.nan
-            dtype: Any = bool if name == "mask" else np.float32
+        for name, image in {"mask": mask, **images}.items():
+            fill: Any = False if image.dtype == bool else np.nan
+            dtype: Any = bool if image.dtype == bool else np.float32
             array = create_array(self.group, name, shape, dtype, shape, fill_value=fill, dimension_names=("y", "x"))
             array[:] = image
         self.group.attrs.update(
@@ -320,47 +338,6 @@ def refuse_occupied(path: str | Path, overwrite: bool = False, storage_options: 
         raise InputError("exists and is not an ingested measurement", where=path, remedy="choose another path")
     if attrs.get("complete") is True and not overwrite:
         raise InputError("exists already", where=path, remedy="choose another path or overwrite it")
-
-
-def spectrum_factors(values: NDArray[np.float32], lengths: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
-    """TIC, RMS and median of the positive values of each row of (n, M): (3, n) float64.
-
-    Args:
-        values: Spectra, not negative.
-        lengths: (n,) how many values of a row are the spectrum's, the others being zero; all by default.
-    """
-    values = np.asarray(values)
-    n, m = values.shape
-    out = np.zeros((3, n))
-    if m == 0:
-        return out
-    count = np.full(n, m) if lengths is None else np.maximum(lengths, 1)
-    wide = values.astype(np.float64)
-    out[0] = wide.sum(axis=1)
-    out[1] = np.sqrt(np.einsum("ij,ij->i", wide, wide) / count)
-    ordered = np.sort(values, axis=1)
-    positive = np.count_nonzero(values > 0, axis=1)
-    rows = np.flatnonzero(positive)
-    # The positive values are the last ones of each sorted row.
-    low = m - positive[rows] + (positive[rows] - 1) // 2
-    high = m - positive[rows] + positive[rows] // 2
-    out[2, rows] = 0.5 * (ordered[rows, low].astype(np.float64) + ordered[rows, high])
-    return out
-
-
-def ragged_factors(values: NDArray[np.float32], lengths: NDArray[np.int64]) -> NDArray[np.float64]:
-    """`spectrum_factors` of spectra that lie one behind the other."""
-    ends = np.cumsum(lengths)
-    out = np.zeros((3, len(lengths)))
-    longest = int(lengths.max(initial=0))
-    # Of similar length they are put side by side, zeros behind the shorter ones; else each is alone.
-    step = len(lengths) if longest * len(lengths) <= 4 * len(values) + 4096 else 1
-    for k in range(0, len(lengths), step):
-        part = lengths[k : k + step]
-        block = np.zeros((len(part), int(part.max())), dtype=np.float32)
-        block[np.arange(block.shape[1]) < part[:, None]] = values[ends[k] - part[0] : ends[k + len(part) - 1]]
-        out[:, k : k + step] = spectrum_factors(block, part)
-    return out
 
 
 def write_measured(

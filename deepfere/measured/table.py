@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
-from deepfere.measured.peaks import PeakSpec, centroid_peaks, profile_peaks, sample_rows
+from deepfere.measured.normalise import ragged_factors
+from deepfere.measured.peaks import SharedIons, found_ions
 from deepfere.measured.raster import Raster, batches, evenly
 from deepfere.measured.reduce import refuse_twice
-from deepfere.measured.store import ragged_factors
+from deepfere.measured.sampled import PeakSpec, Sample, sample_centroids, sample_profiles, sample_rows
 from deepfere.measured.windows import Windows
 from deepfere.readers.table import RowReader, Table
 
@@ -23,16 +25,16 @@ MAX_VARIABLES = 5000
 
 
 def choose_ions(
-    table: Table, raster: Raster, targets: NDArray[np.float64] | None, tolerance_ppm: float, kind: str | None
+    table: Table, raster: Raster, targets: NDArray[np.float64] | SharedIons | None, kind: str | None, spec: PeakSpec
 ) -> tuple[NDArray[np.float64], dict[str, Any]]:
     """The ions (M,) ascending, and how they were chosen.
 
     Args:
         table: Of the store.
         raster: Its pixels.
-        targets: Given m/z, ascending.
-        tolerance_ppm: Half-width of an ion's window.
+        targets: Given m/z, ascending, or those that a study found.
         kind: "centroid" or "profile".
+        spec: How peaks are found.
 
     Raises:
         InputError: Nothing says how to find ions, none is found, or windows are narrower than the table's bins.
@@ -40,60 +42,52 @@ def choose_ions(
     Warns:
         UserWarning: A target has no variable in its window.
     """
-    axis, rank = table.sorted_mz()
+    axis, tolerance_ppm = table.sorted_mz()[0], spec.tolerance_ppm
+    if isinstance(targets, SharedIons):
+        # Of a list of features some may be missing; bins that are too wide for the windows lose most ions.
+        if 2 * (_held(axis, targets.mz, tolerance_ppm) == 0).sum() > len(targets.mz):
+            check_bins(table, targets.mz, tolerance_ppm)
+        _warn_lost(table, axis, targets.mz, tolerance_ppm, "ions of the study")
+        return targets.mz, {"ions": "automatic", "peaks": targets.peaks}
     if targets is not None:
-        lost = targets[_held(axis, targets, tolerance_ppm) == 0]
-        if len(lost) == len(targets):
-            raise InputError(
-                f"has no variable within {tolerance_ppm:g} ppm of a target; the nearest is {_nearest(axis, lost)}",
-                where=table.path,
-                remedy="correct --mz or widen --tolerance-ppm",
-            )
-        if len(lost):
-            warnings.warn(
-                f"{table.path}: {len(lost)} of {len(targets)} targets have no variable within {tolerance_ppm:g} ppm "
-                f"and are zero everywhere, first {lost[0]:.6g}",
-                UserWarning,
-                stacklevel=5,
-            )
+        _warn_lost(table, axis, targets, tolerance_ppm, "targets")
         return targets, {"ions": "list"}
     if len(axis) <= MAX_VARIABLES:
         refuse_twice(axis, table.path)
         return axis, {"ions": "axis"}
     if kind is None:
         raise InputError("says neither centroid nor profile", where=table.path, remedy="give --representation")
-    spec = PeakSpec(tolerance_ppm)
-    rows = np.sort(evenly(raster)[sample_rows(len(table), spec)])
-    reader = RowReader(table, rows)
+    ions, how = found_ions(sample_table(table, raster, kind, spec), spec, table.path)
+    check_bins(table, ions, tolerance_ppm)
+    return ions, how
 
-    def spectra() -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-        for batch in batches(table.int_length, rows, 1):
-            columns, values, lengths = reader.read(batch)
-            check_finite(table, batch, values, lengths)
-            ends = np.cumsum(lengths)
-            for first, last in zip(ends - lengths, ends, strict=True):
-                yield axis[rank[columns[first:last]]], np.maximum(values[first:last].astype(np.float64), 0.0)
 
-    def mean() -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-        """All bins of the one axis: the mean spectrum is found at once."""
-        total = np.zeros(len(axis))
-        for batch in batches(table.int_length, rows, 1):
-            columns, values, lengths = reader.read(batch)
-            check_finite(table, batch, values, lengths)
-            total += np.bincount(rank[columns], weights=np.maximum(values, 0), minlength=len(axis))
-        return [(axis, total / len(rows))]
-
-    if kind == "centroid":
-        ions = centroid_peaks(spectra, len(rows), spec)
-    else:
-        whole = mean()
-        ions = profile_peaks(lambda: whole, 1, spec)
-    if not len(ions):
+def _warn_lost(
+    table: Table, axis: NDArray[np.float64], wanted: NDArray[np.float64], tolerance_ppm: float, name: str
+) -> None:
+    lost = wanted[_held(axis, wanted, tolerance_ppm) == 0]
+    if len(lost) == len(wanted):
         raise InputError(
-            f"no m/z recurs within {tolerance_ppm:g} ppm in {spec.min_fraction:.0%} of its spectra (at least 3)",
+            f"has no variable within {tolerance_ppm:g} ppm of a target; the nearest is {_nearest(axis, lost)}",
             where=table.path,
-            remedy="give --mz or a wider --tolerance-ppm",
+            remedy="correct --mz or widen --tolerance-ppm",
         )
+    if len(lost):
+        warnings.warn(
+            f"{table.path}: {len(lost)} of {len(wanted)} {name} have no variable "
+            f"within {tolerance_ppm:g} ppm and are zero everywhere, first {lost[0]:.6g}",
+            UserWarning,
+            stacklevel=6,
+        )
+
+
+def check_bins(table: Table, ions: NDArray[np.float64], tolerance_ppm: float) -> None:
+    """Refuse found ions in whose windows no variable lies, within the table's range.
+
+    Raises:
+        InputError: There is one; names the tolerance that does.
+    """
+    axis = table.sorted_mz()[0]
     lost = ions[_held(axis, ions, tolerance_ppm) == 0]
     if len(lost):
         k = np.clip(np.searchsorted(axis, lost), 1, len(axis) - 1)
@@ -103,7 +97,36 @@ def choose_ions(
             where=table.path,
             remedy=f"give --tolerance-ppm {math.ceil(wide)}, or convert it with finer bins",
         )
-    return ions, {"ions": "automatic", "peaks": {**spec.to_dict(kind), "sampled_spectra": len(rows)}}
+
+
+def sample_table(table: Table, raster: Raster, kind: str, spec: PeakSpec) -> Sample:
+    """What up to `PeakSpec.sample` pixels, evenly over the image, show; of profiles, the mean is found at once.
+
+    Raises:
+        InputError: A value is not finite.
+    """
+    axis, rank = table.sorted_mz()
+    rows = np.sort(evenly(raster)[sample_rows(len(table), spec)])
+    reader = RowReader(table, rows)
+    reach = float(axis[0]), float(axis[-1])
+
+    def spectra() -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        for batch in batches(table.int_length, rows, 1):
+            columns, values, lengths = reader.read(batch)
+            check_finite(table, batch, values, lengths)
+            ends = np.cumsum(lengths)
+            for first, last in zip(ends - lengths, ends, strict=True):
+                yield axis[rank[columns[first:last]]], np.maximum(values[first:last].astype(np.float64), 0.0)
+
+    if kind == "centroid":
+        return replace(sample_centroids(spectra(), spec), mz_range=reach)
+    total = np.zeros(len(axis))
+    for batch in batches(table.int_length, rows, 1):
+        columns, values, lengths = reader.read(batch)
+        check_finite(table, batch, values, lengths)
+        total += np.bincount(rank[columns], weights=np.maximum(values, 0), minlength=len(axis))
+    whole = axis, total / len(rows)
+    return replace(sample_profiles(lambda: [whole]), spectra=len(rows))
 
 
 def _held(axis: NDArray[np.float64], ions: NDArray[np.float64], tolerance_ppm: float) -> NDArray[np.int64]:
@@ -149,6 +172,7 @@ class TableReducer:
         how: "axis" where the ions are the variables themselves.
         tolerance_ppm: Half-width of an ion's window.
         order: Pixels in the order in which they will be asked for.
+        reference_mz: Its window is a fourth factor.
     """
 
     def __init__(
@@ -158,14 +182,16 @@ class TableReducer:
         how: str,
         tolerance_ppm: float,
         order: NDArray[np.int64],
+        reference_mz: float | None = None,
     ) -> None:
         self.table, self.ions = table, ions
         self.axis, self.rank = table.sorted_mz()
         self.windows = None if how == "axis" else Windows(ions, tolerance_ppm)
+        self.reference = None if reference_mz is None else Windows(np.array([reference_mz]), tolerance_ppm)
         self.reader = RowReader(table, order)
 
     def __call__(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float64], int]:
-        """Ions (n, M), factors (3, n) and the number of negative intensities of some pixels.
+        """Ions (n, M), factors (3 or 4, n) and the number of negative intensities of some pixels.
 
         Raises:
             InputError: An intensity is not finite.
@@ -179,6 +205,8 @@ class TableReducer:
         # Every variable is a value of every spectrum, stored or not.
         factors[1] *= np.sqrt(lengths / len(self.axis))
         place = self.rank[columns]
+        if self.reference is not None:
+            factors = np.vstack([factors, self.reference.sum_ragged(self.axis[place], values, lengths)[:, 0]])
         if self.windows is not None:
             return self.windows.sum_ragged(self.axis[place], values, lengths), factors, negatives
         n, a = len(rows), len(self.axis)

@@ -72,7 +72,7 @@ class Windows:
         if a < 2:
             return np.zeros((n, len(self.mz)), dtype=np.float32)
         step = np.diff(axis)
-        joined = (step > 0) & ~_gaps(step)
+        joined = (step > 0) & ~gaps(step)
         first, last = values[:, :-1].astype(np.float64), values[:, 1:].astype(np.float64)
         total = np.zeros((n, a))
         np.cumsum(np.where(joined, 0.5 * step * (first + last), 0.0), axis=1, out=total[:, 1:])
@@ -131,7 +131,7 @@ class _Pieces:
         return np.bincount(piece, weights=values, minlength=size).astype(np.float64, copy=False)
 
 
-def _gaps(step: NDArray[np.float64]) -> NDArray[np.bool_]:
+def gaps(step: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Intervals where a writer left points out, judged by the neighbouring intervals."""
     if len(step) < 3:
         return np.zeros(len(step), dtype=bool)

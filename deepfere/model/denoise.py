@@ -75,33 +75,42 @@ def denoise(cube: NDArray[np.floating], mask: NDArray[np.bool_], features: Array
     chi_square, share = np.full(len(cube), np.nan), np.zeros(len(cube))
     if mask.sum() < LEAST_PX:
         return Denoised(out, chi_square, share)
-    group, scores = _scores(cube, mask, seed)
     stain = np.zeros((0, int(mask.sum()))) if features is None else features[:, mask]
+    # One predictor serves a group of ions, pixels in its order: block after block.
     block = spatial_blocks(mask, 4)[mask]
-    for m in range(len(cube)):
-        image = np.asarray(cube[m], np.float64)
-        quantum = CAUTION * noise_quantum(image, mask)
-        values = image[mask]
-        if quantum <= 0 or (values < 0).any() or not np.ptp(values) > 0:
-            continue
-        around = np.stack([without_centre(image, mask, s)[mask] for s in SCALES_PX])
-        predicted = predict(np.concatenate([around, scores[group[m]], stain]).T, values, block)
-        level = np.maximum(predicted, _FLOOR * values.mean())
-        seen = np.zeros(mask.shape)
-        seen[mask] = level
-        spread = local_variance(fill_missing(seen, mask))[mask]
-        noise = quantum * level
-        error = prediction_error((values - predicted) ** 2, noise, level, spread)
-        # What is far outside both noise and error refutes the prediction: the measurement stands.
-        refuted = (values - predicted) ** 2 > SURPRISE_SD**2 * (error + noise)
-        kept = np.where(refuted, 1.0, error / (error + noise))
-        estimate = predicted + kept * (values - predicted)
-        given_up = float((1 - kept).mean())
-        if given_up > 0:
-            chi_square[m] = float(((values - estimate) ** 2 / noise).mean()) / given_up
-        share[m] = given_up
-        out[m][mask] = np.maximum(estimate, 0.0)
+    group, scores = _scores(cube, mask, seed)
+    for g in range(_GROUPS):
+        predictor = Predictor(np.concatenate([scores[g], stain]).T, block)
+        for m in np.flatnonzero(group == g):
+            image = np.asarray(cube[m], np.float64)
+            quantum = CAUTION * noise_quantum(image, mask)
+            if quantum <= 0 or (image[mask] < 0).any() or not np.ptp(image[mask]) > 0:
+                continue
+            estimate, chi_square[m], share[m] = _estimate(image, mask, quantum, predictor)
+            out[m][mask] = np.maximum(estimate, 0.0)
     return Denoised(out, chi_square, share)
+
+
+def _estimate(
+    image: Array, mask: NDArray[np.bool_], quantum: float, predictor: Predictor
+) -> tuple[Array, float, float]:
+    """One ion's measured pixels denoised (N,), its chi-square (NaN if nothing was taken) and noise share."""
+    values = image[mask]
+    around = np.stack([without_centre(image, mask, s)[mask] for s in SCALES_PX], axis=1)
+    predicted = predictor(around, values)
+    level = np.maximum(predicted, _FLOOR * values.mean())
+    seen = np.zeros(mask.shape)
+    seen[mask] = level
+    spread = local_variance(fill_missing(seen, mask))[mask]
+    noise = quantum * level
+    error = prediction_error((values - predicted) ** 2, noise, level, spread)
+    # What is far outside both noise and error refutes the prediction: the measurement stands.
+    refuted = (values - predicted) ** 2 > SURPRISE_SD**2 * (error + noise)
+    kept = np.where(refuted, 1.0, error / (error + noise))
+    estimate = predicted + kept * (values - predicted)
+    given_up = float((1 - kept).mean())
+    chi_square = float(((values - estimate) ** 2 / noise).mean()) / given_up if given_up > 0 else math.nan
+    return estimate, chi_square, given_up
 
 
 def _scores(cube: NDArray[np.floating], mask: NDArray[np.bool_], seed: int) -> tuple[NDArray[np.int64], list[Array]]:
@@ -123,32 +132,55 @@ def _scores(cube: NDArray[np.floating], mask: NDArray[np.bool_], seed: int) -> t
     return group, scores
 
 
-def predict(columns: Array, values: Array, block: NDArray[np.int64]) -> Array:
-    """Ridge prediction of each value by a fit that left its spatial block out; the best of `PENALTIES`.
+class Predictor:
+    """Ridge predictions by fits that left each value's spatial block out; the best of `PENALTIES`.
+
+    Many targets share most of their columns: what those cost is paid once.
 
     Args:
-        columns: (N, F).
-        values: (N,).
+        shared: (N, S) columns of all targets.
         block: (N,) block numbers.
     """
+
+    def __init__(self, shared: Array, block: NDArray[np.int64]) -> None:
+        self._order = np.argsort(block, kind="stable")
+        starts = np.flatnonzero(np.diff(block[self._order], prepend=-1))
+        self._inside = [slice(a, b) for a, b in zip(starts, [*starts[1:], len(block)], strict=True)]
+        # The last column is the intercept.
+        self._shared = np.column_stack([_standardised(shared[self._order]), np.ones(len(block))])
+        self._grams = np.stack([self._shared[rows].T @ self._shared[rows] for rows in self._inside])
+
+    def __call__(self, own: Array, values: Array) -> Array:
+        """Predictions (N,) of ``values`` (N,) from the shared columns and ``own`` (N, C)."""
+        x, t = _standardised(own[self._order]), values[self._order]
+        # Of [own, shared, 1] with [own, shared, 1, target], one block at a time.
+        count, width = x.shape[1], x.shape[1] + self._shared.shape[1]
+        products = np.empty((len(self._inside), width, width + 1))
+        for rows, gram, part in zip(self._inside, self._grams, products, strict=True):
+            both = np.column_stack([x[rows], t[rows]])
+            cross = self._shared[rows].T @ both
+            part[:count, :count] = (near := both[:, :-1].T @ both)[:, :-1]
+            part[:count, -1] = near[:, -1]
+            part[count:, :count], part[:count, count:-1] = cross[:, :-1], cross[:, :-1].T
+            part[count:, count:-1], part[count:, -1] = gram, cross[:, -1]
+        left = products.sum(0) - products
+        ridge = np.diag([1.0] * (width - 1) + [0.0]) * len(t)  # the intercept is free
+        weights = np.concatenate(
+            [np.linalg.solve(left[..., :-1] + penalty * ridge, left[..., -1:]) for penalty in PENALTIES], axis=2
+        )
+        found = np.empty((len(t), len(PENALTIES)))
+        for rows, weight in zip(self._inside, weights, strict=True):
+            found[rows] = x[rows] @ weight[:count] + self._shared[rows] @ weight[count:]
+        best = np.empty_like(t)
+        best[self._order] = found[:, np.argmin(((found - t[:, None]) ** 2).mean(0))]
+        return best
+
+
+def _standardised(columns: Array) -> Array:
+    """Columns (N, C) with mean 0 and variance 1; those without any spread are 0."""
     spread = columns.std(0)
-    x = (columns - columns.mean(0)) / np.where(spread > 1e-12 * (np.abs(columns).max(0) + 1e-300), spread, np.inf)
-    x, t = np.column_stack([x, np.ones(len(x))]), values
-    ridge = np.diag([1.0] * columns.shape[1] + [0.0]) * len(t)  # the intercept is free
-    inside = [np.flatnonzero(block == b) for b in np.unique(block)]
-    gram, cross = x.T @ x, x.T @ t
-    grams = np.stack([gram - x[rows].T @ x[rows] for rows in inside])
-    crosses = np.stack([cross - x[rows].T @ t[rows] for rows in inside])
-    best, least = np.zeros_like(t), math.inf
-    for penalty in PENALTIES:
-        weights = np.linalg.solve(grams + penalty * ridge, crosses[..., None])[..., 0]
-        predicted = np.zeros_like(t)
-        for rows, weight in zip(inside, weights, strict=True):
-            predicted[rows] = x[rows] @ weight
-        error = float(((predicted - t) ** 2).mean())
-        if error < least:
-            best, least = predicted, error
-    return best
+    most = np.abs(columns).max(0, initial=0.0)
+    return (columns - columns.mean(0)) / np.where(spread > 1e-12 * (most + 1e-300), spread, np.inf)
 
 
 def prediction_error(squared: Array, noise: Array, level: Array, spread: Array) -> Array:

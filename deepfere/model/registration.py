@@ -94,13 +94,13 @@ class Registration(nn.Module):
         """The B-spline part as it stands."""
         if self.knots_um is None:
             return self._fixed
-        return Displacement(self._origin, self._spacing, self.knots_um.detach().numpy().copy())
+        return Displacement(self._origin, self._spacing, self.knots_um.detach().cpu().numpy().copy())
 
     def alignment(self) -> Alignment:
         """The current transform as a plain `Alignment`, the start's evidence kept."""
-        gain = self.shear_um.detach().numpy() / self.half_um
-        shift = self.shift_um.detach().numpy()
-        centre = self.centre_um.numpy()
+        gain = self.shear_um.detach().cpu().numpy() / self.half_um
+        shift = self.shift_um.detach().cpu().numpy()
+        centre = self.centre_um.cpu().numpy()
         return Alignment(
             self.start.matrix + gain,
             self.start.offset_um + shift - gain @ centre,
@@ -116,7 +116,7 @@ class Registration(nn.Module):
         if self.knots_um is not None:
             out = out + self._spline(points_um)
         elif self._fixed is not None:
-            out = out + torch.as_tensor(self._fixed.at(points_um.detach().numpy()))
+            out = out + torch.as_tensor(self._fixed.at(points_um.detach().cpu().numpy())).to(points_um)
         return out
 
     def _spline(self, points_um: Tensor) -> Tensor:

@@ -127,6 +127,7 @@ def train_network(
         mapping_weight=train.mapping_weight,
         correlation_weight=train.correlation_weight,
         seed=config.seed,
+        precision=train.resolved_precision,
     )
     trained = train_joint(
         settings=settings,

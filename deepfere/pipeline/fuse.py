@@ -27,6 +27,7 @@ from deepfere.readers.slide import slide_digest
 from deepfere.readers.slide_zarr import is_zarr
 from deepfere.reconstruction.result import Result, open
 from deepfere.section import EACH, Section, make_section
+from deepfere.stopping import looking, watched
 from deepfere.tiling.plan import check_range
 from deepfere.training.trainer import preflight
 
@@ -66,7 +67,7 @@ def _check_file(path: str, name: str) -> None:
 
 def identity_of(sections: list[Section], inputs: list[dict[str, str]], config: Config) -> str:
     """Hash of inputs and resolved settings: what makes a result what it is."""
-    stated = [[s.name, s.pitch_um, s.slide_mpp_um, s.region, s.slide_region] for s in sections]
+    stated = [[s.name, s.pitch_um, s.slide_mpp_um, s.region, s.slide_region, s.mz_range] for s in sections]
     return digest([RESULT_FORMAT, stated, inputs, config.digest()])
 
 
@@ -142,6 +143,9 @@ def fuse(
     mz: Iterable[float] | None = None,
     tolerance_ppm: float | None = None,
     representation: str | None = None,
+    lock_mass: Iterable[float] | None = None,
+    normalisation: str | None = None,
+    reference_mz: float | None = None,
     duplicates: str | None = None,
     pitch_um: Any = None,
     slide_mpp_um: Any = None,
@@ -169,6 +173,9 @@ def fuse(
         mz: Target list; None takes the file's axis or automatic peaks.
         tolerance_ppm: Half-width of an ion's m/z window.
         representation: "centroid" or "profile", where the file does not say.
+        lock_mass: True m/z of peaks that correct the m/z of each spectrum.
+        normalisation: "none", "tic", "rms", "median" or "reference".
+        reference_mz: Ion to normalise by; without another ``normalisation`` it means "reference".
         duplicates: Several spectra for one pixel: "error", "sum" or "mean".
         pitch_um: Measured pixel size, where the file does not state it.
         slide_mpp_um: Slide pixel size, where the file does not state it.
@@ -191,10 +198,7 @@ def fuse(
         InputError: The input is wrong; nothing was left behind.
         DeepfereError: A stage failed; the same call resumes.
     """
-    try:
-        targets = None if mz is None else [float(v) for v in mz]
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{mz!r} is not a list of m/z", where="mz", remedy="give numbers: [798.54, 826.57]") from error
+    targets, lock = _numbers("mz", mz), _numbers("lock_mass", lock_mass)
     settings = load_config(
         None if isinstance(config, Config) else config,
         overrides,
@@ -204,6 +208,9 @@ def fuse(
         ingest__mz=targets,
         ingest__tolerance_ppm=tolerance_ppm,
         ingest__representation=representation,
+        ingest__lock_mass_mz=lock,
+        ingest__normalisation=normalisation or (None if reference_mz is None else "reference"),
+        ingest__reference_mz=reference_mz,
         ingest__duplicates=duplicates,
         slide__backend=slide_backend,
         slide__icc=slide_icc,
@@ -241,12 +248,12 @@ def fuse(
                 work.remove()
         return open(target)
     work.check(identity, overwrite)
-    with work.locked():
+    with work.locked(), watched(work.root, settings.run.time_limit_s):
         check_resources(settings, settings.guide)
         resumed = work.claim(identity, overwrite, anew=overwrite)
         try:
             with work.failures():
-                result = _run(section, inputs, identity, target, work, settings, progress)
+                result = _run(section, inputs, identity, target, work, settings, looking(progress))
         except InputError:
             # What can be wrong now is what the files hold: leave nothing behind that this call made.
             if not resumed:
@@ -254,6 +261,15 @@ def fuse(
             raise
         work.remove()
     return result
+
+
+def _numbers(name: str, given: Iterable[float] | None) -> list[float] | None:
+    try:
+        return None if given is None else [float(v) for v in given]
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{given!r} is not a list of m/z", where=name, remedy="give numbers: [798.54, 826.57]"
+        ) from error
 
 
 def _run(
@@ -273,7 +289,7 @@ def _run(
             tile_stage(prep, inputs, work, config, progress)
         with tracked(work, [section], [inputs], config, target.name) as run:
             history = learn_stage([prep], [inputs], work, config, progress, f"run-{identity[:12]}")
-            model = run.log_learning([prep], [inputs], history)
+            model = run.log_learning([prep], [inputs], history, work.facts("learn").get("timing", {}))
             outcome = Outcome(identity, inputs, run.describe(), model, [])
             result = reconstruct_stage(prep, target, [inputs, config.digest()], outcome, work, config, progress)
             run.log_result(result)

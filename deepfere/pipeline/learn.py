@@ -22,6 +22,7 @@ from deepfere.model.transfer import LEAST_PX
 from deepfere.pipeline.choose import Learned, choose, section_problem, without_guide
 from deepfere.pipeline.deep import held_out_blocks, train_network
 from deepfere.pipeline.given import GivenModel, given_factors
+from deepfere.pipeline.ions import same_axis
 from deepfere.pipeline.paper import published
 from deepfere.pipeline.prepare import Prepared
 from deepfere.pipeline.tile import pool, smoothings_pitch
@@ -31,8 +32,7 @@ from deepfere.pipeline.workspace import Progress, Workspace, write_json
 
 def same_ions(one: Prepared, other: Prepared) -> bool:
     """Whether two sections have the same ions, within the tolerance that the second was ingested with."""
-    axis, mz = one.measured.mz, other.measured.mz
-    return len(mz) == len(axis) and bool((np.abs(mz - axis) <= axis * other.measured.tolerance_ppm * 1e-6).all())
+    return same_axis(one.measured.mz, other.measured.mz, other.measured.tolerance_ppm)
 
 
 def study_factors(
@@ -67,8 +67,8 @@ def learn_stage(
     Returns:
         The training's history (empty where the deep tier was not trained).
     """
-    tiles = [work.facts("tile", p.section.name).get("fingerprint") for p in preps]
-    depends = [inputs, config.digest(), tiles, given.digest if given else None]
+    made = [work.facts(stage, p.section.name).get("fingerprint") for p in preps for stage in ("ingest", "tile")]
+    depends = [inputs, config.digest(), made, given.digest if given else None]
     with work.stage("learn", depends) as facts:
         if facts is None:
             return work.facts("learn").get("history", [])
@@ -134,6 +134,7 @@ def learn_stage(
             # The features are filled in where the slide shows nothing.
             denoise(cubes[n], prep.measured.mask, problems[n].features, config.seed).save(prep.folder.denoised)
         facts["history"] = trained.history if trained else []
+        facts["timing"] = trained.timing if trained else {}
         progress("learn", 1.0)
         return facts["history"]
 

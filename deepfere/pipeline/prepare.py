@@ -25,7 +25,11 @@ from deepfere.errors import InputError
 from deepfere.frame import Alignment
 from deepfere.measured.factors import factor_weight, factorise
 from deepfere.measured.ingest import ingest
+from deepfere.measured.lock_mass import LockMass
+from deepfere.measured.peaks import SharedIons
+from deepfere.measured.profile import ProfileSpec
 from deepfere.measured.store import Measured, open_measured
+from deepfere.measured.treatment import Treatment
 from deepfere.model.artefacts import ARTEFACTS
 from deepfere.model.damage import find_candidates
 from deepfere.model.paper import check_size
@@ -61,10 +65,18 @@ class Prepared:
         return np.nan_to_num(self.measured.cube(config.ingest.normalisation), nan=0.0)
 
 
-def ingest_stage(section: Section, inputs: dict[str, str], work: Workspace, config: Config, progress: Progress) -> None:
-    """ImzML, or a table of pixels -> ``measured.zarr``."""
+def ingest_stage(
+    section: Section,
+    inputs: dict[str, str],
+    work: Workspace,
+    config: Config,
+    progress: Progress,
+    shared: SharedIons | None = None,
+) -> None:
+    """ImzML, or a table of pixels -> ``measured.zarr``; with the ions that a study found, where it did."""
     folder = work.section(section.name)
-    depends = [inputs, config.ingest.model_dump(), section.pitch_um, section.region]
+    found = None if shared is None else [shared.mz.tolist(), shared.peaks]
+    depends = [inputs["msi"], config.ingest.model_dump(), section.pitch_um, section.region, found]
     with work.stage("ingest", depends, section.name) as facts:
         if facts is None:
             return
@@ -72,7 +84,7 @@ def ingest_stage(section: Section, inputs: dict[str, str], work: Workspace, conf
         folder.root.mkdir(parents=True, exist_ok=True)
         if is_ingested(section.msi):
             _take_over(section, folder, config.ingest)
-            facts["warnings"] = []
+            facts["warnings"] = _notes(section, folder, config)
             return
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -80,16 +92,35 @@ def ingest_stage(section: Section, inputs: dict[str, str], work: Workspace, conf
                 section.msi,
                 folder.measured,
                 pitch_um=section.pitch_um,
-                mz=config.ingest.mz,
+                mz=shared or config.ingest.mz,
+                mz_range=config.ingest.mz_range,
                 tolerance_ppm=config.ingest.tolerance_ppm,
                 representation=config.ingest.representation,
+                treatment=treatment_of(config.ingest),
+                reference_mz=config.ingest.reference_mz,
                 duplicates=config.ingest.duplicates,
                 band_rows=config.ingest.band_rows,
-                index_cache=folder.root / "index.parquet",
+                index_cache=folder.index,
                 region=section.region,
                 progress=lambda done, total: progress("ingest", done / max(total, 1)),
             )
-        facts["warnings"] = sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
+        told = sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
+        facts["warnings"] = told + _notes(section, folder, config)
+
+
+def _notes(section: Section, folder: SectionFolder, config: Config) -> list[str]:
+    """What is to be known about the normalisation; refuses one that cannot be had."""
+    notes = open_measured(folder.measured).normalisation_notes(config.ingest.normalisation)
+    return [f"{section.msi}: {note}" for note in notes]
+
+
+def treatment_of(settings: IngestSettings) -> Treatment:
+    """What is done to spectra first."""
+    lock, s = settings.lock_mass_mz, settings
+    return Treatment(
+        None if lock is None else LockMass(tuple(lock), s.lock_mass_tolerance_ppm),
+        ProfileSpec(s.baseline, s.baseline_width_ppm, s.smoothing, s.smoothing_points),
+    )
 
 
 def is_ingested(msi: str) -> bool:
@@ -117,12 +148,17 @@ def _take_over(section: Section, folder: SectionFolder, settings: IngestSettings
         "mz": settings.mz is not None and not _same_ions(cube, settings.mz),
         "tolerance-ppm": settings.tolerance_ppm not in (plain.tolerance_ppm, cube.tolerance_ppm),
         "representation": settings.representation not in (plain.representation, cube.attrs.get("representation")),
+        "lock-mass": settings.lock_mass_mz not in (None, cube.attrs.get("lock_mass", {}).get("mz")),
+        "ingest.baseline": settings.baseline not in (plain.baseline, cube.attrs.get("profile", {}).get("baseline")),
+        "ingest.smoothing": settings.smoothing not in (plain.smoothing, cube.attrs.get("profile", {}).get("smoothing")),
+        "reference-mz": settings.reference_mz not in (None, cube.attrs.get("reference_mz")),
         "duplicates": settings.duplicates not in (plain.duplicates, cube.attrs.get("duplicates")),
     }
     for name in (name for name, refused in given.items() if refused):
+        words = [word for word in name.removeprefix("ingest.").split("-") if word not in ("um", "ppm")]
         raise InputError(
-            f"{section.msi} is ingested: its {name.replace('-um', '').replace('-ppm', '')} was settled then",
-            where=f"--{name}",
+            f"{section.msi} is ingested: its {' '.join(words)} was settled then",
+            where=name if "." in name else f"--{name}",
             remedy="leave it out, or give what it was ingested from",
         )
     shutil.copytree(section.msi, folder.measured)
@@ -164,7 +200,7 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
         config.artefacts,
         config.slide.icc,
     ]
-    depends = [inputs, *settings, given]
+    depends = [inputs, *settings, given, work.facts("ingest", section.name).get("fingerprint")]
     with work.stage("align", depends, section.name) as facts:
         if facts is None:
             return

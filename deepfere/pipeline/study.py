@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from deepfere.cluster import one_thread
 from deepfere.config import Config, digest, load_config
-from deepfere.errors import DeepfereError, InputError
+from deepfere.errors import DeepfereError, InputError, SectionFailures
 from deepfere.frame import Alignment
+from deepfere.measured.peaks import SharedIons
 from deepfere.measured.raster import plan_raster
 from deepfere.measured.regions import find_regions
 from deepfere.model.network import network_from_config
 from deepfere.pipeline.deep import check_patches
+from deepfere.pipeline.failures import Failures
 from deepfere.pipeline.fuse import (
     check_files,
     check_output,
@@ -26,16 +29,18 @@ from deepfere.pipeline.fuse import (
     with_teaching_points,
 )
 from deepfere.pipeline.given import GivenModel
+from deepfere.pipeline.ions import shared_ions
 from deepfere.pipeline.learn import learn_stage, same_ions
 from deepfere.pipeline.prepare import Prepared, align_stage, ingest_stage, is_ingested, prepared
 from deepfere.pipeline.tile import tile_stage
-from deepfere.pipeline.track import tracked
+from deepfere.pipeline.track import Run, tracked
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.pipeline.write import Outcome, claim_result, reconstruct_stage
 from deepfere.readers.imzml import read_index
 from deepfere.readers.table import is_table, open_table
 from deepfere.reconstruction.result import open
 from deepfere.section import EACH, Section, Study, load_study, validated
+from deepfere.stopping import looking, watched
 from deepfere.tiling.plan import check_range
 
 STAGES = ("ingest", "align", "tile", "train", "reconstruct")
@@ -108,6 +113,23 @@ def each_region(sections: list[Section], study: str | Path) -> list[Section]:
     return validated(Study, {"sections": out}, study).sections
 
 
+def study_sections(stage: str, study: str | Path, config: Config) -> list[Section]:
+    """The sections of a manifest as a stage needs them, each with a slide or none; no file of theirs is read.
+
+    Raises:
+        InputError: The manifest is wrong, a slide is missing, or the stage needs one.
+    """
+    if stage in ("align", "tile") and not config.guide:
+        raise InputError(f"{stage} needs the stain", where="--no-guide", remedy="leave it out")
+    sections = load_study(study).sections
+    if not config.guide:
+        return [s.model_copy(update={"slide": None}) for s in sections]
+    bare = [s.name for s in sections if s.slide is None]
+    if bare:
+        raise InputError(f"no slide for {', '.join(bare)}", where=study, remedy="give slide, or --no-guide")
+    return sections
+
+
 def run_stage(
     stage: str,
     study: str | Path,
@@ -140,24 +162,17 @@ def run_stage(
 
     Raises:
         InputError: The input is wrong.
-        DeepfereError: Sections failed; the others are done.
+        SectionFailures: Sections failed; the others are done, as far as they can be without these.
     """
     settings = load_config(config, overrides, factor=factor, guide=guide)
+    progress = looking(progress)
     check_range(settings.factor)
     check_patches(settings)
-    if stage in ("align", "tile") and not settings.guide:
-        raise InputError(f"{stage} needs the stain", where="--no-guide", remedy="leave it out")
-    sections = each_region(load_study(study).sections, study)
-    if settings.guide:
-        bare = [s.name for s in sections if s.slide is None]
-        if bare:
-            raise InputError(f"no slide for {', '.join(bare)}", where=study, remedy="give slide, or --no-guide")
-    else:
-        sections = [s.model_copy(update={"slide": None}) for s in sections]
+    sections = each_region(study_sections(stage, study, settings), study)
     target = Path(out).resolve()
     check_output(target)
     sections = [with_teaching_points(s) for s in sections]
-    inputs = [_digests(s, settings) for s in sections]
+    inputs = _all_digests(sections, settings)
     given, named = given_model(model, settings) if model else (None, {})
     job = Job(stage, settings, sections, inputs, target, given, named, overwrite)
     finished = stage == "reconstruct" and [job.finished(n) for n in range(len(sections))]
@@ -165,29 +180,50 @@ def run_stage(
         return [f"{s.name}: {open(job.result(n))!r}, finished already" for n, s in enumerate(sections)]
     work = Workspace(target)
     # The folder belongs to these inputs; settings may change from stage to stage (each stage knows its own).
-    whose = digest([[s.model_dump(mode="json") for s in sections], inputs])
-    work.check(whose, overwrite)
-    with work.locked():
+    parts = {s.name: digest([s.model_dump(mode="json"), told]) for s, told in zip(sections, inputs, strict=True)}
+    whose = digest(parts)
+    work.check(whose, overwrite, parts)
+    with work.locked(), watched(work.root, settings.run.time_limit_s):
         if job.depth >= 2:
             check_resources(settings, settings.guide)
-        resumed = work.claim(whose, overwrite)
-        preps: list[Prepared] = []
+        resumed = work.claim(whose, overwrite, parts=parts)
+        failures = Failures(len(sections), work)
         try:
             with work.failures(), one_thread():
-                lines = _prepare(job, work, preps, progress)
-                return lines if job.depth < 3 else _learn_and_write(job, work, preps, progress)
-        except InputError:
+                lines = _prepare_all(job, work, failures, progress)
+                if job.depth >= 3:
+                    lines = _learn_and_write(job, work, failures, progress)
+                failures.stop()
+                work.note_failed([])
+                return lines
+        except (InputError, SectionFailures) as error:
             # Refused, and nothing was done: leave nothing behind that this call made.
-            if not resumed and not preps:
+            if not resumed and (isinstance(error, InputError) or error.all_input) and not work.has_begun():
                 work.remove()
+            elif isinstance(error, SectionFailures):
+                work.note_failed(failures.names)
             raise
 
 
-def _digests(section: Section, config: Config) -> dict[str, str]:
-    try:
-        return input_digests(section, config)
-    except InputError as error:
-        raise InputError(f"section {section.name}: {error.what}", where=error.where, remedy=error.remedy) from error
+def _all_digests(sections: list[Section], config: Config) -> list[dict[str, str]]:
+    """Digests of what the user gave for every section; all that is missing is told at once.
+
+    Raises:
+        InputError: A file of the only section is missing or cannot be read.
+        SectionFailures: Files of some of several are.
+    """
+    out: list[dict[str, str]] = []
+    missing: list[tuple[str, str, DeepfereError]] = []
+    for section in sections:
+        try:
+            out.append(input_digests(section, config))
+        except InputError as error:
+            if len(sections) == 1:
+                raise
+            missing.append((section.name, "input", error))
+    if missing:
+        raise SectionFailures(missing, len(sections), "nothing was begun")
+    return out
 
 
 @dataclass(frozen=True)
@@ -238,42 +274,66 @@ class Job:
         return claim_result(self.result(n), self.own(n), self.overwrite)
 
 
-def _prepare(job: Job, work: Workspace, preps: list[Prepared], progress: Progress) -> list[str]:
-    """Ingest, align and tile what the stage needs; sections that could be used are added to ``preps``."""
-    config, lines, failed = job.config, [], []
+def _prepare_all(job: Job, work: Workspace, failures: Failures, progress: Progress) -> list[str]:
+    """Ingest, align and tile what the stage needs, section by section; memory is that of one."""
+    shared = shared_ions(job.sections, job.inputs, work, job.config, progress, failures)
+    lines: list[str] = []
+    first: Prepared | None = None
+    differ = False
+    broken = set(failures.names)
     for section, digests in zip(job.sections, job.inputs, strict=True):
-        tell = _labelled(progress, section.name if len(job.sections) > 1 else "")
-        try:
-            check_files(section, config)
-            ingest_stage(section, digests, work, config, tell)
-            prep = prepared(section, work, config)
-            if config.guide and job.depth >= 1:
-                align_stage(prep, digests, work, config, tell)
-            if config.guide and job.depth >= 2:
-                reach = job.given.network.settings["depth"] if job.given else None
-                tile_stage(prep, digests, work, config, tell, reach)
-            preps.append(prep)
+        if section.name in broken:
+            continue
+        prep = _prepare(job, section, digests, shared, work, failures, progress)
+        if prep is not None:
+            first = first or prep
+            differ = differ or not same_ions(first, prep)
             lines.append(_line(job.stage, prep))
-        except InputError as error:
-            if len(job.sections) == 1:
-                raise
-            failed.append(f"{section.name}: {error}")
-    if failed:
-        raise InputError(
-            f"{len(failed)} of {len(job.sections)} sections cannot be used: " + "; ".join(failed),
-            remedy="mend or remove them; the others are done",
-        )
-    if not all(same_ions(preps[0], p) for p in preps[1:]):
+    if job.depth >= 3:
+        failures.stop("the others are prepared, but learning takes all of them: mend or remove these")
+    if differ:
         lines.append("note: the sections have different ions; train needs one list for all (ingest.mz)")
     return lines
 
 
-def _learn_and_write(job: Job, work: Workspace, preps: list[Prepared], progress: Progress) -> list[str]:
+def _prepare(
+    job: Job,
+    section: Section,
+    digests: dict[str, str],
+    shared: SharedIons | None,
+    work: Workspace,
+    failures: Failures,
+    progress: Progress,
+) -> Prepared | None:
+    """One section up to the job's stage; None where it failed."""
+    config, name = job.config, section.name
+    tell = _labelled(progress, name if len(job.sections) > 1 else "")
+    made: list[Prepared] = []
+
+    def ingested() -> None:
+        check_files(section, config)
+        ingest_stage(section, digests, work, config, tell, shared)
+        made.append(prepared(section, work, config))
+
+    if not failures.of(name, "ingest", ingested):
+        return None
+    (prep,) = made
+    todo: dict[str, Callable[[], None]] = {}
+    if config.guide and job.depth >= 1:
+        todo["align"] = partial(align_stage, prep, digests, work, config, tell)
+    if config.guide and job.depth >= 2:
+        reach = job.given.network.settings["depth"] if job.given else None
+        todo["tile"] = partial(tile_stage, prep, digests, work, config, tell, reach)
+    return prep if all(failures.of(name, stage, do) for stage, do in todo.items()) else None
+
+
+def _learn_and_write(job: Job, work: Workspace, failures: Failures, progress: Progress) -> list[str]:
     inputs, config, given = job.inputs, job.config, job.given
-    lines, failed = [], []
+    preps = [prepared(section, work, config) for section in job.sections]
+    lines: list[str] = []
     with tracked(work, job.sections, inputs, config, job.target.name) as run:
         history = learn_stage(preps, inputs, work, config, progress, f"run-{job.identity[:12]}", given)
-        registered = job.named or run.log_learning(preps, inputs, history)
+        registered = job.named or run.log_learning(preps, inputs, history, work.facts("learn").get("timing", {}))
         if job.stage == "train":
             where = f" (registered as {registered['name']} {registered['version']})" if registered else ""
             return [f"{p.section.name}: fitted{where}" for p in preps]
@@ -283,17 +343,18 @@ def _learn_and_write(job: Job, work: Workspace, preps: list[Prepared], progress:
                 outcome = Outcome(job.own(n), inputs[n], run.describe(), registered, [])
                 tell = _labelled(progress, prep.section.name if len(preps) > 1 else "")
                 depends = [inputs[n], config.digest(), given.digest if given else None]
-                try:
-                    run.log_result(reconstruct_stage(prep, out, depends, outcome, work, config, tell))
-                except InputError:
-                    raise
-                except DeepfereError as error:
-                    failed.append(f"{prep.section.name}: {error}")
+                if not failures.of(
+                    prep.section.name,
+                    "reconstruct",
+                    partial(_write, run, prep, out, depends, outcome, work, config, tell),
+                ):
                     continue
             lines.append(f"{prep.section.name}: {open(out)!r}")
-    if failed:
-        raise DeepfereError(f"{len(failed)} of {len(preps)} sections failed: " + "; ".join(failed))
     return lines
+
+
+def _write(run: Run, *to_write: Any) -> None:
+    run.log_result(reconstruct_stage(*to_write))
 
 
 def _labelled(progress: Progress, name: str) -> Progress:

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 import numpy as np
 
 from deepfere import __version__
-from deepfere.config import Config, digest
+from deepfere.config import UNNUMBERED, Config, digest
 from deepfere.errors import DeepfereError, InputError
 from deepfere.model.fit import SectionFit
 from deepfere.pipeline.prepare import Prepared
 from deepfere.pipeline.workspace import Workspace, write_json
 from deepfere.reconstruction.result import Result
 from deepfere.section import Section
+from deepfere.submit.submission import tags_from_environment
 from deepfere.training.mlflow_store import OFF, connect, resolve_uri, sqlite_path
 from deepfere.training.registry import check_name
 from deepfere.training.tracking import Tracker, log_history
@@ -39,11 +40,15 @@ class Run:
         }
 
     def log_learning(
-        self, preps: list[Prepared], inputs: list[dict[str, str]], history: list[dict[str, float]]
+        self,
+        preps: list[Prepared],
+        inputs: list[dict[str, str]],
+        history: list[dict[str, float]],
+        timing: dict[str, float],
     ) -> dict[str, str]:
-        """Losses, held-out scores and the model; returns the registered model's name and version."""
+        """Losses, held-out scores, speed and the model; returns the registered model's name and version."""
         log_history(self._tracker, history)
-        summary: dict[str, float] = {}
+        summary: dict[str, float] = {f"training_{name}": value for name, value in timing.items()}
         for prep in preps:
             fit = SectionFit.load(prep.folder.fit)
             head = "" if len(preps) == 1 else f"{prep.section.name}."
@@ -136,7 +141,7 @@ def tracked(
     known = work.facts("track")
     if known.get("belongs") != belongs:
         known = {}
-    params = {key: value for key, value in config.resolved().items() if key not in ("ray", "tracking")}
+    params = {key: value for key, value in config.resolved().items() if key not in UNNUMBERED}
     params["train"].pop("use_gpu")
     try:
         tracker = Tracker.start(
@@ -144,7 +149,7 @@ def tracked(
             config.tracking.experiment,
             name,
             params,
-            {"deepfere.config": config.digest()},
+            {"deepfere.config": config.digest(), **tags_from_environment()},
             run_id=known.get("run_id"),
         )
     except InputError as error:

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from deepfere.config import digest
-from deepfere.errors import DeepfereError, IdentityError, InputError, system_text
+from deepfere.errors import DeepfereError, IdentityError, InputError, SectionFailures, system_text
+from deepfere.stopping import STOP, look
 from deepfere.store import sync
 
 Progress = Callable[[str, float], None]
 
 IDENTITY, LOCK = "identity.json", "lock"
-OURS = ("done", "sections", "training", "failure.log", IDENTITY)
+OURS = ("done", "sections", "training", "failure.log", STOP, IDENTITY)
 """What a workspace owns in its folder. A study's results lie beside these and are no work."""
 
 
@@ -49,11 +50,29 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
+def is_held(lock: Path) -> bool:
+    """Whether a process holds a lock; on a file system without locks it may be, and that is taken for yes."""
+    try:
+        handle = os.open(lock, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
 class SectionFolder:
     """Paths of one section's work."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.index = root / "index.parquet"
+        self.axis = root / "axis.npy"
+        self.sample = root / "sample.npz"
         self.measured = root / "measured.zarr"
         self.result = root / "result.zarr"
         self.overview = root / "overview.npz"
@@ -95,37 +114,39 @@ class Workspace:
         """Whether work of these inputs and settings lies here."""
         return self._identity() == identity
 
-    def check(self, identity: str, overwrite: bool) -> None:
+    def check(self, identity: str, overwrite: bool, parts: dict[str, str] | None = None) -> None:
         """Refuse, before anything is changed, a folder that holds something else.
 
         Args:
             identity: Hash of inputs and resolved settings.
             overwrite: Work of another identity may be removed.
+            parts: Of a study, what identifies each of its sections: those that failed may be others by now, or gone.
 
         Raises:
             IdentityError: The folder is not ours, or other work lies here and ``overwrite`` is off.
         """
         # A run that was killed while it began leaves the lock and what the marker was written through.
         names = {p.name for p in self.root.iterdir()} if self.root.exists() else set()
-        if IDENTITY not in names and any(n != LOCK and not n.startswith(f".{IDENTITY}.") for n in names):
+        if IDENTITY not in names and any(n not in (LOCK, STOP) and not n.startswith(f".{IDENTITY}.") for n in names):
             raise IdentityError(
                 "holds something that deepfere did not write", where=self.root, remedy="choose another output"
             )
         found = self._identity()
-        if found is not None and found != identity and not overwrite:
+        if found is not None and found != identity and not overwrite and self._mended(parts) is None:
             raise IdentityError(
                 "holds work of other inputs or settings",
                 where=self.root,
                 remedy="run that command again, choose another output, or give --overwrite",
             )
 
-    def claim(self, identity: str, overwrite: bool, anew: bool = False) -> bool:
+    def claim(self, identity: str, overwrite: bool, anew: bool = False, parts: dict[str, str] | None = None) -> bool:
         """Make sure that what lies here belongs to the same inputs and settings.
 
         Args:
             identity: Hash of inputs and resolved settings.
             overwrite: Remove work of another identity.
             anew: Remove work of this identity, too.
+            parts: See `check`.
 
         Returns:
             Whether there was work to resume.
@@ -134,18 +155,40 @@ class Workspace:
             IdentityError: Other work lies here and ``overwrite`` is off.
             InputError: The folder cannot be written.
         """
-        self.check(identity, overwrite)
-        found = self._identity()
+        self.check(identity, overwrite, parts)
+        found, mended = self._identity(), self._mended(parts)
+        if found is not None and found != identity and mended is not None and not anew:
+            # What was made of a section that is another now is found out by its stages.
+            self._sign(identity, parts)
+            return True
         if found is not None and (anew or found != identity):
             self._clear()
             found = None
         if found is None:
             # Work beside a marker that cannot be read stays: every stage knows what it was made from.
-            try:
-                write_json(self.root / IDENTITY, {"identity": identity})
-            except OSError as error:
-                raise _unwritable(self.root, error) from error
+            self._sign(identity, parts)
         return found is not None
+
+    def _sign(self, identity: str, parts: dict[str, str] | None) -> None:
+        try:
+            write_json(self.root / IDENTITY, {"identity": identity, "parts": parts, "failed": []})
+        except OSError as error:
+            raise _unwritable(self.root, error) from error
+
+    def note_failed(self, names: list[str]) -> None:
+        """Note which sections failed in the last run: their inputs may be mended without beginning anew."""
+        values = read_json(self.root / IDENTITY)
+        if values is not None and values.get("failed") != names:
+            write_json(self.root / IDENTITY, {**values, "failed": names})
+
+    def _mended(self, parts: dict[str, str] | None) -> list[str] | None:
+        """The sections that are others now, or gone, where all of them had failed; None else."""
+        known = read_json(self.root / IDENTITY) or {}
+        before, failed = known.get("parts"), known.get("failed")
+        if not isinstance(before, dict) or not isinstance(failed, list) or parts is None:
+            return None
+        changed = [name for name, part in before.items() if parts.get(name) != part]
+        return changed if set(changed) <= set(failed) and set(parts) <= set(before) else None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -206,27 +249,36 @@ class Workspace:
             os.close(handle)
 
     @contextmanager
-    def failures(self) -> Iterator[None]:
+    def failures(self, section: str | None = None) -> Iterator[None]:
         """Tell a failure in one line; the details go to a file in here, for whoever looks into it.
+
+        Args:
+            section: Of a study: every section has its own file, and whatever goes wrong is a failure of it.
 
         Raises:
             DeepfereError: What was raised inside, a full disk or memory among it. Wrong input passes as it is.
         """
         try:
             yield
-        except InputError:
+        except (InputError, SectionFailures):
             raise
         except DeepfereError as error:
-            raise DeepfereError(f"{error}{self._note(error)}") from error
+            raise DeepfereError(f"{error}{self._note(error, section)}") from error
         except OSError as error:
             where = "" if error.filename else f"{self.root}: "
-            raise DeepfereError(f"{where}{system_text(error)}{self._note(error)}") from error
+            raise DeepfereError(f"{where}{system_text(error)}{self._note(error, section)}") from error
         except MemoryError as error:
-            raise DeepfereError(f"the memory does not suffice{self._note(error)}") from error
+            raise DeepfereError(f"the memory does not suffice{self._note(error, section)}") from error
+        except Exception as error:
+            if section is None:
+                raise
+            told = f"{type(error).__name__}: {error}{self._note(error, section)}"
+            raise DeepfereError(told) from error
 
-    def _note(self, error: BaseException) -> str:
-        file = self.root / "failure.log"
+    def _note(self, error: BaseException, section: str | None) -> str:
+        file = (self.root if section is None else self.section(section).root) / "failure.log"
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("".join(traceback.format_exception(error)))
         except OSError:
             return ""  # the same full disk
@@ -251,6 +303,10 @@ class Workspace:
         for path in self.root.glob(f".{IDENTITY}.*"):
             path.unlink(missing_ok=True)
 
+    def has_begun(self) -> bool:
+        """Whether any stage is done."""
+        return any((self.root / "done").glob("*.json"))
+
     def _marker(self, stage: str, section: str | None) -> Path:
         return self.root / "done" / (f"{stage}.json" if section is None else f"{stage}-{section}.json")
 
@@ -268,11 +324,15 @@ class Workspace:
         """Run a stage once.
 
         Yields None if it is done, else a dict to put facts in that are kept with the marker.
+
+        Raises:
+            Stopped: The run was asked to stop, and this stage is not done.
         """
         fingerprint = digest(depends)
         if self.done(stage, fingerprint, section) is not None:
             yield None
             return
+        look()
         self.forget(stage, section)
         facts: dict[str, Any] = {}
         started = time.perf_counter()

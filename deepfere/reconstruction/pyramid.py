@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from deepfere.cluster import Journal, RowWorker, run_rows
 from deepfere.reconstruction.shards import delete_shard
 from deepfere.store import open_group, sync_shard
+
+PIECE_VALUES = 1 << 17
+"""Values that are averaged at a time."""
 
 
 def pixels_below(start: int, stop: int, level: int, full: int) -> NDArray[np.float32]:
@@ -40,23 +44,65 @@ def halve(image: NDArray[Any], rows: NDArray[np.float32], cols: NDArray[np.float
         cols: (w,) `pixels_below` along x.
 
     Returns:
-        (c, ceil(h / 2), ceil(w / 2)), uint8 rounded (half to even) where the image is uint8, else float32. Away from
-        the level's end it is the plain mean, so tiles agree with the whole.
+        (c, ceil(h / 2), ceil(w / 2)), rounded (half to even) to uint8 or half precision where the image is of that
+        type, else float32. Away from the level's end it is the plain mean, so tiles agree with the whole.
     """
-    if image.dtype != np.uint8:
+    if image.dtype not in (np.uint8, np.float16):
         return _pairs(_pairs(image.astype(np.float32), rows, 1), cols, 2)
+    out = np.empty((len(image), -(-image.shape[1] // 2), -(-image.shape[2] // 2)), image.dtype)
     even = image[:, : image.shape[1] // 2 * 2, : image.shape[2] // 2 * 2]
-    total = even[:, 0::2].astype(np.uint16)
-    total += even[:, 1::2]
-    total = total[:, :, 0::2] + total[:, :, 1::2]
-    total += 1 + ((total >> 2) & 1)
-    out = np.empty((len(image), -(-image.shape[1] // 2), -(-image.shape[2] // 2)), np.uint8)
-    out[:, : total.shape[1], : total.shape[2]] = total >> 2
+    (_halve_bytes if image.dtype == np.uint8 else _halve_floats)(
+        even, out[:, : even.shape[1] // 2, : even.shape[2] // 2]
+    )
     # The level's last row and column may be single, or weigh less.
     last = [slice((n - 1) // 2 * 2, None) for n in image.shape[1:]]
-    out[:, -1:] = np.rint(halve(image[:, last[0]].astype(np.float32), rows[last[0]], cols))
-    out[:, :, -1:] = np.rint(halve(image[:, :, last[1]].astype(np.float32), rows, cols[last[1]]))
+    ends = (
+        (out[:, -1:], halve(image[:, last[0]].astype(np.float32), rows[last[0]], cols)),
+        (out[:, :, -1:], halve(image[:, :, last[1]].astype(np.float32), rows, cols[last[1]])),
+    )
+    for target, values in ends:
+        target[:] = np.rint(values) if image.dtype == np.uint8 else values
     return out
+
+
+def _halve_bytes(even: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
+    """In pieces that stay in the processor's cache; two neighbours are the halves of a 16-bit number."""
+    _, height, width = even.shape
+    if not out.size:
+        return
+    step = max(2, PIECE_VALUES // width // 2 * 2)
+    sums, odd = (np.empty((step, width // 2), np.uint16) for _ in range(2))
+    for channel, result in zip(even, out, strict=True):
+        for top in range(0, height, step):
+            n = min(step, height - top)
+            pairs, total = channel[top : top + n].view(np.uint16), sums[:n]
+            np.bitwise_and(pairs, 255, out=total)
+            total += np.right_shift(pairs, 8, out=odd[:n])
+            four = np.add(total[0::2], total[1::2], out=total[: n // 2])
+            # Half to even: 1 more, and another one where the quotient is odd.
+            four += 1 + ((four >> 2) & 1)
+            np.right_shift(four, 2, out=result[top // 2 : (top + n) // 2], casting="unsafe")
+
+
+def _halve_floats(even: NDArray[np.float16], out: NDArray[np.float16]) -> None:
+    """In pieces that stay in the processor's cache; PyTorch converts half precision ten times as fast as NumPy."""
+    _, height, width = even.shape
+    if not out.size:
+        return
+    step = max(2, PIECE_VALUES // width // 2 * 2)
+    piece = torch.empty((step, width))
+    rows = np.empty((step // 2, width), np.float32)
+    means = torch.empty((step // 2, width // 2))
+    source, target = torch.from_numpy(even), torch.from_numpy(out)
+    for channel in range(len(even)):
+        for top in range(0, height, step):
+            n = min(step, height - top)
+            values, sums, mean = piece[:n].numpy(), rows[: n // 2], means[: n // 2].numpy()
+            piece[:n].copy_(source[channel, top : top + n])
+            np.add(values[0::2], values[1::2], out=sums)
+            np.add(sums[:, 0::2], sums[:, 1::2], out=mean)
+            mean *= np.float32(0.25)
+            target[channel, top // 2 : (top + n) // 2].copy_(means[: n // 2])
 
 
 def _pairs(values: NDArray[np.float32], counts: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
@@ -80,6 +126,11 @@ def _pairs(values: NDArray[np.float32], counts: NDArray[np.float32], axis: int) 
     return out
 
 
+def _halves(start: int, stop: int, side: int) -> list[tuple[int, int]]:
+    middle = min(start + side // 2, stop)
+    return [(a, b) for a, b in ((start, middle), (middle, stop)) if b > a]
+
+
 class PyramidWorker(RowWorker):
     """Writes one shard of one level of one image per row."""
 
@@ -94,15 +145,15 @@ class PyramidWorker(RowWorker):
         side_y, side_x = target.shards[1:]
         r0, c0 = row["row"] * side_y, row["col"] * side_x
         r1, c1 = min(r0 + side_y, target.shape[1]), min(c0 + side_x, target.shape[2])
-        x0, x1 = 2 * c0, min(2 * c1, below.shape[2])
-        cols = pixels_below(x0, x1, level - 1, full[1])
         values = np.empty((target.shape[0], r1 - r0, c1 - c0), target.dtype)
-        # In strips: single precision is needed of a part only.
-        for top in range(r0, r1, target.chunks[1]):
-            bottom = min(top + target.chunks[1], r1)
-            y0, y1 = 2 * top, min(2 * bottom, below.shape[1])
-            strip = np.asarray(below[:, y0:y1, x0:x1])
-            values[:, top - r0 : bottom - r0] = halve(strip, pixels_below(y0, y1, level - 1, full[0]), cols)
+        # A quarter at a time, one shard of the level below: less is held, and whole shards are read faster.
+        for top, bottom in _halves(r0, r1, side_y):
+            for left, right in _halves(c0, c1, side_x):
+                y0, y1 = 2 * top, min(2 * bottom, below.shape[1])
+                x0, x1 = 2 * left, min(2 * right, below.shape[2])
+                counts = pixels_below(y0, y1, level - 1, full[0]), pixels_below(x0, x1, level - 1, full[1])
+                part = halve(np.asarray(below[:, y0:y1, x0:x1]), *counts)
+                values[:, top - r0 : bottom - r0, left - c0 : right - c0] = part
         delete_shard(target, Path(self._out), f"{row['image']}/{level}", row["row"], row["col"])
         target[:, r0:r1, c0:c1] = values
         sync_shard(self._out, f"{row['image']}/{row['level']}", row["row"], row["col"])

@@ -29,7 +29,12 @@ class LoadPatches:
 
 
 def patch_dataset(
-    rows: list[dict[str, int]], sources: list[PatchSource], patch_px: int, shape_px: tuple[int, int], batch: int
+    rows: list[dict[str, int]],
+    sources: list[PatchSource],
+    patch_px: int,
+    shape_px: tuple[int, int],
+    batch: int,
+    workers: int,
 ) -> Any:
     """A Ray Dataset of patches in the order of ``rows``.
 
@@ -38,7 +43,8 @@ def patch_dataset(
         sources: The sections.
         patch_px: Patch side in measured pixels.
         shape_px: Fixed plane window, from `deepfere.tiling.patches.plane_shape`.
-        batch: Rows per block: one optimiser step's patches of one worker.
+        batch: Rows per block: what one worker takes at a time.
+        workers: Training workers: as many loaders serve them at most.
     """
     import ray
 
@@ -47,6 +53,6 @@ def patch_dataset(
         LoadPatches,
         fn_constructor_args=([asdict(s) for s in sources], patch_px, shape_px),
         batch_size=batch,
-        compute=ray.data.ActorPoolStrategy(size=1),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
         num_cpus=0.5,
     )

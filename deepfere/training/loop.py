@@ -8,12 +8,15 @@ only where the closed form proves it) and smoothness of the registration.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from deepfere.frame import Alignment
 from deepfere.measured.operator import cell_means, expand
@@ -23,6 +26,9 @@ from deepfere.model.network import FusionNetwork, network_from_config
 from deepfere.model.registration import Registration
 
 RATIOS = (2, 3, 4)
+INDICES = ("section", "cell", "origin", "flip")
+"""Columns of a batch that steer it: they stay on the host, so that a GPU is never waited for to read them."""
+Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class LoopSettings:
     mapping_weight: float
     correlation_weight: float
     seed: int
+    precision: str = "float32"
 
 
 class JointModel(nn.Module):
@@ -75,6 +82,7 @@ class JointModel(nn.Module):
             Registration(Alignment.from_dict(s.alignment), spec.grid.extent_um)
             for s, spec in zip(sections, self.specs, strict=True)
         )
+        self._proven = [any(g != 0 for g in s.gate) for s in sections]
         self.gates: Tensor
         self.closed_form: Tensor
         self.register_buffer("gates", torch.tensor([s.gate for s in sections]))
@@ -103,32 +111,45 @@ class JointModel(nn.Module):
         assert isinstance(module, Registration)
         return module
 
-    def features(self, batch: dict[str, Tensor], n: int) -> tuple[Tensor, Tensor, GuideSpec, int]:
+    def _low(self, device: torch.device) -> Any:
+        """Where the network runs in half precision; registration, sampling and losses never do."""
+        low = self.settings.precision == "bfloat16"
+        return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
+
+    def _mapped(self, stain: Tensor) -> Tensor:
+        with self._low(stain.device):
+            return self.network.mapped(stain).float()
+
+    def _detail(self, stain: Tensor, upsampled: Tensor) -> Tensor:
+        with self._low(stain.device):
+            return self.network(stain, upsampled).float()
+
+    def features(self, batch: Batch, n: int) -> tuple[Tensor, Tensor, GuideSpec, int]:
         """Features of patch n's core, differentiable in its registration.
 
         Returns:
             Features (F, h, w) of the core with the network's receptive field around it, the share of each
             core pixel's footprint that the slide shows (c, c), the section's spec and number.
         """
-        section = int(batch["section"][n])
+        section, planes = batch["section"][n], batch["planes"][n]
         spec, c, p = self.specs[section], self.settings.context_px, self.settings.patch_px
-        i0, j0 = (int(v) for v in batch["cell"][n])
+        i0, j0 = batch["cell"][n]
         core = Cells(i0 + c, i0 + p - c, j0 + c, j0 + p - c)
         r = self.network.radius_px
-        points = torch.from_numpy(spec.points_um(core, r))
+        points = torch.from_numpy(spec.points_um(core, r)).to(planes.device)
         slide = self._registration(section)(points.reshape(-1, 2)).reshape(points.shape)
-        origin = (int(batch["origin"][n][0]), int(batch["origin"][n][1]))
-        features, cover = spec.features(batch["planes"][n].float(), origin, slide)
+        row, col = batch["origin"][n]
+        features, cover = spec.features(planes.float(), (row, col), slide)
         inner = cover[r : cover.shape[0] - r, r : cover.shape[1] - r]
         return features, (cell_means(inner, spec.factor) >= 0.99).float(), spec, section
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Mean losses over the patches of a batch.
 
         Args:
-            batch: ``planes`` (N, h, w, 7) uint8, ``origin`` (N, 2), ``cell`` (N, 2), ``section`` (N,),
-                ``pooled`` (N, F, p, p) footprint means of the features at the starting alignment,
-                ``target`` (N, K, p, p) factors, ``weight`` (N, p, p), ``flip`` (N, 2).
+            batch: From `on_device`: tensors ``planes`` (N, h, w, 7) uint8, ``pooled`` (N, F, p, p) footprint means
+                of the features at the starting alignment, ``target`` (N, K, p, p) factors, ``weight`` (N, p, p);
+                lists ``origin`` (N, 2), ``cell`` (N, 2), ``section`` (N,), ``flip`` (N, 2).
 
         Returns:
             ``mapping``, ``reconstruction``, ``correlation``, ``smoothness`` and ``total`` (weighted sum).
@@ -144,15 +165,15 @@ class JointModel(nn.Module):
             # The core follows the registration; its context stays where the alignment was at the start.
             pooled_core.append(cell_means(inside, f))
             covered_core.append(covered[None])
-            mapped = self.network.mapped(inside[None])
+            mapped = self._mapped(inside[None])
             small = (slice(n, n + 1), slice(None), core, core)
             mapping.append(mapping_loss(mapped, target[small], weight[small] * covered, f))
             correlation.append(self._correlation(stain[None].detach(), target[n : n + 1], f, section))
-        inner = nn.functional.pad(torch.ones(p - 2 * c, p - 2 * c), (c, c, c, c)).bool()
         pad = (c, c, c, c)
+        inner = nn.functional.pad(target.new_ones(p - 2 * c, p - 2 * c), pad).bool()
         pooled = torch.where(inner, nn.functional.pad(torch.stack(pooled_core), pad), batch["pooled"])
         weight = weight * nn.functional.pad(torch.stack(covered_core), pad, value=1.0)
-        flip_y, flip_x = batch["flip"][:, 0].bool(), batch["flip"][:, 1].bool()
+        flip_y, flip_x = torch.tensor(batch["flip"], dtype=torch.bool, device=target.device).T
 
         def flipped(x: Tensor) -> Tensor:
             x = torch.where(flip_y[:, None, None, None], x.flip(-2), x)
@@ -182,7 +203,7 @@ class JointModel(nn.Module):
             upsampled = expand(nn.functional.pad(coarse, (1, 1, 1, 1), mode="replicate"), ratio, "keys")
             start = -(-r0 // ratio) * ratio
             stop = (side - r0) // ratio * ratio
-            raw = self.network(x, upsampled)[..., start - r0 : stop - r0, start - r0 : stop - r0]
+            raw = self._detail(x, upsampled)[..., start - r0 : stop - r0, start - r0 : stop - r0]
             inner = slice(start + ratio, stop - ratio)
             error = project(raw, ratio) - (z - upsampled)[..., inner, inner]
             # A target counts only if its whole coarse cell was measured.
@@ -192,7 +213,7 @@ class JointModel(nn.Module):
 
     def _correlation(self, stain: Tensor, target: Tensor, factor: int, section: int) -> Tensor:
         gate = self.gates[section]
-        if self.settings.correlation_weight == 0 or not bool(gate.any()):
+        if self.settings.correlation_weight == 0 or not self._proven[section]:
             return stain.new_zeros(())
         r, c = self.network.radius_px, self.settings.context_px
         around = c - 1 - -(-r // factor)
@@ -200,13 +221,13 @@ class JointModel(nn.Module):
         upsampled = expand(cells, factor, "keys")
         crop = (upsampled.shape[-1] - stain.shape[-1]) // 2
         upsampled = upsampled[..., crop : upsampled.shape[-2] - crop, crop : upsampled.shape[-1] - crop]
-        detail = self.network(stain, upsampled)
+        detail = self._detail(stain, upsampled)
         inner = stain[..., r : stain.shape[-2] - r, r : stain.shape[-1] - r]
         proven = torch.einsum("nfyx,fk->nkyx", inner, self.closed_form[section])
         return correlation_loss(project(detail, factor), project(proven, factor), gate)
 
     def _smoothness(self) -> Tensor:
-        total = torch.zeros(())
+        total = self.closed_form.new_zeros(())
         for n, spec in enumerate(self.specs):
             registration, pitch = self._registration(n), float(np.mean(spec.grid.pitch_um))
             moved = (registration.shift_um**2).sum() + (registration.shear_um**2).sum()
@@ -220,16 +241,41 @@ def schedule(rate: float, step: int, steps: int) -> float:
     return float(rate * warm * (0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * step / max(steps, 1)))))
 
 
+def on_device(batch: dict[str, Tensor], device: torch.device | str) -> Batch:
+    """A batch of `deepfere.tiling.dataset` as `JointModel.forward` takes it: pixels there, `INDICES` as lists here."""
+    return {
+        name: values.tolist() if name in INDICES else values.to(device, non_blocking=True)
+        for name, values in batch.items()
+    }
+
+
 def train_step(
-    model: nn.Module, optimiser: torch.optim.Optimizer, batch: dict[str, Tensor], step: int, settings: LoopSettings
-) -> dict[str, float]:
-    """One optimiser step; returns the losses as plain floats."""
+    model: nn.Module, optimiser: torch.optim.Optimizer, parts: Sequence[Batch], step: int, settings: LoopSettings
+) -> dict[str, Tensor]:
+    """One optimiser step on the mean of equally large parts of a batch (gradient accumulation).
+
+    Args:
+        model: The joint model, or DDP around it: gradients then travel once, with the last part.
+        optimiser: Of its parameters.
+        parts: The batch; several parts need the memory of one.
+        step: Number of this step.
+        settings: Of the loop.
+
+    Returns:
+        The losses, detached, where the model is: reading them waits for the device.
+    """
     for group in optimiser.param_groups:
         group.setdefault("initial_lr", group["lr"])
         group["lr"] = schedule(group["initial_lr"], step, settings.steps)
     optimiser.zero_grad(set_to_none=True)
-    losses = model(batch)
-    losses["total"].backward()
+    sums: dict[str, Tensor] = {}
+    for k, part in enumerate(parts):
+        last = k + 1 == len(parts)
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
+            losses = model(part)
+            (losses["total"] / len(parts)).backward()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0) + value.detach() / len(parts)
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.dtype == torch.float32], 1.0)
     optimiser.step()
-    return {name: float(value.detach()) for name, value in losses.items()}
+    return sums

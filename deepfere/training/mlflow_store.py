@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepfere.errors import DeepfereError, InputError
+from deepfere.folders import data_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -37,10 +38,7 @@ def default_uri() -> str:
     given = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
     if given:
         return resolve_uri(given, where="MLFLOW_TRACKING_URI")
-    data = os.environ.get("XDG_DATA_HOME", "").strip()
-    # The XDG base directory specification says to ignore a relative path there.
-    root = Path(data) if data and Path(data).is_absolute() else Path.home() / ".local" / "share"
-    return f"sqlite:///{root / 'deepfere' / 'mlflow.db'}"
+    return f"sqlite:///{data_folder() / 'mlflow.db'}"
 
 
 def resolve_uri(uri: str | None = None, *, where: str = "tracking.uri") -> str:

@@ -8,7 +8,6 @@ here without MLflow's loader, as a weights file and a configuration.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepfere.errors import DeepfereError, InputError
+from deepfere.folders import cache_folder
 from deepfere.training.mlflow_store import OFF, connect, mlflow_errors, plain, redact, resolve_uri
 
 if TYPE_CHECKING:
@@ -350,9 +350,7 @@ def _rename_into_place(fetched: Path, folder: Path) -> None:
 
 
 def _cache_folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME", "").strip()
-    root = Path(cache) if cache and Path(cache).is_absolute() else Path.home() / ".cache"
-    return root / "deepfere" / "models"
+    return cache_folder() / "models"
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +13,11 @@ from typing import Any
 from deepfere.cluster import keep_signals, last_line
 from deepfere.config import TrainSettings
 from deepfere.errors import DeepfereError, InputError
+from deepfere.stopping import current, saving
 from deepfere.tiling.dataset import patch_dataset
 from deepfere.tiling.patches import PatchSource, draw, plane_shape
 from deepfere.training.loop import LoopSettings, SectionTask
-
-CHECKPOINT = "training.pt"
-HISTORY = "history.json"
+from deepfere.training.worker import CHECKPOINT, HISTORY, work
 
 
 @dataclass(frozen=True)
@@ -29,10 +27,13 @@ class Trained:
     Attributes:
         state: Path of the checkpoint file (model, optimiser, step).
         history: Mean losses per reporting interval: {"step": int, name: float}.
+        timing: Of the last attempt: ``input_wait``, the share of the time in which the first worker waited for
+            patches, and ``steps_per_s``; empty where there was no second step.
     """
 
     state: Path
     history: list[dict[str, float]]
+    timing: dict[str, float]
 
 
 def preflight(settings: TrainSettings) -> None:
@@ -59,78 +60,6 @@ def preflight(settings: TrainSettings) -> None:
             where="train.workers",
             remedy=f"give at most {most}",
         )
-
-
-def _worker_loop(config: dict[str, Any]) -> None:
-    import torch
-    from ray import train
-    from ray.train.torch import prepare_model
-
-    from deepfere.training.loop import JointModel, train_step
-
-    settings = LoopSettings(**config["settings"])
-    sections = [SectionTask(**s) for s in config["sections"]]
-    torch.set_num_threads(config["threads"])
-    model = JointModel(settings, sections)
-    optimiser = model.optimiser()
-    first, history = 0, []
-    checkpoint = train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            saved = torch.load(Path(folder) / CHECKPOINT, weights_only=True)
-        # A checkpoint of other settings (or of fits that another version made) is no place to go on from.
-        if saved["digest"] == config["digest"]:
-            model.load_state_dict(saved["model"])
-            optimiser.load_state_dict(saved["optimiser"])
-            first, history = saved["step"], saved["history"]
-    wrapped = prepare_model(model, parallel_strategy_kwargs={"find_unused_parameters": True})
-    world, rank = train.get_context().get_world_size(), train.get_context().get_world_rank()
-    shard = train.get_dataset_shard("train")
-    batches = shard.iter_torch_batches(batch_size=settings.batch // world, drop_last=True, prefetch_batches=1)
-    sums: dict[str, float] = {}
-    count, step = 0, 0
-    for step, batch in enumerate(batches):
-        if step < first:
-            continue
-        losses = train_step(wrapped, optimiser, batch, step, settings)
-        if rank == 0 and config["progress"]:
-            Path(config["progress"]).write_text(str(step + 1))
-        sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}
-        count += 1
-        last = step + 1 == settings.steps
-        if (step + 1) % config["report_every"] == 0 or last:
-            means = _over_workers({name: value / count for name, value in sums.items()})
-            history.append({"step": step + 1, **means})
-            sums, count = {}, 0
-            with tempfile.TemporaryDirectory() as folder:
-                saved_to = None
-                if rank == 0:
-                    state = {
-                        "model": model.state_dict(),
-                        "optimiser": optimiser.state_dict(),
-                        "step": step + 1,
-                        "history": history,
-                        "digest": config["digest"],
-                    }
-                    torch.save(state, Path(folder) / CHECKPOINT)
-                    (Path(folder) / HISTORY).write_text(json.dumps(history))
-                    saved_to = train.Checkpoint.from_directory(folder)
-                train.report(dict(history[-1]), checkpoint=saved_to)
-        if last:
-            break
-
-
-def _over_workers(losses: dict[str, float]) -> dict[str, float]:
-    """Mean over the workers, each of which saw its own patches."""
-    import torch
-    from torch import distributed
-
-    if not distributed.is_initialized():
-        return losses
-    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    values = torch.tensor(list(losses.values()), dtype=torch.float64, device=device)
-    distributed.all_reduce(values)
-    return dict(zip(losses, (values / distributed.get_world_size()).tolist(), strict=True))
 
 
 def train_joint(
@@ -160,6 +89,7 @@ def train_joint(
         InputError: Impossible resources.
         DeepfereError: Training failed.
         KeyboardInterrupt: It was interrupted; the same call goes on from the last checkpoint.
+        Stopped: It was asked to stop; the same call goes on from the step that it had reached.
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -169,20 +99,23 @@ def train_joint(
     progress = folder.resolve() / f"{name}.step"
     folder.mkdir(parents=True, exist_ok=True)
     patches = [(s, p) for s, source in enumerate(sources) for p in range(len(source.cells))]
-    batch = -(-settings.batch // train.workers) * train.workers
+    slots = train.workers * train.accumulate
+    batch = -(-settings.batch // slots) * slots
     shape = plane_shape(sources, settings.patch_px)
     rows = draw(patches, settings.steps, batch, settings.seed)
     cpus = ray.cluster_resources().get("CPU", 1.0)
     per_worker = 1.0 if cpus - train.workers >= 1.0 else 0.5
     trainer = TorchTrainer(
-        _worker_loop,
+        work,
         train_loop_config={
             "settings": {**asdict(settings), "batch": batch},
             "sections": [asdict(s) for s in sections],
             "digest": digest,
+            "parts": train.accumulate,
             "report_every": train.report_every,
             "threads": 1,
             "progress": str(progress) if on_step else None,
+            "stop": str(current() or ""),
         },
         torch_config=TorchConfig(timeout_s=300),
         scaling_config=ScalingConfig(
@@ -196,10 +129,10 @@ def train_joint(
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             failure_config=FailureConfig(max_failures=2, controller_failure_limit=3),  # type: ignore[call-arg]
         ),
-        datasets={"train": patch_dataset(rows, sources, settings.patch_px, shape, batch // train.workers)},
+        datasets={"train": patch_dataset(rows, sources, settings.patch_px, shape, batch // slots, train.workers)},
     )
     try:
-        with _watch(progress, on_step), keep_signals():
+        with saving(), _watch(progress, on_step), keep_signals():
             result = trainer.fit()
     except SystemExit as stop:
         # Ray's own handler of Ctrl-C ends the process with success when the controller is gone already.
@@ -211,11 +144,11 @@ def train_joint(
     kept = folder / f"{name}.final"
     if result.checkpoint is not None:
         result.checkpoint.to_directory(str(kept))
-    history = json.loads((kept / HISTORY).read_text()) if result.checkpoint is not None else []
-    if not history or history[-1]["step"] != settings.steps:
+    found: dict[str, Any] = json.loads((kept / HISTORY).read_text()) if result.checkpoint is not None else {"step": 0}
+    if found["step"] != settings.steps:
         # Ray Train turns Ctrl-C into an aborted run that looks like a finished one.
         raise KeyboardInterrupt
-    return Trained(kept / CHECKPOINT, history)
+    return Trained(kept / CHECKPOINT, found["losses"], found["timing"])
 
 
 @contextmanager

@@ -1,0 +1,161 @@
+"""What Ray costs a run: ``python benchmarks/distributed.py [CASE ...] [--quick] [--json FILE]``.
+
+One generated section is prepared once. `training`: steps per second of the first worker under Ray Train, patches
+through Ray Data, against the same steps in one process without Ray with all patches in memory; and the share of the
+time in which the worker waits for patches. `reconstruction`: output shards per second and core on Ray's actors against
+the same worker in a loop in one process, both writing the same store; the share of the loop's time in the model.
+The network is used whether or not it is the better model (`model.tier=T2`): it is the dearer one.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import ray
+import torch
+import yaml
+from common import Row, chosen, finish, parser
+
+from deepfere.model.detail import DetailModel
+from deepfere.phantom import PhantomSpec, write_phantom
+from deepfere.pipeline import deep, write
+from deepfere.pipeline.study import run_stage
+from deepfere.tiling.dataset import LoadPatches
+from deepfere.tiling.patches import draw, plane_shape
+from deepfere.training.loop import JointModel, on_device, train_step
+
+SIDE_PX, QUICK_PX = 256, 64
+FACTOR = 8
+STEPS, QUICK_STEPS = 300, 24
+IONS = {"class": 8, "nuclear": 8, "mixed": 6, "smooth": 4, "hotspot": 4, "twin": 4, "matrix": 6}
+
+
+def _silent(stage: str, share: float) -> None:
+    pass
+
+
+def prepared(folder: Path, quick: bool) -> tuple[Path, Path, list[str]]:
+    """A study of one section, tiled: its manifest, its work folder, its settings."""
+    side = QUICK_PX if quick else SIDE_PX
+    spec = PhantomSpec(
+        seed=5, shape_px=(side, side), pitch_um=50.0, factor=FACTOR, slide_mpp_um=2.0, ions_per_kind=IONS
+    )
+    phantom = write_phantom(folder / "section", spec)
+    section = {"name": "one", "msi": str(phantom.imzml), "slide": str(phantom.slide)}
+    section["alignment"] = str(phantom.truth / "alignment.json")
+    manifest = folder / "study.yaml"
+    manifest.write_text(yaml.safe_dump({"sections": [section]}))
+    steps = QUICK_STEPS if quick else STEPS
+    settings = ["tracking.uri=none", "model.tier=T2", f"train.steps={steps}", f"train.report_every={steps}"]
+    settings += ["model.null_guides=4", "reconstruct.shard_px=512", "reconstruct.chunk_px=128"]
+    run_stage("tile", manifest, folder / "work", overrides=settings, factor=FACTOR, progress=_silent)
+    return manifest, folder / "work", settings
+
+
+def training(manifest: Path, work: Path, settings: list[str], rows: list[Row]) -> None:
+    """Train by the pipeline; when it calls Ray Train, time the same steps without it as well."""
+    through_ray = deep.train_joint
+    found: dict[str, float] = {}
+
+    def both(**job: Any) -> Any:
+        found["plain"] = plain_steps_per_s(**job)
+        trained = through_ray(**job)
+        found.update(trained.timing)
+        return trained
+
+    with mock.patch.object(deep, "train_joint", both):
+        run_stage("train", manifest, work, overrides=settings, factor=FACTOR, progress=_silent)
+    rate = found["steps_per_s"] / found["plain"]
+    rows += [
+        Row.of("training: rate on Ray / in one process, patches in memory", rate, must=">= 0.9"),
+        Row.of("training: share of the time that waits for patches", found["input_wait"], must="<= 0.05"),
+        Row.of("training: steps per second, in one process", found["plain"]),
+    ]
+
+
+def plain_steps_per_s(*, settings: Any, sections: Any, sources: Any, train: Any, **_: Any) -> float:
+    """The same steps on the same patches, loaded before, without Ray; from the second step on."""
+    patches = [(s, p) for s, source in enumerate(sources) for p in range(len(source.cells))]
+    steps = min(settings.steps, 100)
+    drawn = draw(patches, steps, settings.batch, settings.seed)
+    load = LoadPatches([asdict(s) for s in sources], settings.patch_px, plane_shape(sources, settings.patch_px))
+    batches = []
+    for step in range(steps):
+        part = drawn[step * settings.batch : (step + 1) * settings.batch]
+        columns = {name: np.array([row[name] for row in part]) for name in part[0]}
+        batches.append({name: torch.from_numpy(value) for name, value in load(columns).items()})
+    model = JointModel(settings, sections)
+    optimiser = model.optimiser()
+    train_step(model, optimiser, [on_device(batches[0], "cpu")], 0, settings)
+    began = time.perf_counter()
+    for step in range(1, steps):
+        train_step(model, optimiser, [on_device(batches[step], "cpu")], step, settings)
+    return (steps - 1) / (time.perf_counter() - began)
+
+
+def reconstruction(manifest: Path, work: Path, settings: list[str], rows: list[Row]) -> None:
+    """Reconstruct by the pipeline; when it hands its shards to Ray, carry them out in a loop as well."""
+    on_ray, window, model_s = write.run_rows, DetailModel.window, [0.0]
+    found: dict[str, float] = {}
+
+    def timed(self: Any, *arguments: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return window(self, *arguments)
+        finally:
+            model_s[0] += time.perf_counter() - began
+
+    def both(todo: Any, worker: Any, arguments: Any, **options: Any) -> Any:
+        todo = list(todo)
+        apart = (*arguments[:3], str(work / "benchmark-journal"), *arguments[4:])
+        loop = worker(*apart)
+        with mock.patch.object(DetailModel, "window", timed):
+            began = time.perf_counter()
+            for row in todo:
+                loop.work(row)
+            found["plain_s"] = time.perf_counter() - began
+        found["cores"] = ray.cluster_resources()["CPU"]
+        found["shards"] = len(todo)
+        on_ray(todo[:2], worker, apart, **options)  # workers started, modules imported
+        began = time.perf_counter()
+        out = on_ray(todo, worker, arguments, **options)
+        found["ray_s"] = time.perf_counter() - began
+        return out
+
+    with mock.patch.object(write, "run_rows", both):
+        run_stage("reconstruct", manifest, work, overrides=settings, factor=FACTOR, progress=_silent)
+    rate = found["plain_s"] / found["ray_s"] / found["cores"]
+    rows += [
+        Row.of("reconstruction: rate per core on Ray / of one process", rate, must=">= 0.85"),
+        Row.of("reconstruction: seconds in one process", found["plain_s"]),
+        Row.of("reconstruction: share of that in the model", model_s[0] / found["plain_s"]),
+        Row.of("reconstruction: shards", found["shards"]),
+        Row.of("reconstruction: cores", found["cores"]),
+    ]
+
+
+CASES = {"training": training, "reconstruction": reconstruction}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the cases; the exit code is 1 if a must is missed."""
+    given = parser(__doc__.splitlines()[0], list(CASES)).parse_args(arguments)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="deepfere-distributed-") as scratch:
+        manifest, work, settings = prepared(Path(scratch), given.quick)
+        for name in chosen(given, dict.fromkeys(CASES), "training"):
+            CASES[name](manifest, work, settings, rows)
+    if given.quick:
+        rows = [Row(**{**vars(row), "must": ""}) for row in rows]
+    return finish(rows, given.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

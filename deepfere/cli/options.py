@@ -1,0 +1,51 @@
+"""Options that several commands take, and how their values are read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from deepfere.errors import InputError
+
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+CONFIG = click.option("--config", type=click.Path(), help="Settings (YAML that mirrors configs/default.yaml).")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace a result of other inputs or settings.")
+WORK = click.option("-o", "--out", "out", required=True, type=click.Path(), help="The study's working folder.")
+
+
+def targets(context: click.Context, parameter: click.Parameter, value: str | None) -> list[float] | None:
+    """Target m/z of ``--mz``: a list, or a file with one a line."""
+    from deepfere.config import target_list
+
+    if value is None:
+        return None
+    flag = parameter.opts[0]
+    text, where = value, flag
+    if os.path.isfile(value):  # noqa: PTH113 - a long list is no possible file name, at which Path.is_file raises
+        where = f"{flag} {value}"
+        try:
+            text = Path(value).read_text("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError("cannot be read as text", where=where, remedy="give a file with one m/z a line") from error
+    remedy = "give 798.54,826.57 or a file with one a line"
+    numbers = []
+    for part in filter(None, (part.strip() for part in text.replace("\n", ",").split(","))):
+        try:
+            numbers.append(float(part))
+        except ValueError as error:
+            raise InputError(f"{part[:40]!r} is not an m/z", where=where, remedy=remedy) from error
+    try:
+        return target_list(numbers)
+    except ValueError as error:
+        raise InputError(str(error), where=where, remedy=remedy) from error
+
+
+def region(context: click.Context, parameter: click.Parameter, value: str | None) -> int | str | None:
+    """A region's number, or ``all``."""
+    if value is None or value == "all":
+        return value
+    if not value.isdecimal():
+        raise InputError(f"{value!r} is no region", where=parameter.opts[0], remedy="give a number, or all")
+    return int(value)

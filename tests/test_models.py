@@ -1,0 +1,117 @@
+"""Registered models: listed, compared on the same blocks, promoted; on SQLite and on a real server."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+from deepfere.config import load_config
+from deepfere.pipeline.track import tracked
+from deepfere.pipeline.workspace import Workspace
+from deepfere.section import make_section
+from deepfere.training.pyfunc import WEIGHTS_FILE
+from deepfere.training.registry import load_registered, register_model
+from deepfere.training.tracking import Tracker, log_history
+from tests.conftest import FACTOR
+from tests.test_tracking import CONFIG, network
+
+
+@pytest.fixture(params=["sqlite", "server"])
+def store(request, tmp_path):
+    if request.param == "server":
+        return request.getfixturevalue("mlflow_server")
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+def test_models_are_listed_and_promoted(cli, store):
+    name = f"listed-{'server' if store.startswith('http') else 'file'}"
+    first = Tracker.start(store)
+    first.log_metrics({"a.held_out_r2_median": 0.25, "b.held_out_r2_median": 0.75})
+    register_model(first, name, network().state_dict(), CONFIG, alias="champion")
+    first.finish()
+    second = Tracker.start(store)
+    register_model(second, name, network(seed=1).state_dict(), CONFIG)
+    setting = f"tracking.uri={store}"
+    done = cli("models", "list", "--name", name, setting)
+    assert done.code == 0, done
+    head, one, two = (line.split() for line in done.out.splitlines())
+    assert head[0] == "model"
+    assert (one[0], one[1], one[-3:]) == (f"models:/{name}/1", "champion", ["0.500", first.run_id, "FINISHED"])
+    assert (two[0], two[1], two[-3:]) == (f"models:/{name}/2", "-", ["-", second.run_id, "RUNNING"])
+    done = cli("models", "promote", name, "2", setting)
+    assert (done.code, done.out) == (0, f"models:/{name}@champion is version 2 (was version 1)\n"), done
+    assert load_registered(f"models:/{name}@champion", store).run_id == second.run_id
+    done = cli("models", "promote", name, "2", "--alias", "challenger", setting)
+    assert done.out == f"models:/{name}@challenger is version 2\n"
+    line = cli("models", "list", "--name", name, setting).out.splitlines()[2]
+    assert line.split()[1] == "challenger,champion"
+    for words, told in ((["promote", name, "3"], "no version 3"), (["list", "--name", "nobody"], "no model 'nobody'")):
+        done = cli("models", *words, setting)
+        assert done.code == 2 and len(done.errors) == 1 and told in done.errors[0], done
+
+
+def test_a_store_that_is_not_there_is_refused(cli, tmp_path):
+    done = cli("models", "list", f"tracking.uri=sqlite:///{tmp_path / 'gone.db'}")
+    assert done.code == 2 and "no tracking store" in done.errors[0] and not (tmp_path / "gone.db").exists()
+
+
+def test_the_driver_closes_its_run_and_a_restart_doubles_nothing(store, tmp_path):
+    """The same command three times: it fails, is interrupted, and finishes."""
+    work = Workspace(tmp_path / "work")
+    config = load_config(None, [f"tracking.uri={store}", "tracking.experiment=restarts"])
+    section, inputs = make_section(name="one", msi="a.imzML"), [{"msi": "ab" * 32}]
+    history = [{"step": step, "total": 1.0 / step} for step in (1, 2, 3)]
+    client, seen = MlflowClient(store), []
+
+    def attempt(points: int, error: BaseException | None) -> str:
+        with tracked(work, [section], inputs, config, "work") as run:
+            assert client.get_run(run._tracker.run_id).info.status == "RUNNING"
+            log_history(run._tracker, history[:points])
+            seen.append(run._tracker.run_id)
+            if error is not None:
+                raise error
+        return client.get_run(seen[-1]).info.status
+
+    for error, status in ((RuntimeError(), "FAILED"), (KeyboardInterrupt(), "KILLED")):
+        with pytest.raises(type(error)):
+            attempt(2, error)
+        assert client.get_run(seen[-1]).info.status == status
+    assert attempt(3, None) == "FINISHED"
+    assert len(set(seen)) == 1
+    points = [(p.step, p.value) for p in client.get_metric_history(seen[0], "total")]
+    assert points == [(entry["step"], entry["total"]) for entry in history]
+    runs = client.search_runs([client.get_experiment_by_name("restarts").experiment_id])
+    assert len(runs) == 1 and len(runs[0].inputs.dataset_inputs) == 1
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_models_are_compared_on_blocks_that_neither_has_seen(cli, fused, phantom, place, ray_session, tmp_path):
+    """The shared run's model, the same weights again, and a network that was never trained."""
+    known = load_registered("models:/deepfere/1", place.tracking)
+    tracker = Tracker.start(place.tracking)
+    weights = load_file(str(known.weights_path.parent / WEIGHTS_FILE))
+    noise = {k: v + 0.3 * (v.abs().mean() + 0.1) if v.dim() > 1 else v for k, v in weights.items()}
+    same = register_model(tracker, "compared", weights, known.config)
+    worse = register_model(tracker, "compared", noise, {**known.config, "seen": []})
+    tracker.finish()
+    section = {"name": "one", "msi": str(phantom.imzml), "slide": str(phantom.slide)}
+    section["alignment"] = str(phantom.truth / "alignment.json")
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({"sections": [section]}))
+    words = ["models", "compare", "models:/deepfere/1", same.uri, worse.uri, f"tracking.uri={place.tracking}"]
+    more = [s for s in place.overrides if not s.startswith("tracking")]
+    done = cli(*words, *more, "--study", tmp_path / "study.yaml", "-o", tmp_path / "work", "--factor", FACTOR)
+    assert done.code == 0, done
+    rows = {line.split("  ")[0]: line.split()[-1] for line in done.out.splitlines()[1:]}
+    assert list(rows) == ["closed form", "models:/deepfere/1", same.uri, worse.uri, "held-out blocks"]
+    assert rows[same.uri] == rows["models:/deepfere/1"] != rows[worse.uri]
+    assert float(rows[worse.uri]) < float(rows[same.uri])
+    # The section was trained on: only the blocks that were held out then may judge, for all three.
+    share = known.config["config"]["train"]["held_out"]
+    assert 2 <= int(rows["held-out blocks"]) <= np.ceil(share * 16)
+    assert json.loads((tmp_path / "work" / "identity.json").read_text())

@@ -1,0 +1,218 @@
+"""Runs that are asked to stop: they save first, say so, and end with the same bytes after all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from deepfere import stopping
+from deepfere.cluster import RowWorker, run_rows
+from deepfere.config import load_config
+from deepfere.errors import InputError
+from deepfere.pipeline.workspace import Workspace
+from deepfere.training import trainer
+from tests.conftest import FACTOR, contents
+
+ARRAYS = ("basis", "denoised", "detail", "measured", "overview", "stain", "uncertainty")
+
+
+@pytest.fixture
+def watch(tmp_path):
+    """A run in this process."""
+    with stopping.watched(tmp_path):
+        yield tmp_path / stopping.STOP
+
+
+@contextmanager
+def interrupting():
+    """SIGTERM unwinds, as in the program."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_request_stops_at_the_next_look_and_says_why(watch):
+    stopping.look()
+    stopping.request(watch, "by a test")
+    time.sleep(stopping.LOOK_EVERY_S)
+    with pytest.raises(stopping.Stopped, match="by a test"):
+        stopping.look()
+
+
+def test_what_workers_have_begun_is_finished_first(watch):
+    with pytest.raises(stopping.Stopped), stopping.saving():
+        stopping.request(watch, "by a test")
+        stopping.look()
+        stopping.looking(lambda stage, share: None)("learn", 0.5)
+        reached = True
+    assert reached
+
+
+def test_an_old_request_is_dropped_and_none_stays(tmp_path):
+    stopping.request(tmp_path / "stop", "long ago")
+    with stopping.watched(tmp_path):
+        stopping.look()
+        stopping.request(tmp_path / "stop", "too late")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_time_limit_is_a_request(tmp_path):
+    with pytest.raises(stopping.Stopped, match=r"0.05 s is over"), stopping.watched(tmp_path, 0.05):
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            stopping.look()
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "soon"])
+def test_a_time_limit_is_positive(value):
+    with pytest.raises(InputError, match=r"run\.time_limit_s"):
+        load_config(None, [f"run.time_limit_s={value}"])
+
+
+def test_a_time_limit_changes_no_numbers():
+    assert load_config(None, ["run.time_limit_s=60"]).digest() == load_config().digest()
+
+
+def test_sigterm_asks_while_workers_save_and_interrupts_elsewhere(watch):
+    with interrupting():
+        with pytest.raises(KeyboardInterrupt) as elsewhere:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        assert not isinstance(elsewhere.value, stopping.Stopped) and not watch.exists()
+        with pytest.raises(stopping.Stopped, match="SIGTERM"), stopping.saving():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert watch.exists()
+        with pytest.raises(KeyboardInterrupt) as twice, stopping.saving():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        assert not isinstance(twice.value, stopping.Stopped)
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+
+
+class Slow(RowWorker):
+    """Rows take a while, so that most have not begun when the third asks for the stop."""
+
+    def work(self, row):
+        if row["unit"] == "3":
+            stopping.request(Path(row["file"]), "by a worker")
+        time.sleep(0.05)
+        return {}
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("inline", [0, 100])
+def test_rows_that_were_begun_are_done_and_no_others(watch, request, inline):
+    if not inline:
+        request.getfixturevalue("ray_session")
+    done: list[str] = []
+    rows = [{"unit": str(n), "file": str(watch)} for n in range(1, 41)]
+    with pytest.raises(stopping.Stopped, match="by a worker"):
+        run_rows(rows, Slow, (), what="rows", on_done=lambda r: done.append(r["unit"]), inline_up_to=inline)
+    assert set(done) >= {"1", "2", "3"} and len(done) < 40
+    if inline:
+        assert done == ["1", "2", "3"]
+
+
+# The command.
+
+
+def test_stop_asks_a_run_and_waits_for_it(cli, tmp_path):
+    work = Workspace(tmp_path / "result.zarr.work")
+    begun, seen = threading.Event(), []
+
+    def run() -> None:
+        with work.locked(), stopping.watched(work.root):
+            begun.set()
+            while not (work.root / "stop").exists():
+                time.sleep(0.02)
+            seen.append((work.root / "stop").read_text())
+            time.sleep(0.5)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    begun.wait(20)
+    done = cli("stop", tmp_path / "result.zarr")
+    # It has waited: nobody is there any more.
+    assert done.code == 0 and done.out.splitlines()[-1] == "stopped" and not (work.root / "stop").exists(), done
+    thread.join()
+    assert seen == ["by deepfere stop"]
+    again = cli("stop", work.root)
+    assert again.code == 0 and "nothing runs in" in again.out
+    assert not (work.root / "stop").exists()
+
+
+def test_stop_of_what_is_no_run(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    for name in (tmp_path, tmp_path / "gone", "deepfere-train-0123456789ab"):
+        done = cli("stop", name)
+        assert done.code == 2 and len(done.errors) == 1, done
+    assert "was submitted from here" in done.errors[0]
+
+
+# A whole run, stopped in training and in reconstruction.
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_a_run_that_was_stopped_twice_ends_with_the_same_bytes(cli, phantom, place, fused, tmp_path, monkeypatch):
+    settings = [s for s in place.overrides if not s.startswith("tracking")]
+    settings.append(f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}")
+    out, work = tmp_path / "result.zarr", tmp_path / "result.zarr.work"
+
+    def fuse():
+        return cli("fuse", phantom.imzml, phantom.slide, "-o", out, "--factor", FACTOR, *settings)
+
+    def states() -> list[str]:
+        client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+        return [run.info.status for run in client.search_runs([e.experiment_id for e in client.search_experiments()])]
+
+    plain = trainer._watch
+
+    @contextmanager
+    def at_the_first_step(*arguments):
+        stopping.request(work / "stop", "in training")
+        with plain(*arguments):
+            yield
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "_watch", at_the_first_step)
+        done = fuse()
+    assert done.code == 1 and "stopped (in training); the same command again resumes" in done.err, done
+    assert states() == ["KILLED"]
+    (kept,) = (work / "training").glob("run-*/checkpoint_*/training.pt")
+    saved = torch.load(kept, weights_only=True)
+    # Between two reports (every second step): what is not in the history yet is saved, too.
+    assert (saved["step"], saved["history"], saved["count"]) == (1, [], 1)
+
+    def in_reconstruction(*rows, on_done, **more):
+        def tell(record):
+            stopping.request(work / "stop", "in reconstruction")
+            on_done(record)
+
+        return run_rows(*rows, on_done=tell, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("deepfere.pipeline.write.run_rows", in_reconstruction)
+        done = fuse()
+    assert done.code == 1 and "stopped (in reconstruction)" in done.err, done
+    assert not out.exists() and states() == ["KILLED"]
+    history = json.loads((work / "done" / "learn.json").read_text())["history"]
+    done = fuse()
+    assert done.code == 0 and states() == ["FINISHED"], done
+    assert contents(out, *ARRAYS) == contents(place.result, *ARRAYS)
+    client = MlflowClient(place.tracking)
+    run = client.get_run(fused.provenance["run"]["run_id"])
+    calm = [point.value for point in client.get_metric_history(run.info.run_id, "total")]
+    assert [entry["total"] for entry in history] == calm

@@ -1,0 +1,146 @@
+"""The training step without Ray: parts of a batch, precision, devices, the clock of the input."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from deepfere.frame import Alignment, SectionGrid
+from deepfere.model.features import FEATURES, PLANES
+from deepfere.model.guide import GuideSpec
+from deepfere.store import create_array, open_group
+from deepfere.tiling.patches import PatchReader, PatchSource, core_window
+from deepfere.training.loop import INDICES, JointModel, LoopSettings, SectionTask, on_device, train_step
+from deepfere.training.worker import Clock
+
+K, PATCH, CONTEXT, DEPTH = 2, 20, 5, 1
+F = len(FEATURES)
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """Settings, a section and a batch of four invented patches on the CPU."""
+    rng = np.random.default_rng(0)
+    spec = GuideSpec(SectionGrid((20, 24), (40.0, 40.0)), 4, (5.0, 5.0), (170, 200), (240.0, 235.0, 245.0), 0.3)
+    alignment = Alignment(np.eye(2), np.array([6.0, -4.0]))
+    cells = [[0, 0], [4, 3], [6, 9], [2, 7]]
+    source = PatchSource("", "", spec.to_dict(), alignment.to_dict(), cells, CONTEXT, 2**DEPTH - 1, 4)
+    windows = [core_window(source, spec, alignment, n, PATCH) for n in range(4)]
+    shape = max(r1 - r0 for r0, r1, _, _ in windows), max(c1 - c0 for _, _, c0, c1 in windows)
+    batch = {
+        "planes": torch.from_numpy(rng.integers(40, 255, (4, *shape, len(PLANES)), dtype=np.uint8)),
+        "origin": torch.tensor([[r0, c0] for r0, _, c0, _ in windows]),
+        "cell": torch.tensor(cells),
+        "section": torch.zeros(4, dtype=torch.int64),
+        "flip": torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]]),
+        "pooled": torch.from_numpy(rng.normal(size=(4, F, PATCH, PATCH)).astype(np.float32)),
+        "target": torch.from_numpy(rng.normal(size=(4, K, PATCH, PATCH)).astype(np.float32)),
+        "weight": torch.ones(4, PATCH, PATCH),
+    }
+    batch["planes"][..., PLANES.index("coverage")] = 255
+    network = {"features": F, "factors": K, "width": 8, "depth": DEPTH}
+    settings = LoopSettings(
+        network, [0.0] * F, [1.0] * F, steps=6, batch=4, patch_px=PATCH, context_px=CONTEXT, rate=2e-3,
+        rate_registration_pitch=2e-3, mapping_weight=0.5, correlation_weight=0.1, seed=0,
+    )  # fmt: skip
+    weights = (0.1 * rng.normal(size=(F, K))).tolist()
+    return settings, [SectionTask(spec.to_dict(), alignment.to_dict(), [0.8, 0.0], weights)], batch
+
+
+def learnt(settings, sections, steps):
+    """Weights and losses after the steps, each a list of batches."""
+    model = JointModel(settings, sections)
+    optimiser = model.optimiser()
+    losses = [train_step(model, optimiser, parts, step, settings) for step, parts in enumerate(steps)]
+    return model.state_dict(), [{name: float(value) for name, value in step.items()} for step in losses]
+
+
+def halves(batch):
+    return [{name: values[k : k + 2] for name, values in batch.items()} for k in (0, 2)]
+
+
+def test_a_step_in_parts_is_the_step(setting):
+    settings, sections, batch = setting
+    whole, losses = learnt(settings, sections, [[on_device(batch, "cpu")]] * 3)
+    split, theirs = learnt(settings, sections, [[on_device(part, "cpu") for part in halves(batch)]] * 3)
+    for ours, other in zip(losses, theirs, strict=True):
+        assert ours == pytest.approx(other, rel=1e-5)
+    start = JointModel(settings, sections).state_dict()
+    moved = max(float((whole[name] - start[name]).abs().max()) for name in whole)
+    assert moved > 1e-3
+    for name, value in whole.items():
+        assert float((value - split[name]).abs().max()) <= 1e-4, name
+
+
+def test_the_same_steps_give_the_same_bits(setting):
+    settings, sections, batch = setting
+    one, losses = learnt(settings, sections, [[on_device(batch, "cpu")]] * 2)
+    two, again = learnt(settings, sections, [[on_device(batch, "cpu")]] * 2)
+    assert losses == again
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_half_precision_is_near_and_leaves_the_registration_in_double(setting):
+    settings, sections, batch = setting
+    _, full = learnt(settings, sections, [[on_device(batch, "cpu")]])
+    state, half = learnt(replace(settings, precision="bfloat16"), sections, [[on_device(batch, "cpu")]])
+    assert half[0] != full[0]
+    assert half[0] == pytest.approx(full[0], rel=0.03)
+    assert {value.dtype for name, value in state.items() if "registrations" in name} == {torch.float64}
+    assert {value.dtype for name, value in state.items() if name.startswith("network")} == {torch.float32}
+
+
+def test_nothing_stays_behind_on_another_device(setting):
+    """PyTorch's `meta` device refuses to meet the CPU as a GPU does, and shows that no value is read back."""
+    settings, sections, batch = setting
+    moved = on_device(batch, "meta")
+    assert all(isinstance(moved[name], list) for name in INDICES)
+    losses = JointModel(settings, sections).to("meta")(moved)
+    assert {value.device.type for value in losses.values()} == {"meta"}
+    losses["total"].backward()
+
+
+def test_patches_are_read_as_the_registration_asks(setting, tmp_path):
+    """The windows that the batch above has are those of the reader that training uses."""
+    _, sections, batch = setting
+    spec = GuideSpec.from_dict(sections[0].spec)
+    group = open_group(tmp_path / "planes.zarr", "w")
+    planes = np.random.default_rng(1).integers(0, 255, (len(PLANES), *spec.planes_shape), dtype=np.uint8)
+    create_array(group, "planes", planes.shape, "uint8", (len(PLANES), 64, 64))[...] = planes
+    group.attrs["spacing_um"] = list(spec.spacing_um)
+    shape = spec.grid.shape_px
+    np.savez(
+        tmp_path / "arrays.npz", factors=np.zeros((K, *shape)), pooled=np.zeros((F, *shape)), weight=np.ones(shape)
+    )
+    source = PatchSource(
+        str(tmp_path / "planes.zarr"), str(tmp_path / "arrays.npz"), sections[0].spec, sections[0].alignment,
+        batch["cell"].tolist(), CONTEXT, 2**DEPTH - 1, 4,
+    )  # fmt: skip
+    size = tuple(batch["planes"].shape[1:3])
+    for n in range(4):
+        loaded = PatchReader(source, PATCH).load(n, size)
+        row, col = batch["origin"][n].tolist()
+        assert loaded["origin"].tolist() == [row, col]
+        expected = planes[:, row : row + size[0], col : col + size[1]].transpose(1, 2, 0)
+        h, w = expected.shape[:2]
+        np.testing.assert_array_equal(loaded["planes"][:h, :w], expected)
+
+
+def test_the_clock_tells_waiting_from_work():
+    def slow(count):
+        for n in range(count):
+            time.sleep(0.03)
+            yield n
+
+    clock, seen = Clock(), []
+    for step in clock.steps(slow(9), 2):
+        seen.append(step)
+        time.sleep(0.06)
+    assert seen == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    reading = clock.reading()
+    assert 0.3 < reading["input_wait"] < 0.7
+    assert Clock().reading() == {}
