@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from deepfere.config import RaySettings
-from deepfere.errors import DeepfereError, InputError
+from deepfere.errors import DeepfereError, InputError, system_text
 from deepfere.stopping import current, requested, saving
 
 ENVIRONMENT = {
@@ -225,10 +225,13 @@ class RowWorker(ABC):
                     continue
                 out.append(json.dumps({**self.work(row), "unit": row["unit"], "error": None}))
             except InputError as error:
-                told = {"what": error.what, "where": error.where and str(error.where), "remedy": error.remedy}
-                out.append(json.dumps({"unit": row["unit"], "error": str(error), "input": told}))
+                parts = {"what": error.what, "where": error.where and str(error.where), "remedy": error.remedy}
+                out.append(json.dumps({"unit": row["unit"], "error": str(error), "input": parts}))
             except Exception as error:
-                out.append(json.dumps({"unit": row["unit"], "error": f"{type(error).__name__}: {error}"}))
+                told = f"{type(error).__name__}: {error}"
+                if isinstance(error, OSError) and error.errno is not None:
+                    told = system_text(error)
+                out.append(json.dumps({"unit": row["unit"], "error": told}))
         import numpy as np
 
         return {"record": np.array(out, dtype=object)}

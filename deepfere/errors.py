@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class DeepfereError(Exception):
     """Base class of every error that deepfere raises on purpose."""
@@ -21,6 +23,12 @@ class InputError(DeepfereError):
         head = f"{where}: {what}" if where is not None else what
         text = f"{head}; {remedy}" if remedy else head
         super().__init__(" ".join(text.split()))
+
+
+def system_text(error: OSError) -> str:
+    """What the system says of a failed call, in one line: about which file, and what to do about a full disk."""
+    text = f"{error.filename}: {error.strerror or error}" if error.filename else str(error.strerror or error)
+    return f"{text}; make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else text
 
 
 class IdentityError(InputError):

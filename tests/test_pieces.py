@@ -137,7 +137,7 @@ def test_two_that_fit_alike_are_asked_about_and_one_is_taken(phantom, tmp_path, 
     twice = np.concatenate([image, glass, image], axis=1)
     path = written(tmp_path / "twice.tif", twice, one.mpp_um[0])
     assert describe(path).fact("pieces") == "2 of tissue"
-    quick = ["--factor", "4", "tracking.uri=none", "align.angle_step_deg=30", "align.candidates=4"]
+    quick = ["--factor", "4", "tracking.uri=none", "align.angle_step_deg=45", "align.candidates=2"]
     wrong = cli("fuse", phantom.imzml, path, "-o", tmp_path / "r.zarr", "--slide-region", "3", *quick)
     assert wrong.code == 2 and "no piece of tissue 3" in wrong.errors[0]
     assert "--slide-region" in cli("fuse", phantom.imzml, path, "-o", "r", "--slide-region", "x").errors[0]

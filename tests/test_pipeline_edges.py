@@ -13,7 +13,7 @@ import zarr
 import deepfere
 from deepfere.cluster import RowWorker, one_thread, run_rows
 from deepfere.errors import DeepfereError, InputError
-from deepfere.pipeline import check, fuse, prepare, track, write
+from deepfere.pipeline import check, fuse, overview, track, write
 from tests.conftest import FACTOR
 
 pytestmark = pytest.mark.ray
@@ -289,8 +289,8 @@ class Watched:
 def test_planes_follow_the_settings_there_and_back(study, tmp_path, ray_session, monkeypatch):
     from deepfere.pipeline.study import run_stage
 
-    handles, images, real = [], [], prepare.open_slide
-    monkeypatch.setattr(prepare, "open_slide", lambda *given: Watched(real(*given), handles))
+    handles, images, real = [], [], overview.open_slide
+    monkeypatch.setattr(overview, "open_slide", lambda *given: Watched(real(*given), handles))
     for factor in (4, 2, 4):
         overrides = ["tracking.uri=none"]
         run_stage("tile", study(), tmp_path / "work", factor=factor, overrides=overrides, progress=lambda *_: None)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from deepfere.config import digest
-from deepfere.errors import DeepfereError, IdentityError, InputError, SectionFailures
+from deepfere.errors import DeepfereError, IdentityError, InputError, SectionFailures, system_text
 from deepfere.stopping import STOP, look
 from deepfere.store import sync
 
@@ -265,8 +265,8 @@ class Workspace:
         except DeepfereError as error:
             raise DeepfereError(f"{error}{self._note(error, section)}") from error
         except OSError as error:
-            where = error.filename or self.root
-            raise DeepfereError(f"{where}: {error.strerror or error}{self._note(error, section)}") from error
+            where = "" if error.filename else f"{self.root}: "
+            raise DeepfereError(f"{where}{system_text(error)}{self._note(error, section)}") from error
         except MemoryError as error:
             raise DeepfereError(f"the memory does not suffice{self._note(error, section)}") from error
         except Exception as error:

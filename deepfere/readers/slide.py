@@ -6,6 +6,7 @@ pixel (r, c) has its centre at ``((r + 1/2) mpp_y, (c + 1/2) mpp_x)`` micrometre
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,8 @@ from deepfere.readers.slide_area import Axis, average
 from deepfere.readers.slide_mpp import given_mpp
 
 READ_PIXELS = 1 << 24
+# Of a damaged file tifffile says in its log what its caller is told anyway: without this, on the user's terminal too.
+logging.getLogger("tifffile").addHandler(logging.NullHandler())
 Backend = Literal["auto", "openslide", "tiff", "flat", "zarr"]
 Icc = Literal["none", "srgb"]
 
@@ -139,7 +142,11 @@ def open_slide(
         return slide
     from deepfere.readers.slide_colour import in_srgb
 
-    return in_srgb(slide)
+    try:
+        return in_srgb(slide)
+    except InputError:
+        slide.close()
+        raise
 
 
 def _opened_as_stored(path: str | Path, given: tuple[float, float] | None, backend: Backend) -> Slide:
