@@ -119,7 +119,7 @@ def train_joint(
         torch_config=TorchConfig(timeout_s=300),
         scaling_config=ScalingConfig(
             # Where hosts are lost and not replaced, fewer workers go on.
-            num_workers=(1, train.workers) if train.workers > 1 else 1,
+            num_workers=(1, train.workers) if train.workers > 1 else 1,  # type: ignore[arg-type]
             use_gpu=train.use_gpu,
             resources_per_worker={"CPU": per_worker, **({"GPU": 1} if train.use_gpu else {})},
         ),
