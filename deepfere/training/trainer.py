@@ -92,7 +92,9 @@ def train_joint(
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from deepfere.training.group import GroupConfig
 
     preflight(train)
     progress = folder.resolve() / f"{name}.step"
@@ -116,7 +118,7 @@ def train_joint(
             "progress": str(progress) if on_step else None,
             "stop": str(current() or ""),
         },
-        torch_config=TorchConfig(timeout_s=300),
+        torch_config=GroupConfig(timeout_s=300),
         scaling_config=ScalingConfig(
             # Where hosts are lost and not replaced, fewer workers go on.
             num_workers=(1, train.workers) if train.workers > 1 else 1,  # type: ignore[arg-type]
