@@ -107,8 +107,11 @@ def s3(s3_session):
 
 @pytest.fixture(scope="session")
 def ray_session(s3_session):
+    import ray
+
     from deepfere.cluster import connect, shutdown
 
+    assert not ray.is_initialized(), "a test before this one has started Ray and does not ask for ray_session"
     connect(RaySettings(num_cpus=2, object_store_memory_bytes=100 * 2**20))
     yield
     shutdown()

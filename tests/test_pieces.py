@@ -148,10 +148,12 @@ def test_two_that_fit_alike_are_asked_about_and_one_is_taken(phantom, tmp_path, 
     refused = cli("align", study, "-o", work, *quick)
     assert refused.code == 2 and len(refused.errors) == 1
     assert all(w in refused.errors[0] for w in ("piece 1", "piece 2", "--slide-region", "mm2 of tissue"))
-    assert not work.exists()
+    # What is done is kept, and the manifest may be mended.
+    ingested = (work / "done" / "ingest-right.json").stat().st_mtime_ns
     study.write_text(json.dumps({"sections": [section | {"slide_region": 2}]}, default=str))
     done = cli("align", study, "-o", work, *quick)
     assert done.code == 0, done
+    assert (work / "done" / "ingest-right.json").stat().st_mtime_ns == ingested
     found = Alignment.load(work / "sections" / "right" / "alignment.json")
     truth = Alignment.load(phantom.truth / "alignment.json")
     points = np.array([[300.0, 300.0], [900.0, 300.0], [600.0, 800.0]])

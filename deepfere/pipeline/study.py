@@ -200,8 +200,9 @@ def run_stage(
             # Refused, and nothing was done: leave nothing behind that this call made.
             if not resumed and (isinstance(error, InputError) or error.all_input) and not work.has_begun():
                 work.remove()
-            elif isinstance(error, SectionFailures):
-                work.note_failed(failures.names)
+            elif isinstance(error, SectionFailures) or len(sections) == 1:
+                # What the manifest says of them may change now.
+                work.note_failed(failures.names or [sections[0].name])
             raise
 
 
