@@ -7,7 +7,7 @@
 the distinct compressed native tiles that a case touches, in memory, into one buffer. Ceiling and case alternate, in
 pieces of the slide; the ratio is the median over rounds, of processor time (what else runs on the machine does not
 count) and of wall time. `memory`: peak PSS of a worker as the slide grows 10 and 100 times. `ray`: a Ray Data
-job of about half a minute against the same plan in a plain loop, one core each. `peers`: OpenSlide and tiffslide in a
+job of about a minute against the same plan in a plain loop, one core each. `peers`: OpenSlide and tiffslide in a
 loop, ratiopath with its own pipeline on Ray; PYTHON is that of an environment with `ratiopath==1.0.3 tiffslide`.
 Slides are made in a temporary folder. `--quick` is `plain` on a smaller slide.
 """
@@ -142,7 +142,7 @@ def ray_tax(slide: Path) -> list[Row]:
     # Ray's workers give way to others on the machine; so must what they are compared with.
     alike = ("--nice", 15)
     one = arm("ours", slide, *alike)
-    repeat = max(1, round(30 / one["seconds"]))
+    repeat = max(1, round(60 / one["seconds"]))
     before = arm("ours", slide, "--seconds", 15, *alike)["seconds"]
     ray = arm("ours-ray", slide, "--repeat", repeat)
     after = arm("ours", slide, "--seconds", 15, *alike)["seconds"]

@@ -14,9 +14,10 @@ from ray.data.datasource import Datasource, ReadTask
 from deepfere.tiling.groups import TileReader, group_tiles
 from deepfere.tiling.tiles import TilePlan
 
-TASK_BYTES = 128 << 20
-"""Output of a read task, about, which it holds in memory: enough to pay for starting it, no more than Ray's largest
-block, little enough to spread one slide over a cluster."""
+TASK_BYTES = 1 << 30
+"""Pixels of a read task, about: a second's work, beside which starting it is nothing. It holds one block of them."""
+BLOCK_BYTES = 26 << 20
+"""Pixels of a block, about: some groups of tiles. Larger ones leave the processor's cache before they are used."""
 
 
 class SlideTiles(Datasource):
@@ -25,7 +26,7 @@ class SlideTiles(Datasource):
     Columns: ``slide`` (path), ``tile`` (number in its plan), ``row_px`` and ``col_px`` (corner, output pixels),
     ``y_um`` and ``x_um`` (the same, slide micrometres), ``tissue`` (share), ``valid_h`` and ``valid_w`` (pixels
     that the slide reaches), ``error`` (None, or what is wrong; the tile is background then) and ``pixels``
-    (side, side, 3) uint8. A read task is one block: of several, Ray would make one by copying them.
+    (side, side, 3) uint8.
 
     Args:
         plans: Tiles of each slide, all of one side.
@@ -47,7 +48,7 @@ class SlideTiles(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
-        """Read tasks of about 128 MiB, more if so many are asked for; each a run of neighbouring groups."""
+        """Read tasks of about `TASK_BYTES`, more if so many are asked for; each a run of neighbouring groups."""
         total = max(1, self.estimate_inmemory_data_size())
         tasks = []
         for plan in self._plans:
@@ -67,19 +68,26 @@ class SlideTiles(Datasource):
         return tasks
 
 
-def tile_dataset(plans: Sequence[TilePlan], tasks: int = 1, **options: Any) -> Any:
+def tile_dataset(plans: Sequence[TilePlan], tasks: int | None = None, **options: Any) -> Any:
     """A Ray Dataset of tiles, whose reading fuses with the map that follows it.
 
     Args:
         plans: Tiles of each slide, all of one side.
-        tasks: At least so many read tasks, for a cluster of more CPUs than there are 128 MiB of tiles.
+        tasks: At least so many read tasks; None is four for each CPU that the cluster has.
         **options: For ``ray.data.read_datasource``: ``num_cpus``, ``memory``, ``ray_remote_args``, ...
     """
     import ray
 
     source = SlideTiles(plans)
+    if tasks is None:
+        tasks = max(1, int(4 * ray.cluster_resources().get("CPU", 1.0))) if ray.is_initialized() else 1
     # Ray splits the blocks of a source that has fewer tasks than it asks for, and then fuses nothing.
-    return ray.data.read_datasource(source, override_num_blocks=len(source.get_read_tasks(tasks)) or None, **options)
+    out = ray.data.read_datasource(source, override_num_blocks=len(source.get_read_tasks(tasks)) or None, **options)
+    # Blocks are to go on as they are: small ones Ray would join by copying, which needs more than half of this.
+    out.context.target_max_block_size = BLOCK_BYTES // 2
+    # A thread that asks the kernel once a second what the task's memory is made of holds up its page faults.
+    out.context.memory_usage_poll_interval_s = None
+    return out
 
 
 def _tile_bytes(plan: TilePlan) -> int:
@@ -87,15 +95,18 @@ def _tile_bytes(plan: TilePlan) -> int:
 
 
 def read_tiles(plan: TilePlan, numbers: NDArray[np.int64]) -> Iterator[Block]:
-    """One block of a plan's tiles, whose numbers in the whole plan are ``numbers``."""
-    reader, groups, side = TileReader(plan), group_tiles(plan), plan.spec.tile_px
-    tiles = np.concatenate([group.tiles for group in groups])
-    pixels = np.empty((len(tiles), side, side, 3), np.uint8)
-    errors: list[str | None] = []
-    for group in groups:
-        done = len(errors)
-        errors += reader.read(group, pixels[done : done + len(group.tiles)])[1]
-    yield BlockAccessor.batch_to_block(_columns(plan, numbers, tiles, pixels, errors))
+    """A plan's tiles, whose numbers in the whole plan are ``numbers``, in blocks of some neighbouring groups."""
+    reader, groups = TileReader(plan), group_tiles(plan)
+    side, each = plan.spec.tile_px, max(1, BLOCK_BYTES // (_tile_bytes(plan) * max(len(g.tiles) for g in groups)))
+    for first in range(0, len(groups), each):
+        members = groups[first : first + each]
+        tiles = np.concatenate([group.tiles for group in members])
+        pixels = np.empty((len(tiles), side, side, 3), np.uint8)
+        errors: list[str | None] = []
+        for group in members:
+            done = len(errors)
+            errors += reader.read(group, pixels[done : done + len(group.tiles)])[1]
+        yield BlockAccessor.batch_to_block(_columns(plan, numbers, tiles, pixels, errors))
 
 
 def _columns(
