@@ -26,7 +26,7 @@ def rgb(phantom):
 
 
 @pytest.fixture
-def refused(cli, tmp_path):
+def refused(cli, tmp_path, ray_session):
     """Run ``deepfere fuse``; it must be refused in one line that holds all of ``words``, leaving nothing."""
 
     def check(*arguments: object, words: tuple[str, ...], out: object = None, factor: int | None = FACTOR) -> str:
