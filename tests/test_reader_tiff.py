@@ -134,8 +134,6 @@ def test_pickled_and_read_by_threads(tmp_path):
 
 
 def test_neighbours_do_not_decode_again_and_memory_is_bounded(tmp_path, monkeypatch):
-    import deepfere.readers.slide_tiff as module
-
     path = write_jpeg_tiff(tmp_path / "s.tif", picture(512, 512), factors=(1,))
     slide = open_slide(path, backend="tiff")
     for r in range(0, 512, 96):
@@ -143,10 +141,10 @@ def test_neighbours_do_not_decode_again_and_memory_is_bounded(tmp_path, monkeypa
             slide.read(0, r, c, 96, 96)
     assert slide.decoded == 64  # misaligned windows, each native tile once
     slide.read(0, 0, 0, 512, 512)  # every native tile whole: none is wanted again
-    assert not slide._kept and slide._bytes == 0
-    monkeypatch.setattr(module, "CACHE_BYTES", 3 * 64 * 64 * 3)
+    assert not slide._kept and slide._kept.bytes == 0
+    slide._kept.most_bytes = 3 * 64 * 64 * 3
     slide.read(0, 10, 10, 400, 400)
-    assert slide._bytes <= 3 * 64 * 64 * 3 and slide._bytes == sum(t.nbytes for t in slide._kept.values())
+    assert slide._kept.bytes <= 3 * 64 * 64 * 3 and slide._kept.bytes == len(slide._kept) * 64 * 64 * 3
 
 
 def damage(path, tile, how):

@@ -145,8 +145,6 @@ def test_what_ome_zarr_py_writes(tmp_path):
 
 
 def test_neighbours_decode_a_chunk_once_and_memory_is_bounded(tmp_path, monkeypatch):
-    import deepfere.readers.slide_zarr as module
-
     slide = open_slide(write_ome_zarr(tmp_path / "s.zarr", picture(512, 512), factors=(1,)))
     slide.decoded = 0
     for r in range(0, 512, 96):
@@ -154,10 +152,10 @@ def test_neighbours_decode_a_chunk_once_and_memory_is_bounded(tmp_path, monkeypa
             slide.read(0, r, c, 96, 96)
     assert slide.decoded == 64
     slide.read(0, 0, 0, 512, 512)
-    assert not slide._kept and slide._bytes == 0
-    monkeypatch.setattr(module, "CACHE_BYTES", 3 * 64 * 64 * 3)
+    assert not slide._kept and slide._kept.bytes == 0
+    slide._kept.most_bytes = 3 * 64 * 64 * 3
     slide.read(0, 10, 10, 400, 400)
-    assert slide._bytes <= 3 * 64 * 64 * 3 and slide._bytes == sum(t.nbytes for t in slide._kept.values())
+    assert slide._kept.bytes <= 3 * 64 * 64 * 3 and slide._kept.bytes == len(slide._kept) * 64 * 64 * 3
 
 
 def test_a_damaged_chunk_is_named_and_costs_its_tiles_alone(tmp_path):

@@ -8,7 +8,6 @@ calls ``aperio`` and ``generic-tiff`` whose levels are all 8-bit RGB or YCbCr JP
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from deepfere.errors import InputError
 from deepfere.readers.jpeg import jpeg_damage, pixel_memory
+from deepfere.readers.kept_tiles import KeptTiles
 from deepfere.readers.ranges import Ranges, open_ranges
 from deepfere.readers.slide import Backend, Icc, Level, Slide, open_slide, whole_downsample
 from deepfere.readers.slide_mpp import trusted_mpp
@@ -63,9 +63,7 @@ class TiffSlide:
         )
         self.decoded = 0
         """Native tiles decoded so far."""
-        self._kept: OrderedDict[tuple[int, int, int], NDArray[np.uint8]] = OrderedDict()
-        self._bytes = 0
-        self._lock = threading.Lock()
+        self._kept = KeptTiles(CACHE_BYTES)
         self._local = threading.local()
 
     def read(
@@ -149,8 +147,7 @@ class TiffSlide:
         """
         th, tw = self.tiled[level].tile_px
         flags = {(first_row + int(r), first_col + int(c)): int(use[r, c]) for r, c in np.argwhere(use)}
-        with self._lock:
-            found = {p: self._kept.get((level, *p)) for p in flags}
+        found = dict(zip(flags, self._kept.find((level, *p) for p in flags), strict=True))
         data = self._fetch(level, [p for p, tile in found.items() if tile is None])
         for (r, c), flag in flags.items():
             tile = found[r, c]
@@ -162,7 +159,7 @@ class TiffSlide:
                     continue
             if tile is None:
                 tile = self._decode(level, r, c, data[r, c], self._buffer(th, tw, fresh=flag > 1))
-            self._remember((level, r, c), tile, flag > 1)
+            self._kept.used((level, r, c), tile, flag > 1)
             yield r, c, tile
 
     def _fetch(self, level: int, places: list[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
@@ -211,18 +208,6 @@ class TiffSlide:
                 return made
             self._local.buffer = held = made
         return held
-
-    def _remember(self, key: tuple[int, int, int], tile: NDArray[np.uint8], again: bool) -> None:
-        with self._lock:
-            if again and key not in self._kept:
-                self._kept[key] = tile
-                self._bytes += tile.nbytes
-            elif again:
-                self._kept.move_to_end(key)
-            elif key in self._kept:
-                self._bytes -= self._kept.pop(key).nbytes
-            while self._bytes > CACHE_BYTES and len(self._kept) > 1:
-                self._bytes -= self._kept.popitem(last=False)[1].nbytes
 
     def close(self) -> None:
         """See `deepfere.readers.slide.Slide.close`."""

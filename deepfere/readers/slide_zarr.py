@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
+from deepfere.readers.kept_tiles import KeptTiles
 from deepfere.readers.ranges import is_url
 from deepfere.readers.remote import TRIES, answered, holds, is_passing
 from deepfere.readers.slide import Backend, Icc, Level, open_slide, whole_downsample
@@ -78,9 +77,7 @@ class ZarrSlide:
         )
         self.decoded = 0
         """Chunks decoded so far."""
-        self._kept: OrderedDict[tuple[int, int, int], NDArray[np.uint8]] = OrderedDict()
-        self._bytes = 0
-        self._lock = threading.Lock()
+        self._kept = KeptTiles(CACHE_BYTES, copy=True)
 
     def read(self, level: int, row: int, col: int, height: int, width: int) -> NDArray[np.uint8]:
         """See `deepfere.readers.slide.Slide.read`.
@@ -102,14 +99,13 @@ class ZarrSlide:
                 out[a - row : b - row, d - col : e - col] = tile[a - y : b - y, d - x : e - x]
                 # Neighbouring windows need what this one used in part only.
                 whole = (a, b, d, e) == (y, min(y + th, h), x, min(x + tw, w))
-                self._remember((level, r, c), tile, again=not whole)
+                self._kept.used((level, r, c), tile, again=not whole)
         return out
 
     def _row(self, level: int, r: int, first: int, last: int) -> list[tuple[int, NDArray[np.uint8]]]:
         """The chunks [first, last) of one row; those that are not kept are asked for in runs, at once."""
         tw = self.levels[level].tile_px[1]
-        with self._lock:
-            found = [self._kept.get((level, r, c)) for c in range(first, last)]
+        found = self._kept.find((level, r, c) for c in range(first, last))
         out: list[tuple[int, NDArray[np.uint8]]] = []
         c = first
         while c < last:
@@ -149,19 +145,6 @@ class ZarrSlide:
         self.decoded += last - first
         kept = [axis for axis in self._axes if axis in "cyx"]
         return np.ascontiguousarray(np.asarray(values).transpose([kept.index(axis) for axis in "yxc"]))
-
-    def _remember(self, key: tuple[int, int, int], tile: NDArray[np.uint8], again: bool) -> None:
-        with self._lock:
-            if again and key not in self._kept:
-                tile = tile.copy()  # else the run that it was decoded in stays
-                self._kept[key] = tile
-                self._bytes += tile.nbytes
-            elif again:
-                self._kept.move_to_end(key)
-            elif key in self._kept:
-                self._bytes -= self._kept.pop(key).nbytes
-            while self._bytes > CACHE_BYTES and len(self._kept) > 1:
-                self._bytes -= self._kept.popitem(last=False)[1].nbytes
 
     def digest(self) -> str:
         """sha256 (hexadecimal) over shapes and pixels: all chunks of each level, or 64 evenly spaced ones."""
