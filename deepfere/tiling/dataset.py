@@ -9,6 +9,9 @@ import numpy as np
 
 from deepfere.tiling.patches import PatchReader, PatchSource
 
+MOST_BLOCKS = 16384
+"""Of a longer training steps share blocks, and several workers then mix their patches otherwise than one does."""
+
 
 class LoadPatches:
     """Callable of ``map_batches``: reads the patches of a batch of rows from the caches."""
@@ -48,7 +51,9 @@ def patch_dataset(
     """
     import ray
 
-    dataset = ray.data.from_items(rows, override_num_blocks=max(1, min(64, len(rows) // batch)))
+    # One block for what one worker takes in one step: dealt out in turn, they give every step its own patches, however
+    # many workers there are.
+    dataset = ray.data.from_items(rows, override_num_blocks=max(1, min(MOST_BLOCKS, len(rows) // batch)))
     return dataset.map_batches(
         LoadPatches,
         fn_constructor_args=([asdict(s) for s in sources], patch_px, shape_px),
