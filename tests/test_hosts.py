@@ -42,7 +42,7 @@ def command(study, place):
     def build(stage: str, work: str) -> list[str]:
         settings = [s for s in place.overrides if not s.startswith(("tracking", "train.steps"))]
         settings += [f"tracking.uri=sqlite:///{study.parent / work}.db", "train.steps=40", "model.tier=T2"]
-        settings += ["reconstruct.shard_px=32", "reconstruct.chunk_px=16"]  # several shards for each host
+        settings += ["reconstruct.shard_px=64", "reconstruct.chunk_px=16"]  # several shards for each host
         return ["deepfere", stage, str(study), "-o", str(study.parent / work), "--factor", str(FACTOR), *settings]
 
     return build
