@@ -54,7 +54,7 @@ def calm(hosts, study, command):
     log, seen = study.parent / "calm.log", set()
     running = hosts.begin(0, command("reconstruct", "calm"), log)
     while running.poll() is None:
-        seen |= {n for n in (0, 1, 2) if hosts.holds(n, "ray::MapWorker")}
+        seen |= {n for n in (0, 1, 2) if hosts.holds(n, "ray::MapWorker(MapBatches(DetailWorker))")}
         time.sleep(0.1)
     assert running.returncode == 0, log.read_text()
     assert seen == {1, 2}
