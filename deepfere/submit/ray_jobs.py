@@ -18,6 +18,8 @@ from deepfere.submit.target import Ended, Job, Target
 
 CONFIG = "deepfere-settings.yaml"
 DASHBOARD = "http://127.0.0.1:8265"
+MOST_FAILURES = 20
+"""So often the connection to a job's log is made again."""
 STOP_WAIT_S = 300
 """How long a job may take to save its work after it was told to stop. Ray's own three seconds are for nothing."""
 
@@ -100,13 +102,16 @@ class _Log:
 
     def _run(self) -> None:
         failures = 0
-        while not self.closed and failures < 20:
+        while not self.closed and failures < MOST_FAILURES:
             try:
                 asyncio.run(self._tail())
                 break
-            except Exception:
+            except Exception as error:
                 # aiohttp and Ray raise many kinds; whether the job is lost is for its status to say.
                 failures += 1
+                if failures == MOST_FAILURES:
+                    told = f"{type(error).__name__}: {error}".splitlines()[0]
+                    self._texts.append(f"the output of {self._name} cannot be followed any more ({told})\n")
                 threading.Event().wait(min(0.5 * failures, 5))
         self.ended.set()
 
