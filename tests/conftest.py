@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from threadpoolctl import threadpool_limits
 
 from deepfere.config import RaySettings, load_config
@@ -169,6 +170,14 @@ def mlflow_server(tmp_path_factory):
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(20)
+
+
+def write_study(folder: Path, phantom) -> Path:
+    """A manifest of the phantom alone, aligned as it is."""
+    section = {"name": "one", "msi": str(phantom.imzml), "slide": str(phantom.slide)}
+    section["alignment"] = str(phantom.truth / "alignment.json")
+    (folder / "study.yaml").write_text(yaml.safe_dump({"sections": [section]}))
+    return folder / "study.yaml"
 
 
 def contents(root: Path, *parts: str) -> dict[str, bytes]:

@@ -6,10 +6,9 @@ import time
 
 import numpy as np
 import pytest
-import yaml
 from safetensors.numpy import load_file
 
-from tests.conftest import FACTOR, contents
+from tests.conftest import FACTOR, contents, write_study
 from tests.hosts import Hosts, missing
 
 pytestmark = [
@@ -30,11 +29,7 @@ def hosts():
 
 @pytest.fixture(scope="module")
 def study(phantom, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("study")
-    section = {"name": "one", "msi": str(phantom.imzml), "slide": str(phantom.slide)}
-    section["alignment"] = str(phantom.truth / "alignment.json")
-    (folder / "study.yaml").write_text(yaml.safe_dump({"sections": [section]}))
-    return folder / "study.yaml"
+    return write_study(tmp_path_factory.mktemp("study"), phantom)
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 from mlflow import MlflowClient
 
-from tests.conftest import FACTOR, SETTINGS, contents
+from tests.conftest import FACTOR, SETTINGS, contents, write_study
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -99,11 +98,7 @@ def points_of(work: Path) -> dict[str, list[int]]:
 
 @pytest.fixture(scope="module")
 def study(phantom, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kills")
-    section = {"name": "one", "msi": str(phantom.imzml), "slide": str(phantom.slide)}
-    section["alignment"] = str(phantom.truth / "alignment.json")
-    (folder / "study.yaml").write_text(yaml.safe_dump({"sections": [section]}))
-    return folder / "study.yaml"
+    return write_study(tmp_path_factory.mktemp("kills"), phantom)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import yaml
 from deepfere.config import Config, load_config
 from deepfere.submit.submission import VARIABLE, tags_from_environment
 from deepfere.submit.target import Ended, Job, Tail, follow
+from tests.conftest import write_study
 from tests.test_cluster_files import operator_errors, schema_errors
 from tests.test_docs import check_command
 
@@ -36,11 +37,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def study(phantom, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("study")
-    section = {"name": "one", "msi": str(phantom.imzml), "slide": str(phantom.slide)}
-    section["alignment"] = str(phantom.truth / "alignment.json")
-    (folder / "study.yaml").write_text(yaml.safe_dump({"sections": [section]}))
-    return folder / "study.yaml"
+    return write_study(tmp_path_factory.mktemp("study"), phantom)
 
 
 @pytest.fixture
