@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -102,7 +102,7 @@ def plain_steps_per_s(*, settings: Any, sections: Any, sources: Any, train: Any,
 
 def reconstruction(manifest: Path, work: Path, settings: list[str], rows: list[Row]) -> None:
     """Reconstruct by the pipeline; when it hands its shards to Ray, carry them out in a loop as well."""
-    on_ray, window, model_s = write.run_rows, DetailModel.window, [0.0]
+    planned, window, model_s = write.shard_phases, DetailModel.window, [0.0]
     found: dict[str, float] = {}
 
     def timed(self: Any, *arguments: Any) -> Any:
@@ -112,24 +112,24 @@ def reconstruction(manifest: Path, work: Path, settings: list[str], rows: list[R
         finally:
             model_s[0] += time.perf_counter() - began
 
-    def both(todo: Any, worker: Any, arguments: Any, **options: Any) -> Any:
-        todo = list(todo)
-        apart = (*arguments[:3], str(work / "benchmark-journal"), *arguments[4:])
-        loop = worker(*apart)
-        with mock.patch.object(DetailModel, "window", timed):
+    def both(*about: Any) -> Any:
+        for phase in planned(*about):
+            todo, arguments = list(phase.rows), phase.arguments
+            apart = (*arguments[:3], str(work / "benchmark-journal"), *arguments[4:])
+            loop = phase.worker(*apart)
+            with mock.patch.object(DetailModel, "window", timed):
+                began = time.perf_counter()
+                for row in todo:
+                    loop.carry_out([row])
+                found["plain_s"] = time.perf_counter() - began
+            found["cores"] = ray.cluster_resources()["CPU"]
+            found["shards"] = len(todo)
+            yield replace(phase, arguments=apart, rows=todo[:2], count=2)  # actors started, modules imported
             began = time.perf_counter()
-            for row in todo:
-                loop.work(row)
-            found["plain_s"] = time.perf_counter() - began
-        found["cores"] = ray.cluster_resources()["CPU"]
-        found["shards"] = len(todo)
-        on_ray(todo[:2], worker, apart, **options)  # workers started, modules imported
-        began = time.perf_counter()
-        out = on_ray(todo, worker, arguments, **options)
-        found["ray_s"] = time.perf_counter() - began
-        return out
+            yield replace(phase, rows=todo)
+            found["ray_s"] = time.perf_counter() - began
 
-    with mock.patch.object(write, "run_rows", both):
+    with mock.patch.object(write, "shard_phases", both):
         run_stage("reconstruct", manifest, work, overrides=settings, factor=FACTOR, progress=_silent)
     rate = found["plain_s"] / found["ray_s"] / found["cores"]
     rows += [

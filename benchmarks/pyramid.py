@@ -58,14 +58,16 @@ def make(folder: Path, name: str, side_px: int) -> Path:
 
 def ours(path: str) -> None:
     """Levels 1 and up, by the worker that a result's pyramid is built with."""
-    from deepfere.cluster import Journal
     from deepfere.reconstruction.pyramid import PyramidWorker, pyramid_rows
+    from deepfere.store import open_group
 
-    journal = Journal(Path(path).with_suffix(".journal"), "benchmark")
-    worker = PyramidWorker(path, str(journal.folder), journal.fingerprint)
-    for level in pyramid_rows(path, ["image"], LEVELS):
-        for row in level:
-            worker.work(row)
+    image: Any = open_group(path)["image"]
+    worker = PyramidWorker(path, str(Path(path).with_suffix(".journal")), "benchmark")
+    for level in range(1, LEVELS):
+        array = image[str(level)]
+        counts = -(-array.shape[1] // array.shards[1]), -(-array.shape[2] // array.shards[2])
+        for row in pyramid_rows(level, {"image": counts}):
+            worker.carry_out([row])
 
 
 def peer(path: str, out: str, levels: int) -> None:

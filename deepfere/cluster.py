@@ -1,4 +1,4 @@
-"""The one place that starts or joins Ray, and the one way that planned rows are carried out on it."""
+"""The one place that starts or joins Ray; journals of what is done."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ import sys
 import tempfile
 import threading
 import uuid
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from deepfere.config import RaySettings
-from deepfere.errors import DeepfereError, InputError, system_text
-from deepfere.stopping import current, requested, saving
+from deepfere.errors import DeepfereError, InputError
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -178,16 +176,11 @@ class Journal:
         self._file = self.folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
 
     def done(self) -> dict[str, dict[str, Any]]:
-        """Finished units by key. A torn last line (a killed writer) is ignored."""
+        """Finished units by key, with what was recorded of each. A torn last line (a killed writer) is ignored."""
         out: dict[str, dict[str, Any]] = {}
-        for path in sorted(self.folder.glob("*.jsonl")) if self.folder.exists() else []:
-            for line in path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    continue
-                if record.get("fingerprint") == self.fingerprint:
-                    out[record["unit"]] = record
+        for record in records_in(self.folder):
+            if record.get("fingerprint") == self.fingerprint:
+                out.update(record["units"])
         return out
 
     def clear(self) -> None:
@@ -195,149 +188,23 @@ class Journal:
         for path in self.folder.glob("*.jsonl"):
             path.unlink(missing_ok=True)
 
-    def record(self, unit: str, **values: Any) -> None:
-        """Add a finished unit; on disk when this returns."""
+    def record(self, units: Mapping[str, Mapping[str, Any]]) -> None:
+        """Add finished units, each with plain values to keep; on disk when this returns: all of them, or none."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"unit": unit, "fingerprint": self.fingerprint, **values})
+        line = json.dumps({"fingerprint": self.fingerprint, "units": units}, separators=(",", ":"))
         with self._file.open("a") as handle:
             handle.write(line + "\n")
             handle.flush()
             os.fsync(handle.fileno())
 
 
-class RowWorker(ABC):
-    """Base of the actors that carry out planned rows: one row in, a small record out.
-
-    Subclasses implement `work`; an exception becomes an ``error`` column, never a lost block.
-    """
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Ray Data's entry: a batch of one row: ``row`` (JSON), and ``stop``, the file that says to begin no more."""
-        import torch
-
-        torch.set_num_threads(1)
-        out: list[str] = []
-        for text, stop in zip(batch["row"], batch["stop"], strict=True):
-            row = json.loads(str(text))
+def records_in(folder: Path) -> Iterator[dict[str, Any]]:
+    """The records of a journal's files: of any fingerprint, each with its ``units``."""
+    for path in sorted(folder.glob("*.jsonl")) if folder.exists() else []:
+        for line in path.read_text().splitlines():
             try:
-                if requested(str(stop)):
-                    out.append(json.dumps({"unit": row["unit"], "error": None, "stopped": True}))
-                    continue
-                out.append(json.dumps({**self.work(row), "unit": row["unit"], "error": None}))
-            except InputError as error:
-                parts = {"what": error.what, "where": error.where and str(error.where), "remedy": error.remedy}
-                out.append(json.dumps({"unit": row["unit"], "error": str(error), "input": parts}))
-            except Exception as error:
-                told = f"{type(error).__name__}: {error}"
-                if isinstance(error, OSError) and error.errno is not None:
-                    told = system_text(error)
-                out.append(json.dumps({"unit": row["unit"], "error": told}))
-        import numpy as np
-
-        return {"record": np.array(out, dtype=object)}
-
-    @abstractmethod
-    def work(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Carry out one row; returns plain values."""
-
-
-def run_rows(
-    rows: Iterable[dict[str, Any]],
-    worker: type[RowWorker],
-    arguments: tuple[Any, ...],
-    *,
-    what: str,
-    on_done: Callable[[dict[str, Any]], None] | None = None,
-    num_cpus: float = 1.0,
-    num_gpus: float = 0.0,
-    inline_up_to: int = 0,
-) -> list[dict[str, Any]]:
-    """Carry out rows on Ray Data actors; pixels stay in the actors, rows and records are small.
-
-    Args:
-        rows: Plain dicts with a key ``unit``.
-        worker: A `RowWorker` class; built once per actor with ``arguments``.
-        arguments: Constructor arguments.
-        what: Name of the work for messages.
-        on_done: Called in the driver with each record as it arrives.
-        num_cpus: CPUs per actor.
-        num_gpus: GPUs per actor.
-        inline_up_to: So few rows are carried out right here: starting actors would cost more.
-
-    Returns:
-        The records, in no particular order.
-
-    Raises:
-        InputError: Some rows failed, all of them because of the input; the others are done.
-        DeepfereError: Some rows failed for another reason.
-        Stopped: The run was asked to stop; rows that had been begun are done.
-    """
-    stop = str(current() or "")
-    items = [{"row": json.dumps(row), "stop": stop} for row in rows]
-    if not items:
-        return []
-    records: list[dict[str, Any]] = []
-    failed: list[dict[str, Any]] = []
-
-    def collect(found: Iterable[dict[str, Any]]) -> None:
-        for record in found:
-            if record.get("stopped"):
+                record = json.loads(line)
+            except json.JSONDecodeError:
                 continue
-            (failed if record["error"] else records).append(record)
-            if on_done:
-                on_done(record)
-
-    with saving():
-        if len(items) <= inline_up_to:
-            here = worker(*arguments)
-            collect(json.loads(str(t)) for item in items for t in here({k: [v] for k, v in item.items()})["record"])
-        else:
-            _on_actors(items, worker, arguments, collect, what, num_cpus, num_gpus)
-    if failed:
-        first = failed[0]
-        if all("input" in record for record in failed):
-            told = first["input"]
-            raise InputError(
-                f"{told['what']} ({what}: {len(failed)} of {len(items)} pieces failed)",
-                where=told["where"],
-                remedy=told["remedy"],
-            )
-        raise DeepfereError(
-            f"{what}: {len(failed)} of {len(items)} pieces failed; first {first['unit']}: {first['error']}"
-        )
-    return records
-
-
-def _on_actors(
-    items: list[dict[str, str]],
-    worker: type[RowWorker],
-    arguments: tuple[Any, ...],
-    collect: Callable[[Iterable[dict[str, Any]]], None],
-    what: str,
-    num_cpus: float,
-    num_gpus: float,
-) -> None:
-    import ray
-    from ray.exceptions import RayError
-
-    available = ray.cluster_resources().get("CPU", 1.0)
-    size = max(1, min(len(items), int(available / num_cpus)))
-    dataset: Any = ray.data.from_items(items, override_num_blocks=min(len(items), 4 * size))
-    dataset = dataset.map_batches(
-        worker,
-        fn_constructor_args=arguments,
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=size),
-        num_cpus=num_cpus,
-        num_gpus=num_gpus or None,
-    )
-    try:
-        collect(_records(dataset))
-    except RayError as error:
-        raise DeepfereError(f"{what}: {last_line(error)}") from error
-
-
-def _records(dataset: Any) -> Iterator[dict[str, Any]]:
-    for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"):
-        for text in batch["record"]:
-            yield json.loads(str(text))
+            if isinstance(record.get("units"), dict):
+                yield record

@@ -49,7 +49,7 @@ def calm(hosts, study, command):
     log, seen = study.parent / "calm.log", set()
     running = hosts.begin(0, command("reconstruct", "calm"), log)
     while running.poll() is None:
-        seen |= {n for n in (0, 1, 2) if hosts.holds(n, "ray::MapWorker(MapBatches(DetailWorker))")}
+        seen |= {n for n in (0, 1, 2) if hosts.holds(n, "ray::Rows(reconstruct)")}
         time.sleep(0.1)
     assert running.returncode == 0, log.read_text()
     assert seen == {1, 2}
@@ -89,7 +89,7 @@ def test_a_host_is_cut_off_while_it_trains_and_comes_back(calm, hosts, study, co
 def test_a_host_is_cut_off_while_it_reconstructs(calm, hosts, study, command):
     log = study.parent / "torn.log"
     running = hosts.begin(0, command("reconstruct", "torn"), log)
-    while not hosts.holds(2, "ray::MapWorker(MapBatches(DetailWorker))"):
+    while not hosts.holds(2, "ray::Rows(reconstruct)"):
         assert running.poll() is None, log.read_text()
         time.sleep(0.02)
     hosts.cut(2)

@@ -293,13 +293,13 @@ def test_unfinished_work(tmp_path):
     with work.stage("learn", 1):
         pass
     journal = Journal(work.section("left-lobe").journal / "reconstruct", "f")
-    journal.record("0/0/0")
-    journal.record("0/0/1")
+    journal.record({"0/0/0": {}})
+    journal.record({"0/0/1": {}, "0/0/2": {}})
     found = describe(work.root)
     said = facts(found)
     assert found.whole is False and said["identity"] == "abc" and said["sections"] == "1"
     assert said["left-lobe"].startswith("ingest done in ") and "align" not in said["left-lobe"]
-    assert "reconstruct begun, 2 pieces recorded" in said["left-lobe"]
+    assert "reconstruct begun, 3 pieces recorded" in said["left-lobe"]
     assert said["all sections"].startswith("learn done in ")
 
 

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
+from deepfere.cluster import records_in
 from tests.conftest import FACTOR, SETTINGS, contents, write_study
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -76,8 +77,9 @@ def step_of(work: Path) -> int:
 
 
 def shards_of(work: Path) -> int:
-    """Lines in all journals of the reconstruction."""
-    return sum(len(f.read_text().splitlines()) for f in work.glob("sections/*/journal/reconstruct/*.jsonl"))
+    """Shards in all journals of the reconstruction."""
+    folders = work.glob("sections/*/journal/reconstruct")
+    return sum(len(record["units"]) for folder in folders for record in records_in(folder))
 
 
 def weights_of(work: Path) -> bytes:
@@ -165,10 +167,10 @@ def test_reconstruction_is_killed_at_ten_random_moments(study, tiled, calm):
     order, kills, killed_driver = random.Random(0), 0, False
     while True:
         run = Run("reconstruct", study, work, study.parent / "moments.log")
-        run.wait_for(lambda run=run: run.workers("ray::MapWorker") or run.process.poll() is not None)
+        run.wait_for(lambda run=run: run.workers("ray::Rows(reconstruct)") or run.process.poll() is not None)
         while run.process.poll() is None:
             time.sleep(order.uniform(0.05, 0.6))
-            workers = run.workers("ray::MapWorker")
+            workers = run.workers("ray::Rows(reconstruct)")
             if kills >= 4 and not killed_driver and shards_of(work):
                 done = shards_of(work)
                 run.kill_driver()

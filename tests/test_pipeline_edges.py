@@ -11,9 +11,11 @@ import yaml
 import zarr
 
 import deepfere
-from deepfere.cluster import RowWorker, one_thread, run_rows
+from deepfere.cluster import one_thread
 from deepfere.errors import DeepfereError, InputError
-from deepfere.pipeline import check, fuse, overview, track, write
+from deepfere.pipeline import check, fuse, overview, seal, track
+from deepfere.rows import RowWorker
+from deepfere.schedule import run_rows
 from tests.conftest import FACTOR
 
 pytestmark = pytest.mark.ray
@@ -135,7 +137,7 @@ def test_a_tracking_store_that_stops_answering_costs_no_work(plain, tmp_path, mo
 
 def test_a_full_disk_is_one_line_and_resumes(plain, phantom, place, tmp_path, monkeypatch, cli):
     with monkeypatch.context() as patch:
-        patch.setattr(write, "settle", full)
+        patch.setattr(seal, "settle", full)
         command = ["fuse", phantom.imzml, "--no-guide", "-o", tmp_path / "r.zarr", "--factor", FACTOR]
         done = cli(*command, *place.overrides)
     assert done.code == 1 and len(done.errors) == 1, done
@@ -170,7 +172,7 @@ def test_the_old_result_stands_until_the_new_one_is_complete(plain, tmp_path):
 
 def test_overwriting_begins_anew(plain, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(write, "settle", full)
+        patch.setattr(seal, "settle", full)
         with pytest.raises(DeepfereError):
             plain()
         stages = []
@@ -216,7 +218,7 @@ class Coarse:
 
 def test_a_window_is_judged_against_the_whole_ion(fused, monkeypatch):
     monkeypatch.setattr(check, "consistency", lambda image, y, factor, seen: 1.0)
-    found = check.check_ions(Coarse(fused, 3), False, 0, lambda *_: None)
+    found = check.check_ions(Coarse(fused, 3), False, 0)
     assert (found <= 1).all() and (found < 0.99).any()
 
 

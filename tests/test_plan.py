@@ -311,6 +311,6 @@ def test_a_shard_of_planes_is_whole_and_on_disk_before_it_is_recorded(tmp_path, 
     values = np.full((7, 60, 50), 9, np.uint8)
     monkeypatch.setattr(cache, "compute_shard", lambda *_: values)
     monkeypatch.setattr(cache, "sync_shard", lambda *_: seen.append((file.stat().st_size > 4, journal.done())))
-    CacheWorker(spec, str(journal.folder), "abc").work({"unit": "0/0", "row": 0, "col": 0})
+    CacheWorker(spec, str(journal.folder), "abc").carry_out([{"unit": "0/0", "row": 0, "col": 0}])
     assert seen == [(True, {})] and set(journal.done()) == {"0/0"}
     assert (np.asarray(open_group(spec.url, "r")["planes"][:]) == 9).all()

@@ -7,7 +7,8 @@ import pytest
 
 from deepfere.cluster import Journal
 from deepfere.reconstruction.ome import level_shapes
-from deepfere.reconstruction.pyramid import build_pyramid, halve, pixels_below
+from deepfere.reconstruction.pyramid import halve, level_counts, pixels_below, pyramid_phases
+from deepfere.schedule import run_jobs
 from deepfere.store import create_array, open_group
 
 
@@ -72,7 +73,13 @@ def test_detail_and_stain_on_disk(tmp_path):
         for k, s in enumerate(shapes):
             create_array(parent, str(k), (c, *s), image.dtype, (c, 16, 16), (c, 32, 32))
         parent["0"][:] = image
-    build_pyramid(str(tmp_path / "r.zarr"), list(full), levels, Journal(tmp_path / "journal", "x"))
+    journal, told = Journal(tmp_path / "journal", "x"), []
+    for _ in range(2):  # the second time nothing is left to do
+        phases = pyramid_phases(
+            str(tmp_path / "r.zarr"), level_counts(shapes, 32, list(full)), journal, progress=told.append
+        )
+        run_jobs([("r", phases)], title="pyramid", here=True)
+    assert len(told) == len(journal.done()) == 10 and told[-1] == 1.0
     for k in range(1, levels):
         # Every level is rounded when it is stored: half precision, and whole grey values.
         np.testing.assert_allclose(group["detail"][str(k)][:], direct(full["detail"], k), rtol=2e-3, atol=2e-3)

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import tifffile
 
-from deepfere.cluster import Journal, run_rows
+from deepfere.cluster import Journal
 from deepfere.errors import DeepfereError, InputError, system_text
 from deepfere.model.artefacts import Artefacts
 from deepfere.model.features import StainReference
 from deepfere.readers.slide import Reading, open_slide
 from deepfere.reconstruction.shards import CacheWorker
+from deepfere.schedule import run_rows
 from deepfere.store import shard_object
 from deepfere.tiling.cache import CacheSpec, create_cache
 from deepfere.tiling.plan import SHARD_PX, PlaneGrid

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ import torch
 from mlflow import MlflowClient
 
 from deepfere import stopping
-from deepfere.cluster import RowWorker, run_rows
 from deepfere.config import load_config
 from deepfere.errors import InputError
 from deepfere.pipeline.workspace import Workspace
+from deepfere.pipeline.write import shard_phases
+from deepfere.rows import RowWorker
+from deepfere.schedule import run_rows
 from deepfere.training import trainer
 from tests.conftest import FACTOR, contents
 
@@ -105,8 +108,10 @@ class Slow(RowWorker):
     """Rows take a while, so that most have not begun when the third asks for the stop."""
 
     def work(self, row):
+        file = Path(row["file"])
+        (file.parent / f"begun-{row['unit']}").touch()
         if row["unit"] == "3":
-            stopping.request(Path(row["file"]), "by a worker")
+            stopping.request(file, "by a worker")
         time.sleep(0.05)
         return {}
 
@@ -120,7 +125,8 @@ def test_rows_that_were_begun_are_done_and_no_others(watch, request, inline):
     rows = [{"unit": str(n), "file": str(watch)} for n in range(1, 41)]
     with pytest.raises(stopping.Stopped, match="by a worker"):
         run_rows(rows, Slow, (), what="rows", on_done=lambda r: done.append(r["unit"]), inline_up_to=inline)
-    assert set(done) >= {"1", "2", "3"} and len(done) < 40
+    begun = {file.name.removeprefix("begun-") for file in watch.parent.glob("begun-*")}
+    assert "3" in done and len(done) < 40 and set(done) == begun
     if inline:
         assert done == ["1", "2", "3"]
 
@@ -196,15 +202,17 @@ def test_a_run_that_was_stopped_twice_ends_with_the_same_bytes(cli, phantom, pla
     # Between two reports (every second step): what is not in the history yet is saved, too.
     assert (saved["step"], saved["history"], saved["count"]) == (1, [], 1)
 
-    def in_reconstruction(*rows, on_done, **more):
-        def tell(record):
-            stopping.request(work / "stop", "in reconstruction")
-            on_done(record)
+    def in_reconstruction(*about):
+        for phase in shard_phases(*about):
 
-        return run_rows(*rows, on_done=tell, **more)
+            def tell(record, phase=phase):
+                stopping.request(work / "stop", "in reconstruction")
+                phase.on_done(record)
+
+            yield replace(phase, on_done=tell)
 
     with monkeypatch.context() as patched:
-        patched.setattr("deepfere.pipeline.write.run_rows", in_reconstruction)
+        patched.setattr("deepfere.pipeline.write.shard_phases", in_reconstruction)
         done = fuse()
     assert done.code == 1 and "stopped (in reconstruction)" in done.err, done
     assert not out.exists() and states() == ["KILLED"]

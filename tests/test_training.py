@@ -1,13 +1,16 @@
-"""The training step without Ray: parts of a batch, precision, devices, the clock of the input."""
+"""The training step without Ray: parts of a batch, precision, devices, the clock of the input; and shared by four."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from deepfere.frame import Alignment, SectionGrid
 from deepfere.model.features import FEATURES, PLANES
@@ -16,6 +19,7 @@ from deepfere.store import create_array, open_group
 from deepfere.tiling.patches import PatchReader, PatchSource, core_window
 from deepfere.training.loop import INDICES, JointModel, LoopSettings, SectionTask, on_device, train_step
 from deepfere.training.worker import Clock
+from tests.conftest import FACTOR, SETTINGS, write_study
 
 K, PATCH, CONTEXT, DEPTH = 2, 20, 5, 1
 F = len(FEATURES)
@@ -144,3 +148,30 @@ def test_the_clock_tells_waiting_from_work():
     reading = clock.reading()
     assert 0.3 < reading["input_wait"] < 0.7
     assert Clock().reading() == {}
+
+
+@pytest.mark.ray
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_four_workers_learn_what_one_learns(phantom, ray_session, tmp_path, cli):
+    """The same global batch, by one worker and a quarter each: the same losses, the same weights to rounding."""
+    study = write_study(tmp_path, phantom)
+    settings = [s for s in SETTINGS if not s.startswith(("train.batch", "train.steps"))]
+    settings += ["train.batch=4", "train.steps=24", "model.tier=T2", "tracking.uri=none"]
+
+    def train(workers):
+        work = tmp_path / f"work-{workers}"
+        shutil.copytree(tmp_path / "tiled", work)
+        done = cli("train", study, "-o", work, "--factor", FACTOR, *settings, f"train.workers={workers}")
+        assert done.code == 0, done
+        history = json.loads((work / "done" / "learn.json").read_text())["history"]
+        return history, load_file(work / "sections" / "one" / "network.safetensors")
+
+    done = cli("tile", study, "-o", tmp_path / "tiled", "--factor", FACTOR, *settings)
+    assert done.code == 0, done
+    (history, one), (theirs, four) = train(1), train(4)
+    assert [entry["step"] for entry in history] == list(range(2, 25, 2))
+    for entry, other in zip(history, theirs, strict=True):
+        assert entry == pytest.approx(other, rel=1e-4)
+    for name, value in one.items():
+        assert np.abs(value - four[name]).max() <= 1e-3 * max(np.abs(value).max(), 1e-6), name

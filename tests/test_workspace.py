@@ -61,7 +61,7 @@ def test_unreadable_markers_count_as_absent(work):
         assert facts is not None
     for text in ("", '{"finger', "[1]"):
         (work.root / "done" / "ingest.json").write_text(text)
-        assert work.facts("ingest") == {} and work.timings_s() == {}
+        assert work.facts("ingest") == {} and work.timings_s("one") == {}
         with work.stage("ingest", 1) as facts:
             assert facts is not None
         (work.root / "identity.json").write_text(text)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deepfere.cluster import records_in
 from deepfere.errors import InputError
 from deepfere.inspect.files import add_alignment
 from deepfere.inspect.notes import Description, Notes, add_mask, count_text, pair_text, sample, size_text
@@ -271,8 +272,8 @@ def _stages(root: Path, section: str | None, journals: Path | None, notes: Notes
         if marker.exists():
             out.append(f"{stage} done in {_json(marker, notes).get('seconds', 0):g} s")
         elif journals is not None and (journals / stage).is_dir():
-            lines = [line for file in (journals / stage).glob("*.jsonl") for line in file.read_text().splitlines()]
-            out.append(f"{stage} begun, {count_text(len(lines), 'piece')} recorded")
+            pieces = sum(len(record["units"]) for record in records_in(journals / stage))
+            out.append(f"{stage} begun, {count_text(pieces, 'piece')} recorded")
     return ", ".join(out)
 
 

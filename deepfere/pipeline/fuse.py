@@ -16,16 +16,18 @@ from deepfere.pipeline.deep import check_patches
 from deepfere.pipeline.learn import learn_stage
 from deepfere.pipeline.overview import section_pieces
 from deepfere.pipeline.prepare import align_stage, ingest_stage, msi_input_digest, prepared
+from deepfere.pipeline.seal import Outcome
 from deepfere.pipeline.tile import tile_stage
 from deepfere.pipeline.track import check_tracking, tracked
 from deepfere.pipeline.workspace import Progress, Workspace
-from deepfere.pipeline.write import Outcome, claim_result, reconstruct_stage
+from deepfere.pipeline.write import claim_result, reconstruct_phases
 from deepfere.readers.digest import content_digest
 from deepfere.readers.mis import MIS, read_mis, teaching_points_beside
 from deepfere.readers.ranges import is_url
 from deepfere.readers.slide import slide_digest
 from deepfere.readers.slide_zarr import is_zarr
 from deepfere.reconstruction.result import Result, open
+from deepfere.schedule import run_jobs
 from deepfere.section import EACH, Section, make_section
 from deepfere.stopping import looking, watched
 from deepfere.tiling.plan import check_range
@@ -291,6 +293,8 @@ def _run(
             history = learn_stage([prep], [inputs], work, config, progress, f"run-{identity[:12]}")
             model = run.log_learning([prep], [inputs], history, work.facts("learn").get("timing", {}))
             outcome = Outcome(identity, inputs, run.describe(), model, [])
-            result = reconstruct_stage(prep, target, [inputs, config.digest()], outcome, work, config, progress)
+            phases = reconstruct_phases(prep, target, [inputs, config.digest()], outcome, work, config, progress)
+            run_jobs([(section.name, phases)], title="reconstruct", here=not config.guide)
+            result = Result(target)
             run.log_result(result)
         return result

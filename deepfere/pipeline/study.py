@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,26 +22,27 @@ from deepfere.pipeline.fuse import (
     check_files,
     check_output,
     check_resources,
-    identity_of,
     input_digests,
     with_teaching_points,
 )
 from deepfere.pipeline.given import GivenModel
 from deepfere.pipeline.ions import shared_ions
+from deepfere.pipeline.job import Job
 from deepfere.pipeline.learn import learn_stage, same_ions
 from deepfere.pipeline.prepare import Prepared, align_stage, ingest_stage, is_ingested, prepared
+from deepfere.pipeline.seal import Outcome
 from deepfere.pipeline.tile import tile_stage
 from deepfere.pipeline.track import Run, tracked
 from deepfere.pipeline.workspace import Progress, Workspace
-from deepfere.pipeline.write import Outcome, claim_result, reconstruct_stage
+from deepfere.pipeline.write import reconstruct_phases
 from deepfere.readers.imzml import read_index
 from deepfere.readers.table import is_table, open_table
-from deepfere.reconstruction.result import open
+from deepfere.reconstruction.result import Result, open
+from deepfere.rows import Phases
+from deepfere.schedule import pool, run_jobs
 from deepfere.section import EACH, Section, Study, load_study, validated
 from deepfere.stopping import looking, watched
 from deepfere.tiling.plan import check_range
-
-STAGES = ("ingest", "align", "tile", "train", "reconstruct")
 
 
 def given_model(uri: str, config: Config) -> tuple[GivenModel, dict[str, str]]:
@@ -190,7 +189,8 @@ def run_stage(
         failures = Failures(len(sections), work)
         try:
             with work.failures(), one_thread():
-                lines = _prepare_all(job, work, failures, progress)
+                with pool("prepare"):
+                    lines = _prepare_all(job, work, failures, progress)
                 if job.depth >= 3:
                     lines = _learn_and_write(job, work, failures, progress)
                 failures.stop()
@@ -225,54 +225,6 @@ def _all_digests(sections: list[Section], config: Config) -> list[dict[str, str]
     if missing:
         raise SectionFailures(missing, len(sections), "nothing was begun")
     return out
-
-
-@dataclass(frozen=True)
-class Job:
-    """One stage of a study, with everything that it depends on.
-
-    Attributes:
-        stage: One of `STAGES`.
-        config: Settings.
-        sections: The manifest's sections.
-        inputs: Digests of what the user gave, per section.
-        target: Working folder.
-        given: A registered model in the place of training.
-        named: Its name and version.
-        overwrite: Replace results of other inputs or settings.
-    """
-
-    stage: str
-    config: Config
-    sections: list[Section]
-    inputs: list[dict[str, str]]
-    target: Path
-    given: GivenModel | None
-    named: dict[str, str]
-    overwrite: bool
-
-    @property
-    def depth(self) -> int:
-        """How many stages come before."""
-        return STAGES.index(self.stage)
-
-    @cached_property
-    def identity(self) -> str:
-        """Hash of all inputs and settings."""
-        return identity_of(self.sections, self.inputs, self.config)
-
-    def own(self, n: int) -> str:
-        """Identity of one section's result: it depends on the whole study."""
-        told = [self.inputs[n], {"study": self.identity, "model": str(self.named)}]
-        return identity_of([self.sections[n]], told, self.config)
-
-    def result(self, n: int) -> Path:
-        """Where one section's result goes."""
-        return self.target / "results" / f"{self.sections[n].name}.zarr"
-
-    def finished(self, n: int) -> bool:
-        """Whether one section's result stands there and is to stay; refuses another one."""
-        return claim_result(self.result(n), self.own(n), self.overwrite)
 
 
 def _prepare_all(job: Job, work: Workspace, failures: Failures, progress: Progress) -> list[str]:
@@ -329,33 +281,66 @@ def _prepare(
 
 
 def _learn_and_write(job: Job, work: Workspace, failures: Failures, progress: Progress) -> list[str]:
-    inputs, config, given = job.inputs, job.config, job.given
-    preps = [prepared(section, work, config) for section in job.sections]
-    lines: list[str] = []
-    with tracked(work, job.sections, inputs, config, job.target.name) as run:
-        history = learn_stage(preps, inputs, work, config, progress, f"run-{job.identity[:12]}", given)
-        registered = job.named or run.log_learning(preps, inputs, history, work.facts("learn").get("timing", {}))
+    with tracked(work, job.sections, job.inputs, job.config, job.target.name) as run:
+        registered = _learn(job, work, run, progress)
         if job.stage == "train":
             where = f" (registered as {registered['name']} {registered['version']})" if registered else ""
-            return [f"{p.section.name}: fitted{where}" for p in preps]
-        for n, prep in enumerate(preps):
-            out = job.result(n)
-            if not job.finished(n):
-                outcome = Outcome(job.own(n), inputs[n], run.describe(), registered, [])
-                tell = _labelled(progress, prep.section.name if len(preps) > 1 else "")
-                depends = [inputs[n], config.digest(), given.digest if given else None]
-                if not failures.of(
-                    prep.section.name,
-                    "reconstruct",
-                    partial(_write, run, prep, out, depends, outcome, work, config, tell),
-                ):
-                    continue
-            lines.append(f"{prep.section.name}: {open(out)!r}")
-    return lines
+            return [f"{section.name}: fitted{where}" for section in job.sections]
+        tell = _Together(progress, len(job.sections))
+        sections = ((s.name, _write(job, n, work, run, registered, tell)) for n, s in enumerate(job.sections))
+        run_jobs(sections, title="reconstruct", here=not job.config.guide, failed=partial(_failed, failures))
+    broken = set(failures.names)
+    return [f"{s.name}: {open(job.result(n))!r}" for n, s in enumerate(job.sections) if s.name not in broken]
 
 
-def _write(run: Run, *to_write: Any) -> None:
-    run.log_result(reconstruct_stage(*to_write))
+def _learn(job: Job, work: Workspace, run: Run, progress: Progress) -> dict[str, str]:
+    """All sections together; name and version of the model that is registered, or was given."""
+    preps = [prepared(section, work, job.config) for section in job.sections]
+    name = f"run-{job.identity[:12]}"
+    history = learn_stage(preps, job.inputs, work, job.config, progress, name, job.given)
+    timing = work.facts("learn").get("timing", {})
+    return job.named or run.log_learning(preps, job.inputs, history, timing)
+
+
+def _write(job: Job, n: int, work: Workspace, run: Run, registered: dict[str, str], tell: _Together) -> Phases:
+    """One section, from level 0 to the result in its place."""
+    if not job.finished(n):
+        section, out = job.sections[n], job.result(n)
+        outcome = Outcome(job.own(n), job.inputs[n], run.describe(), registered, [])
+        depends = [job.inputs[n], job.config.digest(), job.given.digest if job.given else None]
+        prep = prepared(section, work, job.config)
+        yield from reconstruct_phases(prep, out, depends, outcome, work, job.config, tell.of(section.name))
+        run.log_result(Result(out))
+    tell.end(job.sections[n].name)
+
+
+def _failed(failures: Failures, name: str, error: Exception) -> None:
+    def fail() -> None:
+        raise error
+
+    failures.of(name, "reconstruct", fail)
+
+
+class _Together:
+    """Progress of sections that are worked on at the same time."""
+
+    def __init__(self, progress: Progress, sections: int) -> None:
+        self._progress, self._sections, self._ended = progress, sections, 0
+        self._shares: dict[str, float] = {}
+
+    def of(self, section: str) -> Progress:
+        """What one of them tells."""
+
+        def tell(stage: str, share: float) -> None:
+            self._shares[section] = share
+            self._progress(stage, (self._ended + sum(self._shares.values())) / self._sections)
+
+        return tell
+
+    def end(self, section: str) -> None:
+        """It is done."""
+        self._shares.pop(section, None)
+        self._ended += 1
 
 
 def _labelled(progress: Progress, name: str) -> Progress:

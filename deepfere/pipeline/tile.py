@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deepfere.cluster import Journal, connect, run_rows
+from deepfere.cluster import Journal, connect
 from deepfere.config import Config, digest
 from deepfere.frame import Alignment
 from deepfere.model.artefacts import Artefacts
@@ -24,6 +24,7 @@ from deepfere.pipeline.prepare import Prepared
 from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace, write_json
 from deepfere.readers.slide import Reading
 from deepfere.reconstruction.shards import CacheWorker, PoolWorker
+from deepfere.schedule import run_rows
 from deepfere.store import create_array, open_group
 from deepfere.tiling.cache import CacheSpec, create_cache, is_cache
 from deepfere.tiling.plan import needed_shards, plan_planes, plan_windows
@@ -69,7 +70,7 @@ def tile_stage(
     progress: Progress,
     depth: int | None = None,
 ) -> None:
-    """Plan, then decode the slide once into the plane cache (Ray Data), then average over footprints.
+    """Plan, then decode the slide once into the plane cache (on Ray), then average over footprints.
 
     Args:
         prep: The section, aligned.

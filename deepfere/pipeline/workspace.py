@@ -26,6 +26,9 @@ from deepfere.store import sync
 
 Progress = Callable[[str, float], None]
 
+STAGES = ("look", "sample", "ions", "ingest", "align", "tile", "learn", "reconstruct")
+"""Names of the markers, in the order in which the stages are done."""
+
 IDENTITY, LOCK = "identity.json", "lock"
 OURS = ("done", "sections", "training", "failure.log", STOP, IDENTITY)
 """What a workspace owns in its folder. A study's results lie beside these and are no work."""
@@ -344,13 +347,13 @@ class Workspace:
         """What a finished stage recorded."""
         return read_json(self._marker(stage, section)) or {}
 
-    def timings_s(self) -> dict[str, float]:
-        """Seconds per finished stage, in the order in which they finished."""
-        folder = self.root / "done"
-        files = sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime) if folder.exists() else []
-        facts = {path.stem: read_json(path) or {} for path in files}
-        # Markers without a fingerprint are notes (the MLflow run), not stages.
-        return {name.removesuffix("-section"): f["seconds"] for name, f in facts.items() if "fingerprint" in f}
+    def timings_s(self, section: str) -> dict[str, float]:
+        """Seconds per finished stage, of the study and of one section, in the order in which they finished."""
+        own, folder = f"-{section}", self.root / "done"
+        files = [folder / f"{stage}{end}.json" for stage in STAGES for end in (own, "")]
+        files = sorted((p for p in files if p.exists()), key=lambda p: p.stat().st_mtime)
+        facts = {path.stem.removesuffix(own): read_json(path) for path in files}
+        return {stage: f["seconds"] for stage, f in facts.items() if f}
 
 
 def _unwritable(root: Path, error: OSError) -> InputError:

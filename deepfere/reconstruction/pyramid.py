@@ -6,7 +6,7 @@ its value is the mean of those that exist. Two such pixels must therefore not co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deepfere.cluster import Journal, RowWorker, run_rows
+from deepfere.cluster import Journal
 from deepfere.reconstruction.shards import delete_shard
+from deepfere.rows import Phase, Phases, Row, RowWorker
 from deepfere.store import open_group, sync_shard
 
 PIECE_VALUES = 1 << 17
@@ -135,10 +136,10 @@ class PyramidWorker(RowWorker):
     """Writes one shard of one level of one image per row."""
 
     def __init__(self, out: str, journal: str, fingerprint: str) -> None:
-        self._out, self._journal = out, Journal(journal, fingerprint)
+        self._out, self.journal = out, Journal(journal, fingerprint)
 
     def work(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Read the 2 x 2 region below, average, write the shard, record it."""
+        """Read the 2 x 2 region below, average, write the shard; on disk when this returns."""
         group: Any = open_group(self._out, "r+")[row["image"]]
         level, full = row["level"], group["0"].shape[1:]
         below, target = group[str(level - 1)], group[str(level)]
@@ -157,47 +158,62 @@ class PyramidWorker(RowWorker):
         delete_shard(target, Path(self._out), f"{row['image']}/{level}", row["row"], row["col"])
         target[:, r0:r1, c0:c1] = values
         sync_shard(self._out, f"{row['image']}/{row['level']}", row["row"], row["col"])
-        self._journal.record(row["unit"])
         return {}
 
 
-def pyramid_rows(out: str, images: list[str], levels: int) -> list[list[dict[str, Any]]]:
-    """What has to be done for levels 1 and up, level by level; see `build_pyramid`."""
-    group: Any = open_group(out, "r")
-    rows: list[list[dict[str, Any]]] = []
-    for level in range(1, levels):
-        this_level = []
-        for image in images:
-            array = group[image][str(level)]
-            counts = [-(-n // s) for n, s in zip(array.shape[1:], array.shards[1:], strict=True)]
-            this_level += [
-                {"unit": f"{image}/{level}/{r}/{c}", "image": image, "level": level, "row": r, "col": c}
-                for r in range(counts[0])
-                for c in range(counts[1])
-            ]
-        rows.append(this_level)
-    return rows
+def pyramid_rows(level: int, counts: dict[str, tuple[int, int]]) -> Iterator[Row]:
+    """The shards of one level.
+
+    Args:
+        level: Which, from 1.
+        counts: Shards (rows, columns) of each image at that level.
+    """
+    for image, (rows, cols) in counts.items():
+        for r in range(rows):
+            for c in range(cols):
+                yield {"unit": f"{image}/{level}/{r}/{c}", "image": image, "level": level, "row": r, "col": c}
 
 
-def build_pyramid(
-    out: str, images: list[str], levels: int, journal: Journal, on_done: Callable[[int, int], None] | None = None
-) -> None:
-    """Fill levels 1 and up of the named images.
+Counts = dict[int, dict[str, tuple[int, int]]]
+"""Shards (rows, columns) of each image at each level from 1 on."""
+
+
+def level_counts(shapes: Sequence[tuple[int, int]], shard_px: int, images: Sequence[str]) -> Counts:
+    """How many shards of a side there are where all images have levels of the same shapes, level 0 the first."""
+    counts = [(-(-height // shard_px), -(-width // shard_px)) for height, width in shapes]
+    return {level: dict.fromkeys(images, count) for level, count in enumerate(counts) if level}
+
+
+def pyramid_phases(
+    out: str,
+    counts: Counts,
+    journal: Journal,
+    what: str = "pyramid",
+    progress: Callable[[float], None] = lambda share: None,
+    worker: type[RowWorker] = PyramidWorker,
+) -> Phases:
+    """Levels 1 and up, a phase each; finished shards are not computed again.
 
     Args:
         out: The result's group.
-        images: Names of its multiscale groups.
-        levels: Number of levels.
-        journal: Progress; finished shards are not computed again.
-        on_done: Called with (done, all) shards.
+        counts: Shards of each level.
+        journal: What is done.
+        what: Name of the work for messages.
+        progress: Called with the share that is done, weighed by shards.
+        worker: What fills a shard.
     """
-    rows = pyramid_rows(out, images, levels)
-    done, total = 0, sum(len(level) for level in rows)
+    total = sum(rows * cols for of_level in counts.values() for rows, cols in of_level.values())
     finished = journal.done()
-    for level_rows in rows:
-        todo = [row for row in level_rows if row["unit"] not in finished]
-        arguments = (out, str(journal.folder), journal.fingerprint)
-        run_rows(todo, PyramidWorker, arguments, what="pyramid", inline_up_to=8)
-        done += len(level_rows)
-        if on_done:
-            on_done(done, total)
+    done = len(finished)
+
+    def step(_: Any) -> None:
+        nonlocal done
+        done += 1
+        progress(done / total)
+
+    arguments = (out, str(journal.folder), journal.fingerprint)
+    for level, of_level in counts.items():
+        left = sum(row["unit"] not in finished for row in pyramid_rows(level, of_level))
+        if left:
+            rows = (row for row in pyramid_rows(level, of_level) if row["unit"] not in finished)
+            yield Phase(what, worker, arguments, rows, left, step)

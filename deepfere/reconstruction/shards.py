@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from deepfere.cluster import Journal, RowWorker
+from deepfere.cluster import Journal
 from deepfere.frame import Alignment
 from deepfere.measured.operator import fill_missing, spline_coefficients
 from deepfere.model.detail import DetailModel, KnownDetail, pooled_window
 from deepfere.model.guide import Cells, GuideSpec, stain_of
 from deepfere.model.network import network_from_config
+from deepfere.schedule import RowWorker
 from deepfere.store import open_group, shard_object, sync_shard
 from deepfere.tiling.cache import CacheSpec, PlaneReader, write_shard
 from deepfere.tiling.plan import ShardGrid
@@ -84,12 +85,11 @@ class CacheWorker(RowWorker):
     """Decodes the slide into one shard of the plane cache per row (``row``, ``col``)."""
 
     def __init__(self, spec: CacheSpec, journal: str, fingerprint: str) -> None:
-        self._spec, self._journal = spec, Journal(journal, fingerprint)
+        self._spec, self.journal = spec, Journal(journal, fingerprint)
 
     def work(self, row: dict[str, Any]) -> dict[str, Any]:
         """Write one shard."""
         write_shard(self._spec, row["row"], row["col"])
-        self._journal.record(row["unit"])
         return {}
 
 
@@ -132,11 +132,11 @@ class DetailWorker(RowWorker):
         self._model = model.build()
         self._planes = PlaneReader(model.cache, self._model.spec)
         self._out, self._shards = out, shards
-        self._journal = Journal(journal, fingerprint)
+        self.journal = Journal(journal, fingerprint)
         self._scale = np.asarray(scale, np.float32)[:, None, None]
 
     def work(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Compute, write and record one shard."""
+        """Compute and write one shard; on disk when this returns."""
         whole, f = self._shards.cells(row["row"], row["col"]), self._shards.factor
         height, width = whole.shape[0] * f, whole.shape[1] * f
         detail = np.zeros((len(self._model.gate), height, width), np.float32)
@@ -157,7 +157,6 @@ class DetailWorker(RowWorker):
             delete_shard(group[name]["0"], Path(self._out), f"{name}/0", row["row"], row["col"])
             group[name]["0"][:, at[0], at[1]] = values
             sync_shard(self._out, f"{name}/0", row["row"], row["col"])
-        self._journal.record(row["unit"], uncovered=uncovered)
         return {"uncovered": uncovered}
 
     def _stain(self, cells: Cells) -> np.ndarray:

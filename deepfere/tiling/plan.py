@@ -215,3 +215,13 @@ class ShardGrid:
         side = self.shard_px // self.factor
         ny, nx = self.grid.shape_px
         return Cells(row * side, min((row + 1) * side, ny), col * side, min((col + 1) * side, nx))
+
+    def measured(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which shards (rows, columns) hold a measured pixel.
+
+        Args:
+            mask: (ny, nx) measured pixels.
+        """
+        side = self.shard_px // self.factor
+        starts = [np.arange(0, n, side) for n in self.grid.shape_px]
+        return np.logical_or.reduceat(np.logical_or.reduceat(mask, starts[0], 0), starts[1], 1)

@@ -1,0 +1,158 @@
+"""Rows on a pool of actors: in order where it matters, few at a time, whatever becomes of the actors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from deepfere import rows as module
+from deepfere import schedule
+from deepfere.cluster import Journal
+from deepfere.errors import DeepfereError, InputError
+from deepfere.rows import Phase, RowWorker, Stream
+from deepfere.schedule import run_jobs, run_rows
+
+
+class Noting(RowWorker):
+    """Notes each row in its job's journal, and does what the row says."""
+
+    def __init__(self, folder: str, job: str) -> None:
+        self.journal = Journal(Path(folder) / job, "f")
+        (Path(folder) / f"built-{job}-{os.getpid()}").touch()
+
+    def work(self, row):
+        if row.get("bad"):
+            raise InputError("is damaged", where=row["unit"], remedy="mend it")
+        victim = Path(str(row.get("dies_while")))
+        if victim.exists():
+            if not row.get("always"):
+                victim.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(row.get("seconds", 0.0))
+        return {"pid": os.getpid()}
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Jobs of two phases each, what they have told, and how many rows were alive at most."""
+
+    class Made:
+        told: list[str]
+        alive = most = 0
+
+        def __init__(self):
+            self.told = []
+
+        def rows(self, name, count, **more):
+            for n in range(count):
+                self.alive += 1
+                self.most = max(self.most, self.alive)
+                yield {"unit": f"{name}/{n}", **more}
+
+        def step(self, record):
+            self.alive -= 1
+
+        def phases(self, name, first=5, second=3, **more):
+            self.told.append(f"{name} begins")
+            arguments = (str(tmp_path), name)
+            rows = self.rows(f"{name}-1", first, **more)
+            yield Phase(f"first of {name}", Noting, arguments, rows, first, self.step)
+            assert len(self.done(name)) == first
+            yield Phase(f"second of {name}", Noting, arguments, self.rows(f"{name}-2", second), second, self.step)
+            self.told.append(f"{name} ends")
+
+        def done(self, name):
+            return Journal(tmp_path / name, "f").done()
+
+    return Made()
+
+
+def test_a_phase_begins_when_the_one_before_is_done_and_failures_are_those_of_a_job(made):
+    failed: list[tuple[str, Exception]] = []
+    jobs = [("a", made.phases("a")), ("b", made.phases("b", bad=True)), ("c", made.phases("c", first=0))]
+    run_jobs(jobs, title="test", here=True, failed=lambda name, error: failed.append((name, error)))
+    assert made.told == ["a begins", "a ends", "b begins", "c begins", "c ends"]
+    assert [name for name, _ in failed] == ["b"] and isinstance(failed[0][1], InputError)
+    assert str(failed[0][1]) == "b-1/0: is damaged (first of b: 5 of 5 pieces failed); mend it"
+    assert (len(made.done("a")), len(made.done("b")), len(made.done("c"))) == (8, 0, 3)
+
+
+def test_without_anybody_to_tell_the_first_failure_ends_all(made):
+    jobs = ((name, made.phases(name, bad=name == "b")) for name in "abc")
+    with pytest.raises(InputError, match="first of b"):
+        run_jobs(jobs, title="test", here=True)
+    assert made.told == ["a begins", "a ends", "b begins"]
+
+
+def test_what_a_journal_cannot_take_is_not_done(tmp_path):
+    (tmp_path / "job").touch()  # where the folder should be
+    records = Noting(str(tmp_path), "job").carry_out([{"unit": "1"}, {"unit": "2"}])
+    assert [record["unit"] for record in records] == ["1", "2"]
+    assert all("exists" in record["error"] for record in records)
+
+
+def test_jobs_and_rows_are_made_when_their_turn_comes(made):
+    """An actor keeps to its job; another one opens the next. Nothing is made ahead."""
+    stream = Stream((f"j{n}", made.phases(f"j{n}", first=100)) for n in range(1000))
+    assert stream.fill(2) >= 2 and made.told == ["j0 begins"]
+    one, rows = stream.take(None, lambda phase: 4, 2)
+    one.users += 1
+    assert (one.name, len(rows)) == ("j0", 4)
+    other, _ = stream.take(None, lambda phase: 4, 2)
+    other.users += 1
+    assert other.name == "j1" and made.told == ["j0 begins", "j1 begins"]
+    assert stream.take(one, lambda phase: 256, 2)[0] is one
+    # Its job has no rows left for now: it opens another one, but no more than there are actors for.
+    third, _ = stream.take(one, lambda phase: 4, 2)
+    assert third.name == "j2" and len(stream.open) == 3
+    third.users += 1
+    assert stream.take(None, lambda phase: 1, 2)[0] in (other, third)
+    assert made.alive == 4 + 4 + 96 + 4 + 1
+    stream.close()
+
+
+@pytest.mark.ray
+def test_two_actors_share_many_jobs(made, ray_session, tmp_path):
+    jobs = ((f"j{n:02d}", made.phases(f"j{n:02d}", first=40)) for n in range(20))
+    run_jobs(jobs, title="test")
+    assert sorted(made.told) == sorted(f"j{n:02d} {what}" for n in range(20) for what in ("begins", "ends"))
+    assert all(len(made.done(f"j{n:02d}")) == 43 for n in range(20))
+    pids = {record["pid"] for n in range(20) for record in made.done(f"j{n:02d}").values()}
+    assert len(pids) == 2 and os.getpid() not in pids
+    # Of 860 rows.
+    assert made.most <= 4 * 43
+    # To each its own: an actor does not build what the other one is at, but where there is no other work.
+    assert len(list(tmp_path.glob("built-*"))) <= 2 * 20 * 1.3
+
+
+@pytest.mark.ray
+def test_rows_of_an_actor_that_is_lost_are_done_by_others(made, ray_session, tmp_path):
+    (tmp_path / "deadly").touch()
+    more = {"dies_while": str(tmp_path / "deadly"), "seconds": 0.02}
+    run_jobs([("a", made.phases("a", first=30, **more)), ("b", made.phases("b"))], title="test")
+    assert not (tmp_path / "deadly").exists()
+    assert len(made.done("a")) == 33 and len(made.done("b")) == 8
+
+
+@pytest.mark.ray
+def test_a_row_that_kills_its_actors_is_named(ray_session, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MOST_LOSSES", 3)
+    (tmp_path / "deadly").touch()
+    rows = [{"unit": "1"}, {"unit": "2", "dies_while": str(tmp_path / "deadly"), "always": True}]
+    with pytest.raises(DeepfereError, match=r"rows: 1 of 2 pieces failed; first 2: .* lost 3 times"):
+        run_rows(rows, Noting, (str(tmp_path), "job"), what="rows")
+    assert set(Journal(tmp_path / "job", "f").done()) == {"1"}
+
+
+@pytest.mark.ray
+def test_a_pool_is_kept_for_all_that_is_carried_out_inside(ray_session, tmp_path):
+    with schedule.pool("kept"):
+        for job in ("a", "b"):
+            run_rows([{"unit": "1"}, {"unit": "2"}], Noting, (str(tmp_path), job), what="rows")
+    records = [Journal(tmp_path / job, "f").done() for job in ("a", "b")]
+    assert [set(done) for done in records] == [{"1", "2"}] * 2
+    assert len({record["pid"] for done in records for record in done.values()}) <= 2
