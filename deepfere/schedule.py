@@ -112,12 +112,10 @@ class Pool:
 
     Args:
         title: In the names of its processes: ``ray::Rows(TITLE)``.
-        num_cpus: CPUs per actor.
-        num_gpus: GPUs per actor.
     """
 
-    def __init__(self, title: str, num_cpus: float = 1.0, num_gpus: float = 0.0) -> None:
-        self._title, self._cpus, self._gpus = title, num_cpus, num_gpus
+    def __init__(self, title: str) -> None:
+        self._title = title
         self._actors: list[_Actor] = []
         self._starting: dict[Any, _Actor] = {}
         self._calls: dict[Any, tuple[_Actor, Open, list[Row]]] = {}
@@ -142,6 +140,8 @@ class Pool:
         import ray
 
         looked_s, stopping = -LOOK_EVERY_S, False
+        for actor in self._actors:
+            actor.job = None  # of an earlier stream
         try:
             while True:
                 if not stopping and (now := time.monotonic()) - looked_s >= LOOK_EVERY_S:
@@ -158,8 +158,8 @@ class Pool:
                 for ref in ready:
                     (self._started if ref in self._starting else self._answered)(ref, stream)
         except BaseException:
-            # Nobody waits for what is under way: its actors are not to go on.
-            self.close()
+            if self._calls:  # nobody waits for them any more: their actors are not to go on
+                self.close()
             raise
 
     def _grow(self, stream: Stream) -> None:
@@ -167,16 +167,12 @@ class Pool:
 
         if (now := time.monotonic()) - self._sized_s >= RESIZE_EVERY_S:
             self._sized_s = now
-            have = ray.cluster_resources()
-            self._size = int(have.get("CPU", 1.0) / self._cpus) if self._cpus else len(ray.nodes())
-            if self._gpus:
-                self._size = min(self._size, int(have.get("GPU", 0.0) / self._gpus))
-            self._size = max(1, self._size)
+            self._size = max(1, int(ray.cluster_resources().get("CPU", 1.0)))
         busy = sum(1 for actor in self._actors if actor.calls)
         wanted = min(self._size, busy + stream.fill(self._size))
         for _ in range(wanted - len(self._actors)):
             host: Any = ray.remote(Host)
-            handle = host.options(num_cpus=self._cpus, num_gpus=self._gpus or None).remote(self._title)
+            handle = host.options(num_cpus=1).remote(self._title)
             actor = _Actor(handle)
             self._actors.append(actor)
             self._starting[handle.ready.remote()] = actor
@@ -257,10 +253,10 @@ _pool: Pool | None = None
 
 
 @contextmanager
-def pool(title: str, num_cpus: float = 1.0, num_gpus: float = 0.0) -> Iterator[None]:
+def pool(title: str) -> Iterator[None]:
     """Keep one pool for everything that is carried out inside: its actors start once, with the first row."""
     global _pool
-    outer, _pool = _pool, Pool(title, num_cpus, num_gpus)
+    outer, _pool = _pool, Pool(title)
     try:
         yield
     finally:
