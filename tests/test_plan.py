@@ -17,10 +17,12 @@ from deepfere.model.guide import Cells, GuideSpec
 from deepfere.tiling import plan as plans
 from deepfere.tiling.patches import PatchReader, PatchSource, draw, plane_shape
 from deepfere.tiling.plan import (
+    GROUP_SHARDS,
     SHARD_PX,
     PlaneGrid,
     ShardGrid,
     check_factor,
+    group_shards,
     needed_shards,
     plan_patches,
     plan_planes,
@@ -282,6 +284,21 @@ def test_patches_hold_what_lies_there(source):
                     np.testing.assert_array_equal(patch[name][:, a, b], expected)
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("count", [0, 1, 7, 60, 700])
+def test_groups_hold_every_shard_once_and_are_compact(seed, count):
+    rng = np.random.default_rng(seed)
+    shards = np.argwhere(rng.permutation(900).reshape(30, 30) < count)
+    groups = group_shards(shards)
+    assert np.array_equal(np.unique(np.concatenate([*groups, shards[:0]]), axis=0), shards)
+    assert sum(map(len, groups)) == len(shards) and len(groups) >= min(8, len(shards))
+    for group in groups:
+        assert (np.ptp(group, axis=0) < GROUP_SHARDS).all()
+        assert group.tolist() == sorted(group.tolist())
+    if count == 700:
+        assert max(map(len, groups)) > 32
+
+
 def test_planning_needs_no_ray():
     import subprocess
     import sys
@@ -291,6 +308,8 @@ def test_planning_needs_no_ray():
 
 
 def test_a_shard_of_planes_is_whole_and_on_disk_before_it_is_recorded(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
     from deepfere.cluster import Journal
     from deepfere.model.features import StainReference
     from deepfere.readers.slide import Reading
@@ -311,6 +330,7 @@ def test_a_shard_of_planes_is_whole_and_on_disk_before_it_is_recorded(tmp_path, 
     values = np.full((7, 60, 50), 9, np.uint8)
     monkeypatch.setattr(cache, "compute_shard", lambda *_: values)
     monkeypatch.setattr(cache, "sync_shard", lambda *_: seen.append((file.stat().st_size > 4, journal.done())))
-    CacheWorker(spec, str(journal.folder), "abc").work({"unit": "0/0", "row": 0, "col": 0})
+    monkeypatch.setattr("deepfere.reconstruction.shards.slide_of", lambda _: SimpleNamespace(decoded=None))
+    CacheWorker(spec, str(journal.folder), "abc").work({"unit": "0/0", "shards": [[0, 0]]})
     assert seen == [(True, {})] and set(journal.done()) == {"0/0"}
     assert (np.asarray(open_group(spec.url, "r")["planes"][:]) == 9).all()
