@@ -15,7 +15,15 @@ from deepfere.errors import InputError
 from deepfere.frame import Alignment, Displacement, SectionGrid
 from deepfere.model.guide import Cells, GuideSpec
 from deepfere.tiling import plan as plans
-from deepfere.tiling.patches import PatchReader, PatchSource, draw, plane_shape
+from deepfere.tiling.patches import (
+    GROUP_PATCHES,
+    MIXED_GROUPS,
+    PatchReader,
+    PatchSource,
+    draw,
+    order_of,
+    plane_shape,
+)
 from deepfere.tiling.plan import (
     GROUP_SHARDS,
     SHARD_PX,
@@ -222,6 +230,50 @@ def test_every_patch_is_drawn_before_any_is_drawn_again():
     assert draw(patches, 15, 2, 4) != rows
     # A longer training begins like the shorter one, in its order of patches.
     assert [r["patch"] for r in draw(patches, 30, 2, 3)][:30] == [r["patch"] for r in rows]
+
+
+def test_a_large_study_is_shuffled_by_groups_then_locally():
+    patches = [(s, p) for s in range(40) for p in range(2 * GROUP_PATCHES)]
+    order = order_of(patches, np.random.default_rng(0))
+    assert sorted(order) == list(range(len(patches)))
+    pool = MIXED_GROUPS * GROUP_PATCHES
+    for begin in range(0, len(order), pool):
+        part = order[begin : begin + pool]
+        sections = [patches[n][0] for n in part]
+        assert len(set(sections)) <= MIXED_GROUPS, "few sections are open at a time"
+        # Within it no section is through before the next begins.
+        assert np.mean(np.diff(sections) != 0) > 0.5
+        # Neighbours are drawn together.
+        assert len({(s, patches[n][1] // GROUP_PATCHES) for s, n in zip(sections, part, strict=True)}) <= MIXED_GROUPS
+    firsts = [patches[order[k]][0] for k in range(0, len(order), pool)]
+    assert firsts != sorted(firsts)
+    assert order != order_of(patches, np.random.default_rng(1))
+    few = [(s, p) for s in range(3) for p in range(20)]
+    mixed = [few[n][0] for n in order_of(few, np.random.default_rng(0))]
+    assert set(mixed[:20]) == {0, 1, 2}
+
+
+def test_loaders_hold_few_sections(source, monkeypatch):
+    patches, _, _ = source
+    from dataclasses import asdict
+
+    from deepfere.tiling import dataset
+
+    opened = []
+
+    def reader(*arguments):
+        opened.append(arguments)
+        return PatchReader(*arguments)
+
+    monkeypatch.setattr(dataset, "PatchReader", reader)
+    load = dataset.LoadPatches([asdict(patches)] * 100, 4, plane_shape([patches], 4))
+    assert not opened
+    rows = {"section": np.array([3, 3, 99]), "patch": np.zeros(3, int), "step": np.zeros(3, int)}
+    flips = {"flip_y": np.zeros(3, int), "flip_x": np.zeros(3, int)}
+    out = load(rows | flips)
+    assert len(opened) == 2 and out["section"].tolist() == [3, 3, 99]
+    load({k: np.repeat(v[:1], 100) for k, v in (rows | flips).items()} | {"section": np.arange(100)})
+    assert load._reader.cache_info().currsize == 2 * MIXED_GROUPS
 
 
 @pytest.fixture
