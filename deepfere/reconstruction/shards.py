@@ -21,7 +21,7 @@ from deepfere.model.guide import Cells, GuideSpec, stain_of
 from deepfere.model.network import network_from_config
 from deepfere.schedule import RowWorker
 from deepfere.store import open_group, shard_object, sync_shard
-from deepfere.tiling.cache import CacheSpec, PlaneReader, write_shard
+from deepfere.tiling.cache import CacheSpec, PlaneReader, slide_of, write_shard
 from deepfere.tiling.plan import ShardGrid
 
 TILE_PX = 384
@@ -82,15 +82,20 @@ def tiles(cells: Cells, factor: int, tile_px: int = TILE_PX) -> list[Cells]:
 
 
 class CacheWorker(RowWorker):
-    """Decodes the slide into one shard of the plane cache per row (``row``, ``col``)."""
+    """Decodes the slide into a group of neighbouring shards of the plane cache per row (``shards``)."""
 
     def __init__(self, spec: CacheSpec, journal: str, fingerprint: str) -> None:
-        self._spec, self.journal = spec, Journal(journal, fingerprint)
+        self._spec, self._recorded = spec, Journal(journal, fingerprint)
 
     def work(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Write one shard."""
-        write_shard(self._spec, row["row"], row["col"])
-        return {}
+        """Write and record the shards of one group, one after the other."""
+        for r, c in row["shards"]:
+            before = slide_of(self._spec).decoded
+            write_shard(self._spec, r, c)
+            after = slide_of(self._spec).decoded
+            decoded = None if before is None or after is None else after - before
+            self._recorded.record({f"{r}/{c}": {"decoded": decoded}})
+        return {"shards": len(row["shards"])}
 
 
 class PoolWorker(RowWorker):
