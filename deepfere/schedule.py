@@ -32,12 +32,8 @@ RESIZE_EVERY_S = 5.0
 class Host:
     """Carries out calls of any phase: what an actor is, and what stands in for one in this process."""
 
-    def __init__(self, title: str = "") -> None:
-        self._title = title
+    def __init__(self) -> None:
         self._kept: OrderedDict[int, RowWorker] = OrderedDict()
-
-    def __repr__(self) -> str:
-        return f"Rows({self._title})"
 
     def ready(self) -> bool:
         """Answers once the actor is there, its threads pinned as in all processes of a run."""
@@ -171,8 +167,9 @@ class Pool:
         busy = sum(1 for actor in self._actors if actor.calls)
         wanted = min(self._size, busy + stream.fill(self._size))
         for _ in range(wanted - len(self._actors)):
-            host: Any = ray.remote(Host)
-            handle = host.options(num_cpus=1).remote(self._title)
+            # Ray calls a process after its class.
+            host: Any = ray.remote(type(f"Rows({self._title})", (Host,), {}))
+            handle = host.options(num_cpus=1).remote()
             actor = _Actor(handle)
             self._actors.append(actor)
             self._starting[handle.ready.remote()] = actor
@@ -217,7 +214,7 @@ class Pool:
             self._drop(actor)
             self._broken += 1
             if self._broken > 2 * self._size + MOST_LOSSES:
-                raise DeepfereError(f"workers do not start: {last_line(error)}") from error
+                raise DeepfereError(f"workers do not start: {last_line(error).partition('. ')[0]}") from error
 
     def _answered(self, ref: Any, stream: Stream) -> None:
         import ray
