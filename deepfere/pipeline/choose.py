@@ -30,7 +30,7 @@ from deepfere.model.guide import GuideSpec
 from deepfere.model.network import FusionNetwork
 from deepfere.model.reduced import deep_detail, fit_deep, mixed_by_factor, ridge_detail
 from deepfere.model.ridge import RidgeFit, null_guides
-from deepfere.model.transfer import SmoothingChoice
+from deepfere.model.transfer import LEAST_PX, SmoothingChoice
 from deepfere.pipeline.prepare import Prepared
 from deepfere.pipeline.tile import pool, read_pooled
 from deepfere.pipeline.workspace import Progress
@@ -162,7 +162,7 @@ def choose(
         deep = fit_deep(joint[0], problem, factors, fit)
         rows = held[problem.rows.block]
         together, apart = tier_evidence(problem, weight, fit.predicted, deep.predicted, rows)
-        by_network = (apart > 0) & (together > TIER_EVIDENCE)
+        by_network = (apart > 0) & (together > TIER_EVIDENCE) & (problem.mask.sum() >= LEAST_PX)
         if config.model.tier == "T2":
             by_network[:] = True
         mixed = mixed_by_factor(fit, deep, by_network)
