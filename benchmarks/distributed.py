@@ -124,7 +124,8 @@ def reconstruction(manifest: Path, work: Path, settings: list[str], rows: list[R
                 found["plain_s"] = time.perf_counter() - began
             found["cores"] = ray.cluster_resources()["CPU"]
             found["shards"] = len(todo)
-            yield replace(phase, arguments=apart, rows=todo[:2], count=2)  # actors started, modules imported
+            few = todo[:2]
+            yield replace(phase, arguments=apart, rows=few, count=len(few))  # actors started, modules imported
             began = time.perf_counter()
             yield replace(phase, rows=todo)
             found["ray_s"] = time.perf_counter() - began
