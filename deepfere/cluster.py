@@ -14,11 +14,11 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from deepfere.config import RaySettings
 from deepfere.errors import DeepfereError, InputError, system_text
+from deepfere.places import Place, UrlPath, place, remove_objects, texts
 from deepfere.stopping import current, requested, saving
 
 ENVIRONMENT = {
@@ -165,23 +165,34 @@ def shutdown() -> None:
     ray.shutdown()
 
 
+LINES = 256
+"""Records in one object: each is sent with those before it, so a longer one would cost more."""
+
+
 class Journal:
-    """Append-only record of finished units, one file per writer, beside the store that they fill.
+    """Record of finished units, one line each, beside the store that they fill; every writer has files of its own.
+
+    On a disk a writer appends to its file. An object cannot be appended to: there it is written anew with every
+    record, and a new one is begun now and then.
 
     Args:
-        folder: Local folder of the journal's files.
+        folder: Folder of the journal's files, or its URL.
         fingerprint: Settings token; records with another one do not count.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: str) -> None:
-        self.folder, self.fingerprint = Path(folder), fingerprint
+    def __init__(self, folder: str | Place, fingerprint: str) -> None:
+        self.folder, self.fingerprint = place(folder), fingerprint
+        self._begin()
+
+    def _begin(self) -> None:
         self._file = self.folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
+        self._lines: list[str] = []
 
     def done(self) -> dict[str, dict[str, Any]]:
         """Finished units by key. A torn last line (a killed writer) is ignored."""
         out: dict[str, dict[str, Any]] = {}
-        for path in sorted(self.folder.glob("*.jsonl")) if self.folder.exists() else []:
-            for line in path.read_text().splitlines():
+        for text in texts(self.folder, "*.jsonl"):
+            for line in text.splitlines():
                 try:
                     record = json.loads(line)
                 except json.JSONDecodeError:
@@ -192,15 +203,24 @@ class Journal:
 
     def clear(self) -> None:
         """Forget everything: the store that the records speak of is made anew."""
+        if isinstance(self.folder, UrlPath):
+            remove_objects([path for path in self.folder.glob("*.jsonl") if isinstance(path, UrlPath)])
+            return
         for path in self.folder.glob("*.jsonl"):
             path.unlink(missing_ok=True)
 
     def record(self, unit: str, **values: Any) -> None:
-        """Add a finished unit; on disk when this returns."""
+        """Add a finished unit; it stays when this returns."""
+        line = json.dumps({"unit": unit, "fingerprint": self.fingerprint, **values}) + "\n"
+        if isinstance(self._file, UrlPath):
+            self._file.write_text("".join([*self._lines, line]))
+            self._lines.append(line)
+            if len(self._lines) >= LINES:
+                self._begin()
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"unit": unit, "fingerprint": self.fingerprint, **values})
         with self._file.open("a") as handle:
-            handle.write(line + "\n")
+            handle.write(line)
             handle.flush()
             os.fsync(handle.fileno())
 
@@ -228,7 +248,7 @@ class RowWorker(ABC):
                 parts = {"what": error.what, "where": error.where and str(error.where), "remedy": error.remedy}
                 out.append(json.dumps({"unit": row["unit"], "error": str(error), "input": parts}))
             except Exception as error:
-                told = f"{type(error).__name__}: {error}"
+                told = str(error) if isinstance(error, DeepfereError) else f"{type(error).__name__}: {error}"
                 if isinstance(error, OSError) and error.errno is not None:
                     told = system_text(error)
                 out.append(json.dumps({"unit": row["unit"], "error": told}))

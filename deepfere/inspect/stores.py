@@ -14,6 +14,7 @@ from deepfere.errors import InputError
 from deepfere.inspect.files import add_alignment
 from deepfere.inspect.notes import Description, Notes, add_mask, count_text, pair_text, sample, size_text
 from deepfere.inspect.raw import slide
+from deepfere.places import Place, texts
 
 STAGES = ("sample", "ions", "ingest", "align", "tile", "learn", "reconstruct")
 SHARD_SAMPLE = 64
@@ -109,7 +110,7 @@ def _check_shards(
         needed: Arrays of which every shard with a measured pixel must be there, with their pixels per measured
             pixel. Of others, a shard that holds the fill value alone is rightly absent.
     """
-    from deepfere.store import is_url
+    from deepfere.remote import is_url
 
     if is_url(path):
         notes.add("shards", "not looked for in a remote store")
@@ -182,11 +183,8 @@ def _result(path: str, attrs: dict[str, Any]) -> Description:
 
 def _add_papers(notes: Notes, path: str, result: Any) -> None:
     """Alignment and provenance."""
-    from deepfere.store import is_url
     from deepfere.training.mlflow_store import redact
 
-    if is_url(path):
-        return
     try:
         alignment, provenance = result.alignment, result.provenance
     except InputError as error:
@@ -236,7 +234,7 @@ def _pyramid(path: str, group: Any, ome: dict[str, Any], no_slide: str) -> Descr
     return notes.done(path, f"OME-Zarr {ome.get('version', '')} image".replace("  ", " "))
 
 
-def work(path: Path) -> Description:
+def work(path: Place) -> Description:
     """A folder of unfinished work: what is done, by stage and section.
 
     Raises:
@@ -251,32 +249,33 @@ def work(path: Path) -> Description:
             "is a folder that deepfere did not write", where=path, remedy="give a file, a store or a result"
         )
     notes.add("identity", identity)
-    folders = sorted(p for p in (space.root / "sections").glob("*") if p.is_dir())
-    notes.add("sections", len(folders))
+    names = sorted(folder.name for folder in (space.root / "sections").glob("*"))
+    notes.add("sections", len(names))
     notes.add("all sections", _stages(path, None, None, notes))
-    for folder in folders:
-        notes.add(folder.name, _stages(path, folder.name, folder / "journal", notes) or "nothing done yet")
+    for name in names:
+        notes.add(name, _stages(path, name, space.section(name).journal, notes) or "nothing done yet")
     run = _json(path / "done" / "track.json", notes).get("run_id")
     notes.add("run", run)
-    used = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    notes.add("on disk", f"{used / 2**20:,.1f} MiB")
+    if isinstance(path, Path):
+        used = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        notes.add("on disk", f"{used / 2**20:,.1f} MiB")
     notes.problem("unfinished: run the same command again, and it goes on from here")
     return notes.done(path, "unfinished work of a result")
 
 
-def _stages(root: Path, section: str | None, journals: Path | None, notes: Notes) -> str:
+def _stages(root: Place, section: str | None, journals: Place | None, notes: Notes) -> str:
     out = []
     for stage in STAGES:
         marker = root / "done" / (f"{stage}.json" if section is None else f"{stage}-{section}.json")
         if marker.exists():
             out.append(f"{stage} done in {_json(marker, notes).get('seconds', 0):g} s")
-        elif journals is not None and (journals / stage).is_dir():
-            lines = [line for file in (journals / stage).glob("*.jsonl") for line in file.read_text().splitlines()]
+        elif journals is not None and (journals / stage).exists():
+            lines = [line for text in texts(journals / stage, "*.jsonl") for line in text.splitlines()]
             out.append(f"{stage} begun, {count_text(len(lines), 'piece')} recorded")
     return ", ".join(out)
 
 
-def _json(path: Path, notes: Notes) -> dict[str, Any]:
+def _json(path: Place, notes: Notes) -> dict[str, Any]:
     """The values of a JSON file, none where it is absent; a broken one is a problem."""
     if not path.exists():
         return {}

@@ -13,7 +13,6 @@ import numpy as np
 from deepfere.cluster import one_thread
 from deepfere.config import Config, digest, load_config
 from deepfere.errors import DeepfereError, InputError, SectionFailures
-from deepfere.frame import Alignment
 from deepfere.measured.peaks import SharedIons
 from deepfere.measured.raster import plan_raster
 from deepfere.measured.regions import find_regions
@@ -26,16 +25,18 @@ from deepfere.pipeline.fuse import (
     check_resources,
     identity_of,
     input_digests,
+    output,
     with_teaching_points,
 )
 from deepfere.pipeline.given import GivenModel
 from deepfere.pipeline.ions import shared_ions
 from deepfere.pipeline.learn import learn_stage, same_ions
-from deepfere.pipeline.prepare import Prepared, align_stage, ingest_stage, is_ingested, prepared
+from deepfere.pipeline.prepare import Prepared, align_stage, ingest_stage, is_ingested, load_alignment, prepared
 from deepfere.pipeline.tile import tile_stage
 from deepfere.pipeline.track import Run, tracked
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.pipeline.write import Outcome, claim_result, reconstruct_stage
+from deepfere.places import Place
 from deepfere.readers.imzml import read_index
 from deepfere.readers.table import is_table, open_table
 from deepfere.reconstruction.result import open
@@ -148,7 +149,7 @@ def run_stage(
     Args:
         stage: One of `STAGES`.
         study: Manifest, YAML or CSV.
-        out: Working folder; results go to ``OUT/results/NAME.zarr``.
+        out: Working folder or its URL (``s3://BUCKET/NAME``); results go to ``OUT/results/NAME.zarr``.
         config: Settings file.
         overrides: ``section.key=value`` strings.
         factor: High-resolution pixels per measured pixel and axis.
@@ -169,7 +170,7 @@ def run_stage(
     check_range(settings.factor)
     check_patches(settings)
     sections = each_region(study_sections(stage, study, settings), study)
-    target = Path(out).resolve()
+    target = output(out)
     check_output(target)
     sections = [with_teaching_points(s) for s in sections]
     inputs = _all_digests(sections, settings)
@@ -177,13 +178,13 @@ def run_stage(
     job = Job(stage, settings, sections, inputs, target, given, named, overwrite)
     finished = stage == "reconstruct" and [job.finished(n) for n in range(len(sections))]
     if finished and all(finished):
-        return [f"{s.name}: {open(job.result(n))!r}, finished already" for n, s in enumerate(sections)]
+        return [f"{s.name}: {open(str(job.result(n)))!r}, finished already" for n, s in enumerate(sections)]
     work = Workspace(target)
     # The folder belongs to these inputs; settings may change from stage to stage (each stage knows its own).
     parts = {s.name: digest([s.model_dump(mode="json"), told]) for s, told in zip(sections, inputs, strict=True)}
     whose = digest(parts)
     work.check(whose, overwrite, parts)
-    with work.locked(), watched(work.root, settings.run.time_limit_s):
+    with work.locked() as check, watched(work.root, settings.run.time_limit_s, check):
         if job.depth >= 2:
             check_resources(settings, settings.guide)
         resumed = work.claim(whose, overwrite, parts=parts)
@@ -246,7 +247,7 @@ class Job:
     config: Config
     sections: list[Section]
     inputs: list[dict[str, str]]
-    target: Path
+    target: Place
     given: GivenModel | None
     named: dict[str, str]
     overwrite: bool
@@ -266,7 +267,7 @@ class Job:
         told = [self.inputs[n], {"study": self.identity, "model": str(self.named)}]
         return identity_of([self.sections[n]], told, self.config)
 
-    def result(self, n: int) -> Path:
+    def result(self, n: int) -> Place:
         """Where one section's result goes."""
         return self.target / "results" / f"{self.sections[n].name}.zarr"
 
@@ -350,7 +351,7 @@ def _learn_and_write(job: Job, work: Workspace, failures: Failures, progress: Pr
                     partial(_write, run, prep, out, depends, outcome, work, config, tell),
                 ):
                     continue
-            lines.append(f"{prep.section.name}: {open(out)!r}")
+            lines.append(f"{prep.section.name}: {open(str(out))!r}")
     return lines
 
 
@@ -366,6 +367,6 @@ def _line(stage: str, prep: Prepared) -> str:
     ny, nx = prep.measured.grid.shape_px
     text = f"{prep.section.name}: {len(prep.measured.mz)} ions, {ny} x {nx} pixels"
     if stage == "align":
-        evidence = Alignment.load(prep.folder.alignment).evidence
+        evidence = load_alignment(prep.folder).evidence
         text += f"; flip {evidence['flip']}, rotation {evidence['rotation_deg']} degrees, from {evidence['source']}"
     return text

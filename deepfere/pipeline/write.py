@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +18,10 @@ from deepfere.model.artefacts import ARTEFACTS
 from deepfere.model.denoise import Denoised
 from deepfere.model.fit import SectionFit
 from deepfere.pipeline.check import check_ions, checked_whole
+from deepfere.pipeline.learn import load_fit
 from deepfere.pipeline.prepare import Prepared
 from deepfere.pipeline.workspace import Progress, Workspace, write_json
+from deepfere.places import Place, UrlPath, copy_file, copy_tree, reading, remove_objects, writing
 from deepfere.reconstruction.inferred import section_shares
 from deepfere.reconstruction.ome import AXIS_NAMES, level_shapes, multiscale
 from deepfere.reconstruction.pyramid import build_pyramid
@@ -50,11 +50,11 @@ class Outcome:
     warnings: list[str]
 
 
-def claim_result(path: Path, identity: str, overwrite: bool) -> bool:
+def claim_result(path: Place, identity: str, overwrite: bool) -> bool:
     """Whether a finished result of this identity stands at ``path`` and is to stay.
 
-    Nothing is changed: with ``overwrite`` what stands there stays until the new result is written, so that a
-    run that is refused or stopped costs nothing.
+    Nothing is changed: with ``overwrite`` what stands there stays until the new result is written (at a URL: until the
+    first shard of it is to be), so that a run that is refused costs nothing.
 
     Raises:
         IdentityError: Something else stands there.
@@ -64,6 +64,8 @@ def claim_result(path: Path, identity: str, overwrite: bool) -> bool:
     attrs = _attributes(path)
     if attrs.get("format") != FORMAT:
         raise IdentityError("is not a deepfere result", where=path, remedy="choose another output")
+    if attrs.get("identity") is None and attrs.get("complete") is False:
+        return False  # made at a URL, and stopped before it was anybody's
     if attrs.get("identity") == identity:
         return attrs.get("complete") is True and not overwrite
     if not overwrite:
@@ -73,8 +75,10 @@ def claim_result(path: Path, identity: str, overwrite: bool) -> bool:
     return False
 
 
-def publish(made: Path, path: Path) -> None:
-    """Put a finished store in its place, where the one that it replaces stood until now."""
+def publish(made: Place, path: Place) -> None:
+    """Put a finished store in its place, where the one that it replaces stood until now; at a URL it is there."""
+    if isinstance(made, UrlPath) or isinstance(path, UrlPath):
+        return
     aside = path.with_name(f".{path.name}.old")
     remove(aside)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,9 +89,12 @@ def publish(made: Path, path: Path) -> None:
     remove(aside)
 
 
-def _attributes(path: Path) -> dict[str, Any]:
+def _attributes(path: Place) -> dict[str, Any]:
     """Root attributes of what stands at a path; empty if that is no store."""
     try:
+        # A store that refuses to answer holds something all the same.
+        if isinstance(path, UrlPath) and not (path / "zarr.json").exists():
+            return {}
         return dict(open_group(path, "r").attrs)
     except (InputError, OSError, ValueError):
         return {}
@@ -108,9 +115,11 @@ def section_model(prep: Prepared, model: dict[str, Any]) -> SectionModel:
 
 
 def reconstruct_stage(
-    prep: Prepared, out: Path, depends: Any, outcome: Outcome, work: Workspace, config: Config, progress: Progress
+    prep: Prepared, out: Place, depends: Any, outcome: Outcome, work: Workspace, config: Config, progress: Progress
 ) -> Result:
     """Write the result of one section: made in its work folder, and put in its place when it is complete.
+
+    At a URL, where nothing can be renamed, it is made in its place; its last mark says that it is complete.
 
     Args:
         prep: The section, learned.
@@ -121,9 +130,10 @@ def reconstruct_stage(
         config: Settings.
         progress: Called with ("reconstruct", share).
     """
-    made = prep.folder.result
+    out = out.resolve()
+    made = out if isinstance(out, UrlPath) else prep.folder.result
     model = json.loads(prep.folder.model.read_text())
-    fit = SectionFit.load(prep.folder.fit)
+    fit = load_fit(prep.folder)
     f, grid = prep.factor, prep.measured.grid
     shards = ShardGrid.plan(grid, f, config.reconstruct.chunk_px, config.reconstruct.shard_px)
     power_of_two = f & (f - 1) == 0
@@ -132,7 +142,9 @@ def reconstruct_stage(
     parts = [model["alignment"], model["guide"], fit.weights.tolist(), fit.factor_gate.tolist()]
     fingerprint = digest([depends, parts, shards.shard_px])
     journal = Journal(prep.folder.journal / "reconstruct", fingerprint)
-    begun = _attributes(made).get("identity") == outcome.identity
+    stands = _attributes(made)
+    # A complete one that stands there is to be replaced: else nobody would have come here.
+    begun = stands.get("identity") == outcome.identity and stands.get("complete") is not True
     if not begun:
         work.forget("reconstruct", prep.section.name)
     with work.stage("reconstruct", [fingerprint], prep.section.name) as facts:
@@ -154,14 +166,24 @@ def reconstruct_stage(
                 tell = lambda done, total: progress("reconstruct", 0.7 + 0.15 * done / max(total, 1))  # noqa: E731
                 build_pyramid(str(made), images, len(shapes), pyramid, tell)
     _seal(prep, made, shards, shapes, model, fit, outcome, work, config, progress)
-    publish(made, out.resolve())
+    publish(made, out)
     progress("reconstruct", 1.0)
-    return Result(out.resolve())
+    return Result(str(out))
 
 
-def _create(out: Path, shards: ShardGrid, shapes: Any, count: int, config: Config, identity: str) -> None:
+def _clear(out: Place) -> None:
+    """Make room; at a URL what stands there is no longer complete, and nobody's, before any of it is gone."""
+    if isinstance(out, UrlPath):
+        open_group(out, "a").attrs.put({"format": FORMAT, "complete": False})
+        remove_objects([one for one in out.below() if one != out / "zarr.json"])
+    else:
+        remove(out)
+
+
+def _create(out: Place, shards: ShardGrid, shapes: Any, count: int, config: Config, identity: str) -> None:
     """Groups and arrays, by one writer before any worker starts; the identity last, so that it stands for all."""
-    group = open_group(out, "w")
+    _clear(out)
+    group = open_group(out, "a")
     # Shards without a measured pixel are never written: no detail there, and glass as where the slide ends.
     images = [("detail", count, "float16", 0)] + ([("stain", 3, "uint8", 255)] if config.guide else [])
     for name, channels, dtype, empty in images:
@@ -182,7 +204,7 @@ def _create(out: Path, shards: ShardGrid, shapes: Any, count: int, config: Confi
 
 def _shards(
     prep: Prepared,
-    out: Path,
+    out: Place,
     shards: ShardGrid,
     model: dict[str, Any],
     journal: Journal,
@@ -225,7 +247,7 @@ def detail_scale(fit: SectionFit) -> list[float]:
 
 def _seal(
     prep: Prepared,
-    out: Path,
+    out: Place,
     shards: ShardGrid,
     shapes: Any,
     model: dict[str, Any],
@@ -238,7 +260,7 @@ def _seal(
     """Write what is small, check every ion, and mark the result complete: the last thing written."""
     group: Any = open_group(out, "r+")
     remove(out / "measured")
-    shutil.copytree(prep.folder.measured, out / "measured")
+    copy_tree(prep.folder.measured, out / "measured")
     hr = prep.measured.grid.refine(prep.factor).pitch_um
     count = len(fit.factor_gate)
     labels = [f"detail {k}" for k in range(count)]
@@ -246,7 +268,7 @@ def _seal(
     if config.guide:
         text = "stain on the section grid"
         group["stain"].attrs["ome"] = multiscale("stain", hr, len(shapes), ["red", "green", "blue"], text)
-        with np.load(prep.folder.overview) as data:
+        with reading(prep.folder.overview) as path, np.load(path) as data:
             rgb, spacing, kinds = data["rgb"], data["spacing_um"], data["artefacts"]
         for name, image in (("overview", rgb), ("artefacts", kinds)):
             if name in group:
@@ -256,9 +278,11 @@ def _seal(
             stored[:] = image
             stored.attrs["spacing_um"] = spacing.tolist()
         stored.attrs["kinds"] = list(ARTEFACTS)
-        Alignment.from_dict(model["alignment"]).save(out / "alignment.json")
-        shutil.copyfile(prep.folder.alignment_start, out / "alignment_start.json")
-    denoised = Denoised.load(prep.folder.denoised)
+        with writing(out / "alignment.json") as path:
+            Alignment.from_dict(model["alignment"]).save(path)
+        copy_file(prep.folder.alignment_start, out / "alignment_start.json")
+    with reading(prep.folder.denoised) as path:
+        denoised = Denoised.load(path)
     side = [min(512, n) for n in denoised.images.shape[1:]]
     if "denoised" in group:
         del group["denoised"]
@@ -306,8 +330,8 @@ def _seal(
     _provenance(prep, out, model, fit, outcome, work, config, whole)
     # Checked through the public reader, which otherwise refuses unfinished results.
     with sealing(out):
-        worst = check_ions(Result(out), whole, config.seed, progress)
-        shares, group.attrs["inferred_share"] = section_shares(Result(out), shards.chunk_px)
+        worst = check_ions(Result(str(out)), whole, config.seed, progress)
+        shares, group.attrs["inferred_share"] = section_shares(Result(str(out)), shards.chunk_px)
     _small(basis, "consistency", worst)
     _small(basis, "inferred_share", shares)
     settle(out)
@@ -326,7 +350,7 @@ def _small(group: Any, name: str, values: Any) -> None:
 
 def _provenance(
     prep: Prepared,
-    out: Path,
+    out: Place,
     model: dict[str, Any],
     fit: SectionFit,
     outcome: Outcome,
