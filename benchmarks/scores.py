@@ -133,6 +133,9 @@ def coverage_scores(case: Case, result: Result, truths: dict[str, NDArray[np.flo
         must = "" if rows else HELD
         rows.append(Row.of(f"{case.name}: share of {what} in 80 % intervals", share, "nominal", 0.8, must))
         lines.append([f"share of {what} in 80 % intervals", f"{100 * share:.0f} %"])
+        # A truth of 0 on the lower end of its interval counts half: no interval from 0 on holds more than this.
+        most = float(np.median([1 - 0.5 * (t[case.inside] == 0).mean() for t in truth[found]]))
+        lines.append([f"the most that intervals which end at 0 hold of {what}", f"{100 * most:.0f} %"])
     off = [
         np.sqrt(((t - e)[case.inside] ** 2).mean() / (s[case.inside] ** 2).mean())
         for t, e, s in zip(next(iter(truths.values()))[found], images, sd, strict=True)

@@ -7,7 +7,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from deepfere.alignment.score import spatial_blocks
-from deepfere.model.denoise import LEAST_PX, Denoised, Predictor, denoise
+from deepfere.model.denoise import LEAST_PX, LEAST_TOLD_PX, Denoised, Predictor, denoise
 from deepfere.model.uncertainty import without_centre
 
 SHAPE = (36, 33)
@@ -80,6 +80,33 @@ def test_too_few_pixels_are_left_alone():
     out = denoise(cube, mask, None, 0)
     np.testing.assert_array_equal(out.images, np.where(mask, cube, 0).astype(np.float32))
     assert np.isnan(out.chi_square).all() and not out.noise_share.any()
+
+
+def told(counts: float, side: int = 30):
+    """Nine sparse ions that show the detector's pulse, and one of many counts that is all fine structure."""
+    rng = np.random.default_rng(8)
+    edges = np.where(rng.random((10, side, side)) < 0.5, 0.3, 6.0)
+    edges[-1] = 1000.0 * rng.uniform(0.7, 1.3, (side, side))
+    return edges, rng.poisson(edges * counts) / counts, np.ones((side, side), bool)
+
+
+def test_structure_is_not_taken_for_noise_where_other_ions_tell_the_noise():
+    truth, noisy, mask = told(1.0)
+    out = denoise(noisy, mask, None, 0)
+    alone = denoise(noisy[-1:], mask, None, 0)
+    assert errors(out.images[-1:], truth[-1:], mask) < 1.1 * errors(noisy[-1:], truth[-1:], mask)
+    assert errors(alone.images, truth[-1:], mask) > 2 * errors(noisy[-1:], truth[-1:], mask)
+
+
+def test_fewer_pixels_suffice_where_the_ions_tell_the_noise():
+    _, noisy, _ = told(1.0)
+    mask = np.zeros(noisy.shape[1:], bool)
+    mask[:10, :10] = True
+    assert LEAST_TOLD_PX < mask.sum() < LEAST_PX
+    assert denoise(noisy, mask, None, 0).noise_share[:-1].all()
+    assert not denoise(noisy[:4], mask, None, 0).noise_share.any(), "too few ions to tell it"
+    mask[5:] = False
+    assert not denoise(noisy, mask, None, 0).noise_share.any()
 
 
 def test_unmeasured_pixels_do_not_matter():

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,12 @@ from deepfere.cluster import Journal, run_rows
 from deepfere.errors import DeepfereError, InputError, system_text
 from deepfere.model.artefacts import Artefacts
 from deepfere.model.features import StainReference
-from deepfere.readers.slide import Reading, open_slide
+from deepfere.pipeline.tile import native_tiles
+from deepfere.readers.slide import Reading, open_slide, opened
 from deepfere.reconstruction.shards import CacheWorker
 from deepfere.store import shard_object
-from deepfere.tiling.cache import CacheSpec, create_cache
-from deepfere.tiling.plan import SHARD_PX, PlaneGrid
+from deepfere.tiling.cache import CacheSpec, create_cache, distinct_native_tiles
+from deepfere.tiling.plan import SHARD_PX, PlaneGrid, group_shards
 
 from .test_reader_tiff import picture, write_jpeg_tiff
 
@@ -46,7 +48,7 @@ def tiled(spec, folder):
     """The tile stage's rows that are not done yet, carried out here."""
     journal = Journal(folder / "journal", spec.fingerprint)
     done = journal.done()
-    rows = [{"unit": f"{r}/{c}", "row": r, "col": c} for r in range(spec.planes.shards[0]) for c in (0, 1)]
+    rows = [{"unit": f"{r}/{c}", "shards": [[r, c]]} for r in range(spec.planes.shards[0]) for c in (0, 1)]
     todo = [row for row in rows if row["unit"] not in done]
     arguments = (spec, str(journal.folder), spec.fingerprint)
     try:
@@ -63,14 +65,14 @@ def test_a_disk_that_fills_up_while_shards_are_written(tmp_path, monkeypatch):
     for spec in (wanted, broken):
         create_cache(spec)
     assert tiled(wanted, tmp_path / "wanted") == (4, 4)
-    replace, moved = os.replace, []
+    to_place, moved = os.replace, []
 
     def until_full(source, target):
         if "/c/0/" in str(target):
             moved.append(target)
             if len(moved) > 2:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-        return replace(source, target)
+        return to_place(source, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", until_full)
@@ -84,6 +86,28 @@ def test_a_disk_that_fills_up_while_shards_are_written(tmp_path, monkeypatch):
     shard_object(broken.url, "planes", 1, 0).write_bytes(b"torn")
     assert tiled(broken, tmp_path / "broken") == (2, 4)
     assert stored(Path(broken.url)) == stored(Path(wanted.url))
+
+
+def test_native_tiles_are_counted_and_hardly_ever_decoded_twice(tmp_path, monkeypatch):
+    """Tiles of 48 px under shards of 128: every border between shards cuts native tiles."""
+    monkeypatch.setattr("deepfere.tiling.plan.SHARD_PX", 128)
+    monkeypatch.setattr("deepfere.tiling.cache.SHARD_PX", 128)
+    path = write_jpeg_tiff(tmp_path / "s.tif", picture(2240, 1120), factors=(1,), tile=48)
+    spec = spec_of(tmp_path / "a", path)
+    create_cache(spec)
+    shards = np.argwhere(np.ones(spec.planes.shards, bool))
+    journal = Journal(tmp_path / "journal", spec.fingerprint)
+    for group in group_shards(shards, least=1):
+        opened.cache_clear()  # as if another worker made it
+        CacheWorker(spec, str(journal.folder), spec.fingerprint).work({"unit": "", "shards": group.tolist()})
+    counted = native_tiles(spec, shards, journal.done())
+    assert counted is not None and counted["distinct"] == 47 * 24
+    assert counted["distinct"] <= counted["decoded"] <= 1.1 * counted["distinct"]
+    one = np.array([[0, 1]])
+    assert distinct_native_tiles(spec, one) == 12  # columns 128 to 256 are of tiles 2 to 5, rows of 0 to 2
+    blind = replace(spec, reading=replace(spec.reading, backend="openslide"))
+    CacheWorker(blind, str(journal.folder), "other").work({"unit": "", "shards": [[0, 0]]})
+    assert native_tiles(blind, one - [[0, 1]], Journal(journal.folder, "other").done()) is None
 
 
 @pytest.fixture

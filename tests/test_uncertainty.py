@@ -7,7 +7,14 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from deepfere.measured.operator import cell_means
-from deepfere.model.uncertainty import NoiseModel, local_variance, noise_quantum, variance_model
+from deepfere.model.uncertainty import (
+    NoiseModel,
+    detectors_pulse,
+    local_variance,
+    noise_quantum,
+    single_pulse,
+    variance_model,
+)
 
 EVERYWHERE = np.ones((64, 60), bool)
 
@@ -58,6 +65,26 @@ def test_sparse_counts_tell_what_one_ion_is_worth():
     edges = np.where(rng.random((64, 60)) < 0.5, 0.2, 9.0)
     image = rng.poisson(edges) * 7.0
     assert 7.0 <= noise_quantum(image, EVERYWHERE) <= 14.0
+
+
+def test_an_ion_that_is_everywhere_does_not_show_its_pulse():
+    image = np.random.default_rng(3).poisson(40.0, (64, 60)) * 7.0
+    assert single_pulse(image, EVERYWHERE) == np.inf
+    image[0, :3], image[1, :4] = 0.0, 7.0
+    assert single_pulse(image, EVERYWHERE) == np.inf  # four pixels of one count among 3837
+    image[2, :20] = 7.0
+    assert single_pulse(image, EVERYWHERE) == 14.0
+    assert single_pulse(np.zeros((64, 60)), EVERYWHERE) == np.inf
+
+
+def test_ions_that_agree_speak_for_the_detector():
+    unseen, alike = np.full(20, np.inf), 3.0 * np.linspace(0.8, 1.2, 9)
+    found = detectors_pulse(np.concatenate([unseen, alike]))
+    assert found == pytest.approx(np.quantile(alike, 0.9))
+    assert detectors_pulse(np.concatenate([unseen, alike[:7]])) == np.inf, "too few"
+    # Intensities in units of each ion's own: nothing is said about the others.
+    assert detectors_pulse(np.geomspace(1.0, 30.0, 40)) == np.inf
+    assert detectors_pulse(unseen) == np.inf
 
 
 def test_nothing_measured_has_no_noise():

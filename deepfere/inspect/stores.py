@@ -205,6 +205,9 @@ def _add_papers(notes: Notes, path: str, result: Any) -> None:
     named = [f"{model['name']} version {model.get('version')}"] if model.get("name") else []
     notes.add("model", ", ".join([f"tier {model.get('tier')}", *named]))
     notes.add("run", f"{run['run_id']} at {redact(str(run.get('uri')))}" if run.get("run_id") else "not tracked")
+    tiles = (provenance.get("slide") or {}).get("native_tiles")
+    if tiles:
+        notes.add("slide's own tiles", f"{tiles['decoded']} decoded, {tiles['distinct']} different ones")
     times = provenance.get("timings_s") or {}
     notes.add("time", ", ".join(f"{stage} {seconds:g} s" for stage, seconds in times.items()))
     notes.add("made by", f"deepfere {(provenance.get('versions') or {}).get('deepfere', '?')}")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from deepfere.alignment.score import spatial_blocks
 from deepfere.measured.factors import noise_sd
 from deepfere.measured.operator import fill_missing
-from deepfere.model.uncertainty import local_variance, noise_quantum, without_centre
+from deepfere.model.uncertainty import detectors_pulse, local_variance, noise_quantum, single_pulse, without_centre
 
 Array = NDArray[np.float64]
 
@@ -30,7 +30,9 @@ CAUTION = 0.7
 SURPRISE_SD = 3.5
 """Standard deviations beyond which a pixel refutes its prediction."""
 LEAST_PX = 200
-"""Measured pixels below which nothing is taken away: noise and structure cannot be told apart."""
+"""Measured pixels below which nothing is taken away: noise and structure cannot be told apart by the pixels alone."""
+LEAST_TOLD_PX = 60
+"""The same where the ions say what the detector's pulse is: predictions need this many."""
 _GROUPS = 4
 _MOST_SCORES = 16
 _MOST_IONS = 512
@@ -73,7 +75,8 @@ def denoise(cube: NDArray[np.floating], mask: NDArray[np.bool_], features: Array
     """
     out = np.where(mask, cube, 0).astype(np.float32)
     chi_square, share = np.full(len(cube), np.nan), np.zeros(len(cube))
-    if mask.sum() < LEAST_PX:
+    most = detectors_pulse(np.array([single_pulse(image, mask) for image in cube]))
+    if mask.sum() < (LEAST_TOLD_PX if math.isfinite(most) else LEAST_PX):
         return Denoised(out, chi_square, share)
     stain = np.zeros((0, int(mask.sum()))) if features is None else features[:, mask]
     # One predictor serves a group of ions, pixels in its order: block after block.
@@ -83,7 +86,7 @@ def denoise(cube: NDArray[np.floating], mask: NDArray[np.bool_], features: Array
         predictor = Predictor(np.concatenate([scores[g], stain]).T, block)
         for m in np.flatnonzero(group == g):
             image = np.asarray(cube[m], np.float64)
-            quantum = CAUTION * noise_quantum(image, mask)
+            quantum = CAUTION * min(noise_quantum(image, mask), most)
             if quantum <= 0 or (image[mask] < 0).any() or not np.ptp(image[mask]) > 0:
                 continue
             estimate, chi_square[m], share[m] = _estimate(image, mask, quantum, predictor)

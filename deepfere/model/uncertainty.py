@@ -24,6 +24,7 @@ _LEAST_PER_LEVEL = 50
 _AROUND_PX = 2.0
 _QUARTILE = 0.1015  # the lower quartile of a chi-square with one degree of freedom
 _COUNTING = 0.02  # share of zeros from which single ions are counted: few values, no quartile
+_LEAST_TELLING = 8  # ions that show what one detected ion is worth, at least, before they speak for others
 PULSE = 2.0
 """Noise quantum over the intensity of one detected ion, at most.
 
@@ -96,15 +97,40 @@ def noise_quantum(cell: Array, mask: NDArray[np.bool_]) -> float:
     Returns:
         Intensity units; 0 where nothing was seen.
     """
-    values = cell[mask]
-    positive = np.sort(values[values > 0])
-    if not len(positive):
+    if not (cell[mask] > 0).any():
         return 0.0
     bounds = _difference_bounds(fill_missing(np.asarray(cell, np.float64), mask), mask)
+    least = min([*bounds, single_pulse(cell, mask)])
+    return least if math.isfinite(least) else 0.0
+
+
+def single_pulse(cell: Array, mask: NDArray[np.bool_]) -> float:
+    """The noise quantum by what one detected ion is worth, as for `noise_quantum`; infinite where that is not seen."""
+    values = cell[mask]
+    positive = np.sort(values[values > 0])
+    if (values <= 0).sum() < 3 or not len(positive):
+        return math.inf
     alike = int((positive <= 2 * positive[0]).sum())
-    if (values <= 0).sum() >= 3 and alike >= max(4, 0.005 * len(positive)):
-        bounds.append(PULSE * float(positive[0]))
-    return min(bounds, default=0.0)
+    return PULSE * float(positive[0]) if alike >= max(4, 0.005 * len(positive)) else math.inf
+
+
+def detectors_pulse(pulses: Array) -> float:
+    """The noise quantum that an instrument gives to all ions alike; infinite where they do not say that it does.
+
+    What one detected ion is worth is a property of the detector. Where many ions show it and agree (half of them within
+    a factor of two), the others have it as well, however much their own structure looks like noise.
+
+    Args:
+        pulses: (M,) `single_pulse` of every ion.
+
+    Returns:
+        Intensity units: nine tenths of those that were seen are below.
+    """
+    seen = pulses[np.isfinite(pulses)]
+    if len(seen) < _LEAST_TELLING:
+        return math.inf
+    low, high, most = np.quantile(seen, (0.25, 0.75, 0.9))
+    return float(most) if high <= 2 * low else math.inf
 
 
 def _difference_bounds(image: Array, mask: NDArray[np.bool_]) -> list[float]:

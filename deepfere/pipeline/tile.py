@@ -25,8 +25,8 @@ from deepfere.places import Place, reading
 from deepfere.readers.slide import Reading
 from deepfere.reconstruction.shards import CacheWorker, PoolWorker
 from deepfere.store import create_array, open_group
-from deepfere.tiling.cache import CacheSpec, create_cache, is_cache
-from deepfere.tiling.plan import needed_shards, plan_planes, plan_windows
+from deepfere.tiling.cache import CacheSpec, create_cache, distinct_native_tiles, is_cache
+from deepfere.tiling.plan import group_shards, needed_shards, plan_planes, plan_windows
 
 POOL_PX = 1024
 
@@ -97,24 +97,41 @@ def tile_stage(
             journal.clear()
             create_cache(cache)
         finished = journal.done()
-        rows = [{"unit": f"{r}/{c}", "row": int(r), "col": int(c)} for r, c in shards]
-        todo = [row for row in rows if row["unit"] not in finished]
+        todo = shards[np.array(["{}/{}".format(*shard) not in finished for shard in shards.tolist()], bool)]
+        rows = [{"unit": f"{group[0, 0]}/{group[0, 1]}", "shards": group.tolist()} for group in group_shards(todo)]
         connect(config.ray)
-        counter = _Counter(progress, "tile", len(rows), len(rows) - len(todo), 0.0, 0.7)
+        counter = _Counter(progress, "tile", len(shards), len(shards) - len(todo), 0.0, 0.7)
         run_rows(
-            todo,
+            rows,
             CacheWorker,
             (cache, str(journal.folder), cache.fingerprint),
             what=f"tiling {name}",
             on_done=counter.step,
         )
         pool(prep, spec, alignment, progress, folder.pooled, smoothings_pitch(config))
-        facts["shards"] = len(rows)
-        facts["slide"] = asdict(cache.reading)
+        facts["shards"] = len(shards)
+        facts["slide"] = asdict(cache.reading) | {"native_tiles": native_tiles(cache, shards, journal.done())}
         if config.slide.icc != cache.reading.icc:
             facts["warnings"] = [
                 f"slide.icc={config.slide.icc}: the slide carries no profile; its colours are as stored"
             ]
+
+
+def native_tiles(
+    cache: CacheSpec, shards: NDArray[np.int64], finished: dict[str, dict[str, Any]]
+) -> dict[str, int] | None:
+    """How many native tiles the shards took, and how many different ones; None where the reader does not count.
+
+    Args:
+        cache: The slide and its planes.
+        shards: (n, 2).
+        finished: Their journal.
+    """
+    told = [finished["{}/{}".format(*shard)].get("decoded") for shard in shards.tolist()]
+    decoded = [int(count) for count in told if count is not None]
+    if not decoded or len(decoded) < len(told):
+        return None
+    return {"decoded": sum(decoded), "distinct": distinct_native_tiles(cache, shards)}
 
 
 def reach_um(spec: GuideSpec, alignment: Alignment, network_px: int) -> float:
@@ -182,5 +199,5 @@ class _Counter:
         self._done = done
 
     def step(self, record: dict[str, Any]) -> None:
-        self._done += 1
+        self._done += record.get("shards", 1)
         self._tell(self._done)

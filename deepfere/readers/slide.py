@@ -66,6 +66,11 @@ class Slide(Protocol):
     levels: tuple[Level, ...]
     background: NDArray[np.uint8]
 
+    @property
+    def decoded(self) -> int | None:
+        """Native tiles decoded so far by this process; None where the reader does not count."""
+        ...
+
     def read(self, level: int, row: int, col: int, height: int, width: int) -> NDArray[np.uint8]:
         """RGB (height, width, 3) of a window in pixels of ``level``; background outside the image."""
         ...
@@ -256,21 +261,7 @@ def read_area(
         RGB (h, w, 3) uint8, background colour where there is no slide, and coverage (h, w) float32, the
         fraction of each pixel that lies inside the slide.
     """
-    wanted = given_mpp(mpp_um)
-    level = adequate_level(slide, wanted)
-    axes = [
-        Axis.of(
-            origin_um[k],
-            shape_px[k],
-            wanted[k],
-            slide.mpp_um[k],
-            slide.levels[level].downsample[k],
-            slide.levels[level].shape_px[k],
-            slide.shape_px[k],
-        )
-        for k in (0, 1)
-    ]
-    y, x = axes
+    level, (y, x) = area_axes(slide, origin_um, shape_px, given_mpp(mpp_um))
     coverage = y.covered.astype(np.float32)[:, None] * x.covered.astype(np.float32)[None, :]
     out = np.empty((*shape_px, 3), dtype=np.uint8)
     whole = bool((y.covered == 1).all() and (x.covered == 1).all())
@@ -287,6 +278,26 @@ def read_area(
             partly = None if whole else coverage
             average(source, first, y, (top, bottom), cols, x, partly, slide.background, out)
     return out, coverage
+
+
+def area_axes(
+    slide: Slide, origin_um: tuple[float, float], shape_px: tuple[int, int], mpp_um: tuple[float, float]
+) -> tuple[int, tuple[Axis, Axis]]:
+    """The level that `read_area` reads for a window, and the window's overlaps with it along y and x."""
+    level = adequate_level(slide, mpp_um)
+    y, x = (
+        Axis.of(
+            origin_um[k],
+            shape_px[k],
+            mpp_um[k],
+            slide.mpp_um[k],
+            slide.levels[level].downsample[k],
+            slide.levels[level].shape_px[k],
+            slide.shape_px[k],
+        )
+        for k in (0, 1)
+    )
+    return level, (y, x)
 
 
 def adequate_level(slide: Slide, mpp_um: tuple[float, float]) -> int:

@@ -39,6 +39,11 @@ class SrgbSlide:
         self.profile = slide.profile
         self._transform = _transform(slide)
 
+    @property
+    def decoded(self) -> int | None:
+        """See `deepfere.readers.slide.Slide.decoded`."""
+        return self._slide.decoded
+
     def read(self, level: int, row: int, col: int, height: int, width: int) -> NDArray[np.uint8]:
         """See `deepfere.readers.slide.Slide.read`."""
         from PIL import Image, ImageCms

@@ -59,6 +59,7 @@ class FlatSlide:
 
     backend: Backend = "flat"
     icc: Icc = "none"
+    decoded = None
 
     def __init__(
         self,

@@ -49,6 +49,7 @@ class OpenSlideSlide:
 
     backend: Backend = "openslide"
     icc: Icc = "none"
+    decoded = None
 
     def __init__(self, path: Path, handle: Any, mpp_um: tuple[float, float]) -> None:
         import openslide

@@ -20,7 +20,7 @@ from deepfere.model.guide import Cells, GuideSpec, stain_of
 from deepfere.model.network import network_from_config
 from deepfere.places import reading
 from deepfere.store import open_group, shard_object, sync_shard
-from deepfere.tiling.cache import CacheSpec, PlaneReader, write_shard
+from deepfere.tiling.cache import CacheSpec, PlaneReader, slide_of, write_shard
 from deepfere.tiling.plan import ShardGrid
 
 TILE_PX = 384
@@ -83,16 +83,19 @@ def tiles(cells: Cells, factor: int, tile_px: int = TILE_PX) -> list[Cells]:
 
 
 class CacheWorker(RowWorker):
-    """Decodes the slide into one shard of the plane cache per row (``row``, ``col``)."""
+    """Decodes the slide into a group of neighbouring shards of the plane cache per row (``shards``)."""
 
     def __init__(self, spec: CacheSpec, journal: str, fingerprint: str) -> None:
         self._spec, self._journal = spec, Journal(journal, fingerprint)
 
     def work(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Write one shard."""
-        write_shard(self._spec, row["row"], row["col"])
-        self._journal.record(row["unit"])
-        return {}
+        """Write and record the shards of one group, one after the other."""
+        for r, c in row["shards"]:
+            before = slide_of(self._spec).decoded
+            write_shard(self._spec, r, c)
+            after = slide_of(self._spec).decoded
+            self._journal.record(f"{r}/{c}", decoded=None if before is None or after is None else after - before)
+        return {"shards": len(row["shards"])}
 
 
 class PoolWorker(RowWorker):

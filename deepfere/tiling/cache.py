@@ -15,7 +15,7 @@ from deepfere.errors import DeepfereError, InputError
 from deepfere.model.artefacts import Artefacts
 from deepfere.model.features import PLANES, StainReference, base_planes
 from deepfere.model.guide import GuideSpec
-from deepfere.readers.slide import Reading, opened, read_area
+from deepfere.readers.slide import Reading, Slide, area_axes, opened, read_area
 from deepfere.store import create_array, open_group, shard_object, sync_shard
 from deepfere.tiling.plan import CHUNK_PX, SHARD_PX, PlaneGrid
 
@@ -74,12 +74,33 @@ def is_cache(spec: CacheSpec) -> bool:
         return False
 
 
+def slide_of(spec: CacheSpec) -> Slide:
+    """The cache's slide, opened once per process."""
+    return opened(spec.slide, spec.mpp_um, spec.reading.backend, spec.reading.icc)
+
+
+def distinct_native_tiles(spec: CacheSpec, shards: NDArray[np.int64]) -> int:
+    """How many native tiles of the slide some shards (n, 2) need: what each decoded once would come to."""
+    slide, planes = slide_of(spec), spec.planes
+    (h, w), (th, tw) = (getattr(slide.levels[spec.reading.level], name) for name in ("shape_px", "tile_px"))
+    touched = np.zeros((-(-h // th), -(-w // tw)), bool)
+    for row, col in shards.tolist():
+        r0, r1, c0, c1 = planes.shard_window(row, col)
+        corner = r0 * planes.spacing_um[0], c0 * planes.spacing_um[1]
+        shape = (r1 - r0) * planes.block, (c1 - c0) * planes.block
+        _, (y, x) = area_axes(slide, corner, shape, planes.fine_mpp_um)
+        if (y.stop > y.start).any() and (x.stop > x.start).any():
+            (top, bottom), (left, right) = y.reach(0, shape[0]), x.reach(0, shape[1])
+            touched[top // th : -(-bottom // th), left // tw : -(-right // tw)] = True
+    return int(touched.sum())
+
+
 def compute_shard(spec: CacheSpec, row: int, col: int) -> NDArray[np.uint8]:
     """Planes (7, h, w) of one shard, read from the slide."""
     r0, r1, c0, c1 = spec.planes.shard_window(row, col)
     block, spacing = spec.planes.block, spec.planes.spacing_um
     rgb, coverage = read_area(
-        opened(spec.slide, spec.mpp_um, spec.reading.backend, spec.reading.icc),
+        slide_of(spec),
         (r0 * spacing[0], c0 * spacing[1]),
         ((r1 - r0) * block, (c1 - c0) * block),
         spec.planes.fine_mpp_um,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from deepfere.tiling.patches import PatchReader, PatchSource
+from deepfere.tiling.patches import MIXED_GROUPS, PatchReader, PatchSource
 
 MOST_BLOCKS = 16384
 """Of a longer training steps share blocks, and several workers then mix their patches otherwise than one does."""
@@ -17,13 +18,14 @@ class LoadPatches:
     """Callable of ``map_batches``: reads the patches of a batch of rows from the caches."""
 
     def __init__(self, sources: list[dict[str, Any]], patch_px: int, shape_px: tuple[int, int]) -> None:
-        self._readers = [PatchReader(PatchSource(**s), patch_px) for s in sources]
+        # Patches come from a few sections at a time (`deepfere.tiling.patches.order_of`).
+        self._reader = lru_cache(maxsize=2 * MIXED_GROUPS)(lambda n: PatchReader(PatchSource(**sources[n]), patch_px))
         self._shape = shape_px
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Rows of `deepfere.tiling.patches.draw` -> the batch of `JointModel.forward`, plus ``step``."""
         rows = range(len(batch["step"]))
-        loaded = [self._readers[int(batch["section"][n])].load(int(batch["patch"][n]), self._shape) for n in rows]
+        loaded = [self._reader(int(batch["section"][n])).load(int(batch["patch"][n]), self._shape) for n in rows]
         out = {name: np.stack([patch[name] for patch in loaded]) for name in loaded[0]}
         out["section"] = np.asarray(batch["section"], np.int64)
         out["step"] = np.asarray(batch["step"], np.int64)

@@ -41,13 +41,40 @@ class PatchSource:
     margin_px: int
 
 
+GROUP_PATCHES = 64
+"""Neighbouring patches of one section that are drawn at about the same time: they share shards of its cache."""
+MIXED_GROUPS = 8
+"""Groups whose patches are drawn in one order: what is open at a time does not grow with the study."""
+
+
+def order_of(patches: list[tuple[int, int]], rng: np.random.Generator) -> list[int]:
+    """Numbers of all patches in an order for one pass: groups shuffled, then locally the patches of a few groups.
+
+    A study of up to `MIXED_GROUPS` groups is shuffled as a whole.
+    """
+    section = np.array([s for s, _ in patches])
+    starts = np.flatnonzero(np.diff(section, prepend=-1))
+    ends = [*starts[1:].tolist(), len(patches)]
+    groups = [
+        np.arange(k, min(k + GROUP_PATCHES, end))
+        for start, end in zip(starts.tolist(), ends, strict=True)
+        for k in range(start, end, GROUP_PATCHES)
+    ]
+    shuffled = rng.permutation(len(groups))
+    out: list[int] = []
+    for k in range(0, len(groups), MIXED_GROUPS):
+        some = np.concatenate([groups[n] for n in shuffled[k : k + MIXED_GROUPS]])
+        out += rng.permutation(some).tolist()
+    return out
+
+
 def draw(patches: list[tuple[int, int]], steps: int, batch: int, seed: int) -> list[dict[str, int]]:
     """Rows (step, slot, section, patch, flips) of a whole training, keyed by the seed alone.
 
     Every patch is drawn once before any is drawn again.
 
     Args:
-        patches: (section, patch) pairs.
+        patches: (section, patch) pairs, section by section.
         steps: Optimiser steps.
         batch: Patches per step.
         seed: Of the order and the flips.
@@ -55,7 +82,7 @@ def draw(patches: list[tuple[int, int]], steps: int, batch: int, seed: int) -> l
     rng = np.random.default_rng([seed, 1])
     order: list[int] = []
     while len(order) < steps * batch:
-        order += rng.permutation(len(patches)).tolist()
+        order += order_of(patches, rng)
     flips = rng.integers(0, 2, (steps * batch, 2))
     return [
         {

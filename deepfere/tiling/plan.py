@@ -22,6 +22,9 @@ FINE_UM = 1.0
 
 SHARD_PX = 512
 CHUNK_PX = 128
+GROUP_SHARDS = 8
+"""Shards a side of the largest group that one worker makes, one after the other: native tiles on the borders between
+its shards are kept from one to the next, and those on its own outer border are decoded by its neighbour again."""
 MAX_FACTOR = 64
 
 
@@ -146,6 +149,21 @@ def needed_shards(
         np.add.at(steps, (rows, cols), sign)
     needed = steps.cumsum(0).cumsum(1)[:-1, :-1] > 0
     return np.argwhere(needed)
+
+
+def group_shards(shards: NDArray[np.int64], least: int = 8) -> list[NDArray[np.int64]]:
+    """Neighbouring shards that one worker makes, in row order: squares of at most `GROUP_SHARDS` a side.
+
+    Args:
+        shards: (n, 2) in row order, as from `needed_shards`.
+        least: Groups that there have to be, so that all workers have something to do; else they are smaller.
+    """
+    side = GROUP_SHARDS
+    while True:
+        places, number = np.unique(shards // side, axis=0, return_inverse=True)
+        if len(places) >= min(least, len(shards)) or side == 1:
+            return [shards[number == k] for k in range(len(places))]
+        side //= 2
 
 
 def plan_windows(grid: SectionGrid, mask: NDArray[np.bool_], side: int) -> list[Cells]:
