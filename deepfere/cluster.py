@@ -18,7 +18,7 @@ from typing import Any
 
 from deepfere.config import RaySettings
 from deepfere.errors import DeepfereError, InputError, system_text
-from deepfere.places import Place, UrlPath, place, remove_objects, texts
+from deepfere.places import Place, UrlPath, place, remove_tree, texts
 from deepfere.stopping import current, requested, saving
 
 ENVIRONMENT = {
@@ -204,7 +204,7 @@ class Journal:
     def clear(self) -> None:
         """Forget everything: the store that the records speak of is made anew."""
         if isinstance(self.folder, UrlPath):
-            remove_objects([path for path in self.folder.glob("*.jsonl") if isinstance(path, UrlPath)])
+            remove_tree(self.folder)
             return
         for path in self.folder.glob("*.jsonl"):
             path.unlink(missing_ok=True)

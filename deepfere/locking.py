@@ -25,6 +25,7 @@ import psutil
 from deepfere.errors import DeepfereError, InputError, StorageError
 from deepfere.places import Place, UrlPath
 from deepfere.remote import FIRST_TRIES, TRIES, answered, filesystem
+from deepfere.stopping import Stopped
 
 LEASE_S, RENEW_S = 90.0, 20.0
 """How long a lease is good for, and how often its holder writes it anew."""
@@ -168,10 +169,10 @@ class Lease:
         """Go on only as its holder.
 
         Raises:
-            DeepfereError: Another process has taken it over, or the store has not answered for too long.
+            Stopped: Another process has taken it over, or the store has not answered for too long.
         """
         if self._lost:
-            raise DeepfereError(self._lost)
+            raise Stopped(self._lost)
 
     def release(self) -> None:
         """Let go of it; where the store fails, it ends by itself."""
@@ -200,11 +201,11 @@ class Lease:
                 quiet_s += RENEW_S
                 if quiet_s < LEASE_S - RENEW_S:
                     continue
-                self._lost = f"{self.lock}: the lock could not be kept: {error}"
+                self._lost = f"its lock could not be kept: {error}"
                 return
             quiet_s = 0.0
             if not kept:
-                self._lost = f"{self.lock.parent}: another process has taken the lock over; nothing more is written"
+                self._lost = f"another process has taken {self.lock.parent} over"
                 return
 
     def _is_ours(self, etag: str, values: dict[str, Any]) -> bool:

@@ -205,25 +205,27 @@ def texts(folder: Place, pattern: str) -> Iterator[str]:
         yield from (content[key].decode() for key in sorted(content))
 
 
-def remove_tree(target: Place) -> None:
-    """Delete a file, or a folder with everything in it; nothing happens if it is absent."""
+def remove_tree(target: Place, but: Place | None = None) -> None:
+    """Delete a file, or a folder with everything in it; nothing happens if it is absent.
+
+    Args:
+        target: What to delete.
+        but: An object of a URL that stays.
+    """
     if isinstance(target, Path):
         if target.is_dir():
             shutil.rmtree(target, ignore_errors=True)
         else:
             target.unlink(missing_ok=True)
         return
-    remove_objects([*target.below(), target])
-    # Of many that are deleted together some may be refused without a word: these are asked for one by one.
-    for one in target.below():
-        one.unlink(missing_ok=True)
-
-
-def remove_objects(objects: list[UrlPath]) -> None:
-    """Delete objects of one store, many at a time."""
+    objects = [one for one in (*target.below(), target) if one != but]
     for first in range(0, len(objects), 1000):
         some = [str(one) for one in objects[first : first + 1000]]
-        objects[first]._ask(lambda found, path, some=some: found.rm(some))
+        target._ask(lambda found, path, some=some: found.rm(some))
+    # Of many that are deleted together some may be refused without a word: these are asked for one by one.
+    for one in target.below():
+        if one != but:
+            one.unlink(missing_ok=True)
 
 
 def copy_tree(source: Place, target: Place) -> None:

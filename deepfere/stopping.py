@@ -115,8 +115,7 @@ def look() -> None:
     """Stop here if that is asked for, unless workers are still finishing what they have begun.
 
     Raises:
-        Stopped: It is.
-        DeepfereError: The run may not go on: another one has taken its place.
+        Stopped: It is, or another run has taken the place of this one.
     """
     if _current is None:
         return

@@ -110,6 +110,7 @@ def open_group(
     url: str | Place,
     mode: Literal["r", "r+", "a", "w", "w-"] = "r",
     storage_options: StorageOptions | None = None,
+    attributes: Mapping[str, Any] | None = None,
 ) -> zarr.Group:
     """Open or create a Zarr v3 group at a path or URL.
 
@@ -117,6 +118,7 @@ def open_group(
         url: Local path, or ``s3://bucket/key`` and the like.
         mode: As in zarr: "r" read, "r+" read and write, "a" create if absent, "w" replace, "w-" must be new.
         storage_options: Passed to fsspec for URLs.
+        attributes: What a group that is created has from the first moment.
 
     Raises:
         InputError: There is no readable Zarr group there, or one is there already ("w-"); or a store at a URL refuses.
@@ -131,7 +133,7 @@ def open_group(
             raise missing(url)
         store = LocalStore(Path(str(url)), read_only=mode == "r")
     try:
-        return zarr.open_group(store, mode=mode, zarr_format=3)
+        return zarr.open_group(store, mode=mode, zarr_format=3, attributes=dict(attributes or {}))
     except (FileNotFoundError, zarr.errors.GroupNotFoundError, zarr.errors.ContainsArrayError) as error:
         if is_url(url) and not exists(url, storage_options):
             raise missing(url) from error

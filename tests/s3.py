@@ -14,6 +14,8 @@ ENVIRONMENT = {
     "AWS_SECRET_ACCESS_KEY": "something",
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
+    # Tries of botocore, which pauses for seconds: deepfere has its own.
+    "AWS_MAX_ATTEMPTS": "1",
 }
 ANSWERS = {
     403: ("403 FORBIDDEN", "AccessDenied", "Access Denied"),

@@ -196,7 +196,7 @@ def test_no_permission(s3, uploaded):
         content_digest(uploaded)
 
 
-@pytest.mark.parametrize(("status", "times"), [(500, 6), (503, 3)])
+@pytest.mark.parametrize(("status", "times"), [(500, 5), (503, 3)])
 def test_a_store_that_fails_for_a_while(s3, uploaded, phantom, status, times):
     slide, local = open_slide(uploaded), open_slide(phantom.slide, backend="tiff")
     s3.fail(status, times)

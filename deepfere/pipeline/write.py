@@ -21,7 +21,7 @@ from deepfere.pipeline.check import check_ions, checked_whole
 from deepfere.pipeline.learn import load_fit
 from deepfere.pipeline.prepare import Prepared
 from deepfere.pipeline.workspace import Progress, Workspace, write_json
-from deepfere.places import Place, UrlPath, copy_file, copy_tree, reading, remove_objects, writing
+from deepfere.places import Place, UrlPath, copy_file, copy_tree, reading, remove_tree, writing
 from deepfere.reconstruction.inferred import section_shares
 from deepfere.reconstruction.ome import AXIS_NAMES, level_shapes, multiscale
 from deepfere.reconstruction.pyramid import build_pyramid
@@ -64,8 +64,8 @@ def claim_result(path: Place, identity: str, overwrite: bool) -> bool:
     attrs = _attributes(path)
     if attrs.get("format") != FORMAT:
         raise IdentityError("is not a deepfere result", where=path, remedy="choose another output")
-    if attrs.get("identity") is None and attrs.get("complete") is False:
-        return False  # made at a URL, and stopped before it was anybody's
+    if isinstance(path, UrlPath) and attrs.get("complete") is not True:
+        return False  # made in its place, and stopped; who works here now holds the lock, and goes on or begins anew
     if attrs.get("identity") == identity:
         return attrs.get("complete") is True and not overwrite
     if not overwrite:
@@ -174,8 +174,9 @@ def reconstruct_stage(
 def _clear(out: Place) -> None:
     """Make room; at a URL what stands there is no longer complete, and nobody's, before any of it is gone."""
     if isinstance(out, UrlPath):
-        open_group(out, "a").attrs.put({"format": FORMAT, "complete": False})
-        remove_objects([one for one in out.below() if one != out / "zarr.json"])
+        begun = {"format": FORMAT, "complete": False}
+        open_group(out, "a", attributes=begun).attrs.put(begun)
+        remove_tree(out, but=out / "zarr.json")
     else:
         remove(out)
 

@@ -18,7 +18,7 @@ from deepfere.config import TrainSettings
 from deepfere.errors import DeepfereError, InputError, StorageError
 from deepfere.places import Place
 from deepfere.remote import filesystem
-from deepfere.stopping import current, saving
+from deepfere.stopping import Stopped, current, saving
 from deepfere.tiling.dataset import patch_dataset
 from deepfere.tiling.patches import PatchSource, draw, plane_shape
 from deepfere.training.loop import LoopSettings, SectionTask
@@ -184,8 +184,8 @@ def _watch(file: Place, on_step: Callable[[int], None] | None) -> Iterator[None]
 
     def poll() -> None:
         while not stop.wait(1.0 if isinstance(file, Path) else TELL_EVERY_S):
-            # What cannot be seen now is seen later.
-            with suppress(FileNotFoundError, StorageError):
+            # What cannot be seen now is seen later; whether to go on, whoever waits for training finds out.
+            with suppress(FileNotFoundError, StorageError, Stopped):
                 if (text := file.read_text()).isdigit():
                     on_step(int(text))
 
