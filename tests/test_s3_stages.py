@@ -120,19 +120,19 @@ def test_journal_of_objects(s3, monkeypatch):
     journal, other = (Journal("s3://bucket/journal", "abc") for _ in range(2))
     s3.failing = now_and_then(5)
     for n in range(9):
-        journal.record(f"0/{n}", uncovered=n)
+        journal.record({f"0/{n}": {"uncovered": n}})
         if n in (0, 1, 6):
             assert set(other.done()) == {f"0/{k}" for k in range(n + 1)}
-    other.record("other")
+    other.record({"other": {}})
     s3.heal()
     assert len(other.done()) == 10 and other.done()["0/7"]["uncovered"] == 7
     assert len(s3.files.find("bucket/journal")) == 3
     assert Journal("s3://bucket/journal", "def").done() == {}
     s3.fail(500, 1000, ("PUT",))
     with pytest.raises(StorageError):
-        journal.record("lost")
+        journal.record({"lost": {}})
     s3.heal()
-    journal.record("found")
+    journal.record({"found": {}})
     assert "lost" not in other.done() and "found" in other.done()
     other.clear()
     assert journal.done() == {}
