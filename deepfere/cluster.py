@@ -13,11 +13,11 @@ import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from deepfere.config import RaySettings
 from deepfere.errors import DeepfereError, InputError
+from deepfere.places import Place, UrlPath, place, remove_tree, texts
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -163,17 +163,28 @@ def shutdown() -> None:
     ray.shutdown()
 
 
+LINES = 256
+"""Records in one object: each is sent with those before it, so a longer one would cost more."""
+
+
 class Journal:
-    """Append-only record of finished units, one file per writer, beside the store that they fill.
+    """Record of finished units, one line each, beside the store that they fill; every writer has files of its own.
+
+    On a disk a writer appends to its file. An object cannot be appended to: there it is written anew with every
+    record, and a new one is begun now and then.
 
     Args:
-        folder: Local folder of the journal's files.
+        folder: Folder of the journal's files, or its URL.
         fingerprint: Settings token; records with another one do not count.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: str) -> None:
-        self.folder, self.fingerprint = Path(folder), fingerprint
+    def __init__(self, folder: str | Place, fingerprint: str) -> None:
+        self.folder, self.fingerprint = place(folder), fingerprint
+        self._begin()
+
+    def _begin(self) -> None:
         self._file = self.folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
+        self._lines: list[str] = []
 
     def done(self) -> dict[str, dict[str, Any]]:
         """Finished units by key, with what was recorded of each. A torn last line (a killed writer) is ignored."""
@@ -185,23 +196,32 @@ class Journal:
 
     def clear(self) -> None:
         """Forget everything: the store that the records speak of is made anew."""
+        if isinstance(self.folder, UrlPath):
+            remove_tree(self.folder)
+            return
         for path in self.folder.glob("*.jsonl"):
             path.unlink(missing_ok=True)
 
     def record(self, units: Mapping[str, Mapping[str, Any]]) -> None:
-        """Add finished units, each with plain values to keep; on disk when this returns: all of them, or none."""
+        """Add finished units, each with plain values to keep; they stay when this returns: all of them, or none."""
+        line = json.dumps({"fingerprint": self.fingerprint, "units": units}, separators=(",", ":")) + "\n"
+        if isinstance(self._file, UrlPath):
+            self._file.write_text("".join([*self._lines, line]))
+            self._lines.append(line)
+            if len(self._lines) >= LINES:
+                self._begin()
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"fingerprint": self.fingerprint, "units": units}, separators=(",", ":"))
         with self._file.open("a") as handle:
-            handle.write(line + "\n")
+            handle.write(line)
             handle.flush()
             os.fsync(handle.fileno())
 
 
-def records_in(folder: Path) -> Iterator[dict[str, Any]]:
+def records_in(folder: Place) -> Iterator[dict[str, Any]]:
     """The records of a journal's files: of any fingerprint, each with its ``units``."""
-    for path in sorted(folder.glob("*.jsonl")) if folder.exists() else []:
-        for line in path.read_text().splitlines():
+    for text in texts(folder, "*.jsonl"):
+        for line in text.splitlines():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:

@@ -123,7 +123,8 @@ def run_demo(
         "consistency": float(ours.ions["consistency"].max()),
     }
     write_json(scores_file(ours.path), evaluation)
-    page = write_report(ours, folder / "report.html", evaluation=evaluation)
+    page = folder / "report.html"
+    write_report(ours, page, evaluation=evaluation)
     return _summary(phantom, ours, evaluation), page
 
 

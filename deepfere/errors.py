@@ -35,6 +35,10 @@ class IdentityError(InputError):
     """A result or work folder made from other inputs or settings stands at the wanted path."""
 
 
+class StorageError(DeepfereError):
+    """A store at a URL keeps failing, or stopped answering; what lies there stays as it is."""
+
+
 class SectionFailures(DeepfereError):
     """Sections of a study failed; what could be done for the others is done.
 

@@ -13,11 +13,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
+
+from deepfere.errors import DeepfereError, StorageError
+from deepfere.places import Place, UrlPath, place
 
 STOP = "stop"
-LOOK_EVERY_S = 0.2
+LOOK_EVERY_S, ASK_EVERY_S = 0.2, 5.0
+"""How often a run looks for the file on a disk, and asks a store at a URL."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -32,15 +35,16 @@ class _Watch:
 
     Args:
         file: The file that asks it to stop.
+        guard: Raises if the run may not go on for another reason.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file, self.saving, self._looked_s = file, False, 0.0
+    def __init__(self, file: Place, guard: Callable[[], None]) -> None:
+        self.file, self.guard, self.saving, self._looked_s = file, guard, False, 0.0
 
     def look(self) -> None:
         """Raise if the file is there; the disk is asked a few times a second at most."""
         now = time.monotonic()
-        if now - self._looked_s >= LOOK_EVERY_S:
+        if now - self._looked_s >= (ASK_EVERY_S if isinstance(self.file, UrlPath) else LOOK_EVERY_S):
             self._looked_s = now
             check(self.file)
 
@@ -48,24 +52,47 @@ class _Watch:
 _current: _Watch | None = None
 
 
-def request(file: Path, why: str) -> None:
+def request(file: Place, why: str) -> None:
     """Ask a run to stop.
 
     Args:
         file: The file ``stop`` of its folder.
         why: For the message that it ends with.
     """
+    if isinstance(file, UrlPath):
+        file.write_text(why)
+        return
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     partial.write_text(why)
     partial.replace(file)
 
 
-def requested(file: str | Path) -> bool:
+def requested(file: str | Place) -> bool:
     """Whether a run is asked to stop; never, if the file has no name."""
-    return file != "" and Path(file).exists()
+    return file != "" and place(file).exists()
 
 
-def check(file: Path) -> None:
+class Asking:
+    """`requested` for loops whose turns are short: a store at a URL is asked every few seconds only.
+
+    Args:
+        file: The file that asks to stop, or nothing.
+    """
+
+    def __init__(self, file: str) -> None:
+        self._file = place(file) if file else None
+        self._every_s = ASK_EVERY_S if isinstance(self._file, UrlPath) else 0.0
+        self._asked_s = 0.0
+
+    def __call__(self) -> bool:
+        """Whether the run is asked to stop, as far as is known."""
+        if self._file is None or time.monotonic() - self._asked_s < self._every_s:
+            return False
+        self._asked_s = time.monotonic()
+        return self._file.exists()
+
+
+def check(file: Place) -> None:
     """Stop here if that is asked for.
 
     Raises:
@@ -74,12 +101,12 @@ def check(file: Path) -> None:
     if file.exists():
         try:
             why = file.read_text()
-        except OSError:
+        except (OSError, DeepfereError):
             why = ""
         raise Stopped(why or "on request")
 
 
-def current() -> Path | None:
+def current() -> Place | None:
     """The file that asks the run in this process to stop; None outside of one."""
     return _current.file if _current else None
 
@@ -88,9 +115,12 @@ def look() -> None:
     """Stop here if that is asked for, unless workers are still finishing what they have begun.
 
     Raises:
-        Stopped: It is.
+        Stopped: It is, or another run has taken the place of this one.
     """
-    if _current is not None and not _current.saving:
+    if _current is None:
+        return
+    _current.guard()
+    if not _current.saving:
         _current.look()
 
 
@@ -105,12 +135,15 @@ def looking(progress: Callable[[str, float], None]) -> Callable[[str, float], No
 
 
 @contextmanager
-def watched(folder: Path, time_limit_s: float | None = None) -> Iterator[None]:
+def watched(
+    folder: Place, time_limit_s: float | None = None, guard: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Let a run be stopped.
 
     Args:
         folder: Its folder, which exists; a request that an earlier run has not taken is dropped.
         time_limit_s: It stops itself after so many seconds.
+        guard: Raises if the run may not go on for another reason (see `deepfere.locking.held`).
     """
     global _current
     outer, file = _current, folder / STOP
@@ -120,20 +153,22 @@ def watched(folder: Path, time_limit_s: float | None = None) -> Iterator[None]:
         timer = threading.Timer(time_limit_s, _out_of_time, [file, time_limit_s])
         timer.daemon = True
         timer.start()
-    _current = _Watch(file)
+    _current = _Watch(file, guard)
     try:
         yield
     finally:
         _current = outer
         if timer is not None:
             timer.cancel()
-        file.unlink(missing_ok=True)
+        # Where the store fails, the next run drops it.
+        with suppress(StorageError):
+            file.unlink(missing_ok=True)
 
 
-def _out_of_time(file: Path, seconds: float) -> None:
+def _out_of_time(file: Place, seconds: float) -> None:
     try:
         request(file, f"its time limit of {seconds:g} s is over")
-    except OSError:
+    except (OSError, DeepfereError):
         pass  # the folder has just been removed: the run is over
 
 

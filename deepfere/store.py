@@ -8,41 +8,109 @@ of it: a shard is rewritten as a whole, and two writers in one shard lose data s
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import zarr
+from zarr.abc.store import ByteRequest
 from zarr.codecs import BloscCodec, ZstdCodec
+from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import FsspecStore, LocalStore
 
 from deepfere.errors import InputError
+from deepfere.places import Place, UrlPath, place, remove_tree
+from deepfere.remote import FIRST_TRIES, OPTIONS, TRIES, answered, answered_later, is_url
 
+Answer = TypeVar("Answer")
 StorageOptions = Mapping[str, Any]
 Codec = Literal["zstd", "blosc"]
 
 
-def is_url(url: object) -> bool:
-    """Whether this names a remote store (``scheme://...``) instead of a local path."""
-    return "://" in str(url)
+class RemoteStore(FsspecStore):
+    """A store at a URL that asks again where it throttles or fails, and says the rest in one line."""
+
+    async def _ask(self, key: str, ask: Callable[[], Awaitable[Answer]]) -> Answer:
+        return await answered_later(f"{self.fs.unstrip_protocol(self.path)}/{key}".rstrip("/"), ask, TRIES)
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """As in zarr."""
+        asked = super().get
+        return await self._ask(key, lambda: asked(key, prototype, byte_range))
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        """As in zarr."""
+        asked, ranges = super().get_partial_values, list(key_ranges)
+        return await self._ask("", lambda: asked(prototype, ranges))
+
+    async def set(self, key: str, value: Buffer, byte_range: tuple[int, int] | None = None) -> None:
+        """As in zarr."""
+        asked = super().set
+        await self._ask(key, lambda: asked(key, value, byte_range))
+
+    async def exists(self, key: str) -> bool:
+        """As in zarr."""
+        asked = super().exists
+        return await self._ask(key, lambda: asked(key))
+
+    async def delete(self, key: str) -> None:
+        """As in zarr, but one by one: of objects deleted together, s3fs says nothing of those that stay."""
+        self._check_writable()
+        await self._ask(key, lambda: self.fs._rm_file(f"{self.path}/{key}"))
+
+    async def delete_dir(self, prefix: str) -> None:
+        """As in zarr; see `delete`."""
+        self._check_writable()
+        folder = f"{self.path}/{prefix}".rstrip("/")
+        for name in await self._ask(prefix, lambda: self.fs._find(folder)):
+            await self.delete(name.removeprefix(f"{self.path}/"))
+
+    async def clear(self) -> None:
+        """As in zarr; see `delete`."""
+        await self.delete_dir("")
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        """As in zarr."""
+        asked = super().list_dir
+        for name in await self._ask(prefix, lambda: _listed(asked(prefix))):
+            yield name
+
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        """As in zarr."""
+        asked = super().list_prefix
+        for name in await self._ask(prefix, lambda: _listed(asked(prefix))):
+            yield name
 
 
-def missing(path: str | Path) -> InputError:
-    """That nothing is at a path; where unfinished work of it stands beside it, that too."""
-    begun = Path(str(path).rstrip("/") + ".work")
+async def _listed(names: AsyncIterator[str]) -> list[str]:
+    return [name async for name in names]
+
+
+def _remote(url: object, options: StorageOptions | None, read_only: bool) -> FsspecStore:
+    def make() -> FsspecStore:
+        return RemoteStore.from_url(str(url), storage_options={**OPTIONS, **(options or {})}, read_only=read_only)
+
+    return answered(str(url), make, FIRST_TRIES)
+
+
+def missing(path: str | Place) -> InputError:
+    """That nothing is at a path or URL; where unfinished work of it stands beside it, that too."""
+    begun = place(str(path).rstrip("/") + ".work")
     with suppress(OSError, ValueError):
-        if begun.is_dir():
+        if begun.exists():
             return InputError("is unfinished", where=path, remedy=f"run the same command again: its work is in {begun}")
     return InputError("does not exist", where=path, remedy="check the path")
 
 
 def open_group(
-    url: str | Path,
+    url: str | Place,
     mode: Literal["r", "r+", "a", "w", "w-"] = "r",
     storage_options: StorageOptions | None = None,
+    attributes: Mapping[str, Any] | None = None,
 ) -> zarr.Group:
     """Open or create a Zarr v3 group at a path or URL.
 
@@ -50,22 +118,25 @@ def open_group(
         url: Local path, or ``s3://bucket/key`` and the like.
         mode: As in zarr: "r" read, "r+" read and write, "a" create if absent, "w" replace, "w-" must be new.
         storage_options: Passed to fsspec for URLs.
+        attributes: What a group that is created has from the first moment.
 
     Raises:
-        InputError: There is no readable Zarr group there, or one is there already ("w-").
+        InputError: There is no readable Zarr group there, or one is there already ("w-"); or a store at a URL refuses.
+        StorageError: A store at a URL keeps failing.
     """
     store: LocalStore | FsspecStore
     if is_url(url):
-        options = dict(storage_options or {})
-        store = FsspecStore.from_url(str(url), storage_options=options, read_only=mode == "r")
+        store = _remote(url, storage_options, mode == "r")
     else:
         # Not Path.exists: of an impossible name, too long or with a null byte, it raises.
-        if mode in ("r", "r+") and not os.path.exists(url):  # noqa: PTH110
+        if mode in ("r", "r+") and not os.path.exists(str(url)):  # noqa: PTH110
             raise missing(url)
-        store = LocalStore(Path(url), read_only=mode == "r")
+        store = LocalStore(Path(str(url)), read_only=mode == "r")
     try:
-        return zarr.open_group(store, mode=mode, zarr_format=3)
+        return zarr.open_group(store, mode=mode, zarr_format=3, attributes=dict(attributes or {}))
     except (FileNotFoundError, zarr.errors.GroupNotFoundError, zarr.errors.ContainsArrayError) as error:
+        if is_url(url) and not exists(url, storage_options):
+            raise missing(url) from error
         raise InputError("is not a Zarr v3 group", where=url, remedy="give a store that deepfere wrote") from error
     except (FileExistsError, zarr.errors.ContainsGroupError) as error:
         raise InputError("exists already", where=url, remedy="choose another path or remove it") from error
@@ -82,9 +153,8 @@ def open_foreign(path: str | Path) -> zarr.Group:
         InputError: There is no readable Zarr group there, or the store does not answer.
     """
     if is_url(path):
-        from deepfere.readers.remote import FIRST_TRIES, answered
-
-        return answered(str(path), lambda: _opened(path, FsspecStore.from_url(str(path), read_only=True)), FIRST_TRIES)
+        store = _remote(path, None, True)
+        return answered(str(path), lambda: _opened(path, store), FIRST_TRIES)
     if not os.path.exists(path):  # noqa: PTH110 - see `open_group`
         raise missing(path)
     return _opened(path, LocalStore(Path(path), read_only=True))
@@ -94,6 +164,8 @@ def _opened(path: str | Path, store: LocalStore | FsspecStore) -> zarr.Group:
     try:
         return zarr.open_group(store, mode="r")
     except (FileNotFoundError, zarr.errors.GroupNotFoundError, zarr.errors.ContainsArrayError) as error:
+        if is_url(path) and not exists(path):
+            raise missing(path) from error
         raise InputError("is not a Zarr group", where=path, remedy="check the path") from error
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"has metadata that cannot be read ({error})", where=path, remedy="write it again") from error
@@ -141,30 +213,34 @@ def create_array(
     )
 
 
-def exists(url: str | Path, storage_options: StorageOptions | None = None) -> bool:
+def exists(url: str | Place, storage_options: StorageOptions | None = None) -> bool:
     """Whether anything is at this path or URL."""
     if not is_url(url):
-        return Path(url).exists()
+        return Path(str(url)).exists()
+    if not storage_options:
+        return UrlPath(url).exists()
     import fsspec
 
-    filesystem, path = fsspec.core.url_to_fs(str(url), **dict(storage_options or {}))
-    return bool(filesystem.exists(path))
+    filesystem, path = fsspec.core.url_to_fs(str(url), **{**OPTIONS, **storage_options})
+    return answered(str(url), lambda: bool(filesystem.exists(path)), FIRST_TRIES)
 
 
-def remove(url: str | Path, storage_options: StorageOptions | None = None) -> None:
+def remove(url: str | Place, storage_options: StorageOptions | None = None) -> None:
     """Delete a store and everything in it; nothing happens if it is absent."""
-    if not is_url(url):
-        shutil.rmtree(url, ignore_errors=True)
+    if not is_url(url) or not storage_options:
+        remove_tree(place(url))
         return
     import fsspec
 
-    filesystem, path = fsspec.core.url_to_fs(str(url), **dict(storage_options or {}))
+    filesystem, path = fsspec.core.url_to_fs(str(url), **{**OPTIONS, **storage_options})
     if filesystem.exists(path):
         filesystem.rm(path, recursive=True)
 
 
-def sync(path: Path) -> None:
-    """Have the bytes of a local file (or the names in a local folder) on disk when this returns."""
+def sync(path: Place) -> None:
+    """Have the bytes of a file (or the names in a folder) on disk when this returns; at a URL they are."""
+    if isinstance(path, UrlPath):
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -172,22 +248,24 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def shard_object(root: str | Path, array: str, row: int, col: int) -> Path:
-    """The file of one shard of a local (c, y, x) array; shards of fill values alone have none."""
-    return Path(root) / array / "c" / "0" / str(row) / str(col)
+def shard_object(root: str | Place, array: str, row: int, col: int) -> Place:
+    """The object of one shard of a (c, y, x) array; shards of fill values alone have none."""
+    return place(root) / f"{array}/c/0/{row}/{col}"
 
 
-def sync_shard(root: str | Path, array: str, row: int, col: int) -> None:
-    """Have one shard of a local (c, y, x) array on disk: it may be recorded as done only then."""
+def sync_shard(root: str | Place, array: str, row: int, col: int) -> None:
+    """Have one shard of a (c, y, x) array on disk: it may be recorded as done only then."""
     path = shard_object(root, array, row, col)
-    if path.exists():
+    if isinstance(path, Path) and path.exists():
         # Its folders may be as new as itself.
         for part in (path, *path.parents[:4]):
             sync(part)
 
 
-def settle(root: Path) -> None:
-    """Have a whole local store on disk, without what interrupted writers left in it."""
+def settle(root: Place) -> None:
+    """Have a whole store on disk, without what interrupted writers left in it; at a URL it is."""
+    if isinstance(root, UrlPath):
+        return
     for path in list(root.rglob("*")):
         if path.suffix == ".partial":
             path.unlink(missing_ok=True)

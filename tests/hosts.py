@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 NETWORK = "10.231.77"
+OUTSIDE = f"{NETWORK}.254"
+"""Where the hosts reach this machine itself."""
 PORT = 6399
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
@@ -32,9 +36,11 @@ class Hosts:
 
     Args:
         workers: How many workers.
+        hidden: Folders that the workers see as empty: their machines share no file system with the head's.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, hidden: Sequence[Path] = ()) -> None:
+        self.hidden = hidden
         self.names = [f"deepfere{n}" for n in range(workers + 1)]
         self.folder = Path(tempfile.mkdtemp(prefix="dfh"))  # Ray's sockets need a short path
         self.address = f"{NETWORK}.1:{PORT}"
@@ -52,8 +58,19 @@ class Hosts:
             raise
         return self
 
+    def join(self, environment: dict[str, str] | None = None) -> None:
+        """Start the Ray node of every host.
+
+        Args:
+            environment: Variables that its processes get.
+        """
+        self.environment |= environment or {}
+        for n in range(len(self.names)):
+            self.start(n)
+
     def _build(self) -> None:
         _ip("link", "add", "deepfere-br", "type", "bridge")
+        _ip("addr", "add", f"{OUTSIDE}/24", "dev", "deepfere-br")
         _ip("link", "set", "deepfere-br", "up")
         for n, name in enumerate(self.names):
             _ip("netns", "add", name)
@@ -62,9 +79,6 @@ class Hosts:
             _ip("-n", name, "link", "set", "lo", "up")
             _ip("-n", name, "addr", "add", f"{NETWORK}.{n + 1}/24", "dev", "eth0")
             _ip("-n", name, "link", "set", "eth0", "up")
-        self.start(0)
-        for n in range(1, len(self.names)):
-            self.start(n)
 
     def __exit__(self, *_: object) -> None:
         self._remove()
@@ -80,7 +94,12 @@ class Hosts:
         place = ["--node-ip-address", f"{NETWORK}.{n + 1}", "--temp-dir", str(self.folder / str(n))]
         memory = ["--object-store-memory", str(100 * 2**20)]
         environment = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
-        done = self.run(n, ["ray", "start", *role, *place, *memory], environment)
+        command = ["ray", "start", *role, *place, *memory]
+        if n and self.hidden:
+            # The command's own mounts (`ip netns exec` gives it some), which what it starts inherits.
+            hide = "".join(f"mount -t tmpfs none {shlex.quote(str(folder))} && " for folder in self.hidden)
+            command = ["sh", "-c", f"{hide}{shlex.join(command)}"]
+        done = self.run(n, command, environment)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def run(self, n: int, command: list[str], environment: dict[str, str] | None = None):

@@ -14,6 +14,8 @@ ENVIRONMENT = {
     "AWS_SECRET_ACCESS_KEY": "something",
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
+    # Tries of botocore, which pauses for seconds: deepfere has its own.
+    "AWS_MAX_ATTEMPTS": "1",
 }
 ANSWERS = {
     403: ("403 FORBIDDEN", "AccessDenied", "Access Denied"),
@@ -66,7 +68,7 @@ class S3Server:
 
 
 @contextmanager
-def s3_server(bucket: str = "bucket") -> Iterator[S3Server]:
+def s3_server(bucket: str = "bucket", host: str = "127.0.0.1") -> Iterator[S3Server]:
     """Start a server with one empty bucket; its credentials and address are in the environment until the end."""
     import fsspec
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -74,11 +76,11 @@ def s3_server(bucket: str = "bucket") -> Iterator[S3Server]:
 
     running = S3Server()
     app = DomainDispatcherApplication(create_backend_app)
-    server = make_server("127.0.0.1", 0, lambda environ, start: running(environ, start, app), threaded=True)
+    server = make_server(host, 0, lambda environ, start: running(environ, start, app), threaded=True)
     server.RequestHandlerClass.log_request = lambda *args: None  # type: ignore[method-assign]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    running.url = f"http://127.0.0.1:{server.server_port}"
+    running.url = f"http://{host}:{server.server_port}"
     given = {**ENVIRONMENT, "AWS_ENDPOINT_URL": running.url}
     before = {name: os.environ.get(name) for name in given}
     os.environ.update(given)

@@ -24,6 +24,7 @@ def hosts():
     if why := missing():
         pytest.skip(f"no hosts on this machine: {why}")
     with Hosts(workers=2) as made:
+        made.join()
         yield made
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -24,11 +23,12 @@ def report(result: str, out: str | None) -> None:
     """
     from deepfere.evaluation.evaluate import load_evaluation
     from deepfere.evaluation.report import write_report
+    from deepfere.places import place
     from deepfere.reconstruction.result import beside
     from deepfere.reconstruction.result import open as open_result
 
     opened = open_result(result)
-    path = Path(out) if out else beside(result, ".html")
+    path = place(out) if out else beside(result, ".html")
     click.echo(f"report: {write_report(opened, path, evaluation=load_evaluation(result))}")
 
 

@@ -25,8 +25,9 @@ from deepfere.evaluation.trust import evidence_of, nested_medians
 from deepfere.evaluation.wald import METHODS, coverage, ion_scores, wald
 from deepfere.pipeline.fuse import quiet
 from deepfere.pipeline.workspace import Progress, write_json
+from deepfere.places import Place
 from deepfere.reconstruction.result import Result, beside
-from deepfere.store import is_url
+from deepfere.remote import is_url
 
 __all__ = [
     "check_json",
@@ -45,7 +46,7 @@ LEAST_PX = 80
 """Degraded measured pixels below which a ratio is left out."""
 
 
-def scores_file(path: str | Path) -> Path:
+def scores_file(path: str | Place) -> Place:
     """Where a result's scores lie: beside it."""
     return beside(path, ".evaluation.json")
 
@@ -66,8 +67,9 @@ def check_writable(result: Result) -> None:
     Raises:
         InputError: It is such a one.
     """
-    folder = Path(result.path).parent
-    if is_url(result.path) or not os.access(folder, os.W_OK):
+    if is_url(result.path):
+        return  # its scores are small, and a store that refuses them says so in one line
+    if not os.access(Path(result.path).parent, os.W_OK):
         raise InputError("scores cannot be written beside it", where=result.path, remedy="copy it to a folder of yours")
 
 

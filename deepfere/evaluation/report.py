@@ -25,6 +25,7 @@ from deepfere.evaluation import report_pictures as pictures
 from deepfere.evaluation import report_tables as tables
 from deepfere.evaluation.report_alignment import alignment_section
 from deepfere.evaluation.report_modes import denoised_section, inferred_section
+from deepfere.places import Place, UrlPath, place, reading
 from deepfere.reconstruction.result import beside
 
 PANEL_SIDES_PX = (640, 440, 300)
@@ -36,16 +37,16 @@ HEAD_BYTES = 4096
 
 def write_report(
     result: Any,
-    path: str | Path,
+    path: str | Place,
     *,
     evaluation: Mapping[str, Any] | None = None,
     truth: Mapping[float, Any] | None = None,
-) -> Path:
+) -> Place:
     """Write the report of a result as one self-contained HTML file.
 
     Args:
         result: An opened result (`deepfere.open`).
-        path: The HTML file to write; its folder is made if needed, a file there is replaced at once
+        path: The HTML file to write, or its URL; its folder is made if needed, a file there is replaced at once
             when the report is complete.
         evaluation: What `evaluate` found: ``wald`` (per ratio, rows of dB and r), ``truth`` (per kind
             of ion) and ``consistency``; its tables are left out without it.
@@ -59,9 +60,9 @@ def write_report(
     """
     if not len(result.ions):
         raise InputError("the result holds no ions", where=result.path, remedy="reconstruct it first")
-    target = Path(path)
-    if "://" in str(path) or target.is_dir():
-        raise InputError("not a local file name", where=path, remedy="give a path such as report.html")
+    target = place(path)
+    if isinstance(target, Path) and target.is_dir():
+        raise InputError("is a folder", where=path, remedy="give a path such as report.html")
     scores = beside(result.path, ".evaluation.html")
     linked = scores.parent == target.resolve().parent and report_identity(scores) == result.provenance.get("identity")
     page = render_report(result, evaluation=evaluation, truth=truth, scores_page=scores.name if linked else None)
@@ -69,12 +70,15 @@ def write_report(
     return target
 
 
-def write_page(target: Path, page: str) -> None:
+def write_page(target: Place, page: str) -> None:
     """Write a page, at once when it is complete.
 
     Raises:
         InputError: It cannot be written.
     """
+    if isinstance(target, UrlPath):
+        target.write_text(page)
+        return
     partial = target.with_name(target.name + ".partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -94,10 +98,10 @@ def environment() -> jinja2.Environment:
     return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
-def report_identity(path: str | Path) -> str | None:
+def report_identity(path: str | Place) -> str | None:
     """Which result the report at a path shows: its identity; None where there is no report or it does not say."""
     try:
-        with Path(path).open("rb") as handle:
+        with reading(path) as file, file.open("rb") as handle:
             head = handle.read(HEAD_BYTES).decode("utf-8", "replace")
     except OSError:
         return None

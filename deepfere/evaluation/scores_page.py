@@ -15,17 +15,18 @@ from deepfere.evaluation.report_modes import percent
 from deepfere.evaluation.report_pictures import data_uri
 from deepfere.evaluation.report_tables import METHODS, RANK, number, score_tables, small
 from deepfere.evaluation.trust import nested_medians
+from deepfere.places import Place
 from deepfere.reconstruction.result import Result, beside
 
 SCORES = (("psnr", "PSNR, dB", ".2f"), ("pearson", "r", ".3f"), ("ssim", "SSIM", ".3f"), ("rmse", "RMSE", ".3g"))
 
 
-def page_file(path: str | Path) -> Path:
+def page_file(path: str | Place) -> Place:
     """Where the page of a result lies: beside it."""
     return beside(path, ".evaluation.html")
 
 
-def write_scores_page(result: Result, scores: Mapping[str, Any], report: Path | None = None) -> Path:
+def write_scores_page(result: Result, scores: Mapping[str, Any], report: Place | None = None) -> Place:
     """Write the page beside the result.
 
     Args:

@@ -31,7 +31,8 @@ def describe(path: str | Path) -> Description:
     Raises:
         InputError: It is absent, unreadable, refused by its reader, or nothing that deepfere knows.
     """
-    from deepfere.store import is_url, missing
+    from deepfere.remote import is_url
+    from deepfere.store import missing
 
     if is_url(path):
         return _remote(str(path))
@@ -60,9 +61,12 @@ def render(description: Description) -> str:
 
 def _remote(url: str) -> Description:
     from deepfere.inspect import raw, stores
+    from deepfere.places import UrlPath
     from deepfere.readers.slide_zarr import is_zarr
 
-    return stores.zarr_group(url) if is_zarr(url) else raw.slide(url)
+    if is_zarr(url):
+        return stores.zarr_group(url)
+    return stores.work(UrlPath(url)) if (UrlPath(url) / "identity.json").exists() else raw.slide(url)
 
 
 def _file(path: Path) -> Description:

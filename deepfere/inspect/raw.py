@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from deepfere.errors import InputError
 from deepfere.inspect.notes import MAX_LISTED, Description, Notes, add_mask, count_text, pair_text, sample, size_text
-from deepfere.readers.ranges import first_bytes, is_url, open_ranges
+from deepfere.readers.ranges import first_bytes, open_ranges
 from deepfere.readers.slide_zarr import is_zarr
+from deepfere.remote import is_url
 
 if TYPE_CHECKING:
     from deepfere.readers.imzml import ImzmlIndex

@@ -15,6 +15,7 @@ from deepfere.errors import InputError
 from deepfere.inspect.files import add_alignment
 from deepfere.inspect.notes import Description, Notes, add_mask, count_text, pair_text, sample, size_text
 from deepfere.inspect.raw import slide
+from deepfere.places import Place
 
 STAGES = ("sample", "ions", "ingest", "align", "tile", "learn", "reconstruct")
 SHARD_SAMPLE = 64
@@ -110,7 +111,7 @@ def _check_shards(
         needed: Arrays of which every shard with a measured pixel must be there, with their pixels per measured
             pixel. Of others, a shard that holds the fill value alone is rightly absent.
     """
-    from deepfere.store import is_url
+    from deepfere.remote import is_url
 
     if is_url(path):
         notes.add("shards", "not looked for in a remote store")
@@ -183,11 +184,8 @@ def _result(path: str, attrs: dict[str, Any]) -> Description:
 
 def _add_papers(notes: Notes, path: str, result: Any) -> None:
     """Alignment and provenance."""
-    from deepfere.store import is_url
     from deepfere.training.mlflow_store import redact
 
-    if is_url(path):
-        return
     try:
         alignment, provenance = result.alignment, result.provenance
     except InputError as error:
@@ -240,7 +238,7 @@ def _pyramid(path: str, group: Any, ome: dict[str, Any], no_slide: str) -> Descr
     return notes.done(path, f"OME-Zarr {ome.get('version', '')} image".replace("  ", " "))
 
 
-def work(path: Path) -> Description:
+def work(path: Place) -> Description:
     """A folder of unfinished work: what is done, by stage and section.
 
     Raises:
@@ -255,32 +253,33 @@ def work(path: Path) -> Description:
             "is a folder that deepfere did not write", where=path, remedy="give a file, a store or a result"
         )
     notes.add("identity", identity)
-    folders = sorted(p for p in (space.root / "sections").glob("*") if p.is_dir())
-    notes.add("sections", len(folders))
+    names = sorted(folder.name for folder in (space.root / "sections").glob("*"))
+    notes.add("sections", len(names))
     notes.add("all sections", _stages(path, None, None, notes))
-    for folder in folders:
-        notes.add(folder.name, _stages(path, folder.name, folder / "journal", notes) or "nothing done yet")
+    for name in names:
+        notes.add(name, _stages(path, name, space.section(name).journal, notes) or "nothing done yet")
     run = _json(path / "done" / "track.json", notes).get("run_id")
     notes.add("run", run)
-    used = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    notes.add("on disk", f"{used / 2**20:,.1f} MiB")
+    if isinstance(path, Path):
+        used = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        notes.add("on disk", f"{used / 2**20:,.1f} MiB")
     notes.problem("unfinished: run the same command again, and it goes on from here")
     return notes.done(path, "unfinished work of a result")
 
 
-def _stages(root: Path, section: str | None, journals: Path | None, notes: Notes) -> str:
+def _stages(root: Place, section: str | None, journals: Place | None, notes: Notes) -> str:
     out = []
     for stage in STAGES:
         marker = root / "done" / (f"{stage}.json" if section is None else f"{stage}-{section}.json")
         if marker.exists():
             out.append(f"{stage} done in {_json(marker, notes).get('seconds', 0):g} s")
-        elif journals is not None and (journals / stage).is_dir():
+        elif journals is not None and (journals / stage).exists():
             pieces = sum(len(record["units"]) for record in records_in(journals / stage))
             out.append(f"{stage} begun, {count_text(pieces, 'piece')} recorded")
     return ", ".join(out)
 
 
-def _json(path: Path, notes: Notes) -> dict[str, Any]:
+def _json(path: Place, notes: Notes) -> dict[str, Any]:
     """The values of a JSON file, none where it is absent; a broken one is a problem."""
     if not path.exists():
         return {}

@@ -20,7 +20,8 @@ from deepfere.measured.table import TableReducer
 from deepfere.readers.imzml import read_index
 from deepfere.readers.imzml_arrays import spectrum
 from deepfere.readers.table import RowReader, Table, is_table, open_table
-from deepfere.store import StorageOptions, is_url
+from deepfere.remote import is_url
+from deepfere.store import StorageOptions
 
 
 class RawMeasured:

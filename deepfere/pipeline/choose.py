@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,9 +30,10 @@ from deepfere.model.network import FusionNetwork
 from deepfere.model.reduced import deep_detail, fit_deep, mixed_by_factor, ridge_detail
 from deepfere.model.ridge import RidgeFit, null_guides
 from deepfere.model.transfer import LEAST_PX, SmoothingChoice
-from deepfere.pipeline.prepare import Prepared
+from deepfere.pipeline.prepare import Prepared, load_alignment
 from deepfere.pipeline.tile import pool, read_pooled
 from deepfere.pipeline.workspace import Progress
+from deepfere.places import Place
 
 TIER_EVIDENCE = 1.0
 """Standard errors over spatial blocks by which the network must be ahead (one-standard-error rule, Breiman et al.,
@@ -66,7 +66,7 @@ def section_problem(
     prep: Prepared,
     cube: NDArray[np.float32],
     factors: Factors,
-    pooled: Path,
+    pooled: Place,
     smoothings: tuple[float, ...],
     choice: SmoothingChoice | None = None,
 ) -> Problem:
@@ -132,7 +132,7 @@ def choose(
     """Decide alignment and tier by held-out blocks, then gates, positivity and uncertainty."""
     weight = factor_weight(factors) ** 2
     everywhere = np.ones(len(problem.rows.block), bool)
-    alignment = Alignment.load(prep.folder.alignment)
+    alignment = load_alignment(prep.folder)
     notes: dict[str, Any] = {"t1_left": tier_error(problem, weight, closed[0].predicted, everywhere)}
     how = "search, affine and spline" if alignment.displacement is not None else "search and affine"
     stages = [{"stage": how, "r2": 1 - notes["t1_left"], "kept": True}]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from deepfere.cluster import connect
@@ -20,9 +19,10 @@ from deepfere.model.fit import Evidence as Problem
 from deepfere.model.network import FusionNetwork
 from deepfere.model.ridge import RidgeFit, detail_rows, fit_average
 from deepfere.pipeline.choose import feature_scale
-from deepfere.pipeline.prepare import Prepared
+from deepfere.pipeline.prepare import Prepared, load_alignment
 from deepfere.pipeline.tile import load_plan
 from deepfere.pipeline.workspace import Progress, Workspace
+from deepfere.places import writing
 from deepfere.tiling.patches import PatchSource
 from deepfere.tiling.plan import plan_patches
 from deepfere.training.loop import JointModel, LoopSettings, SectionTask
@@ -82,25 +82,27 @@ def train_network(
     for n, prep in enumerate(preps):
         smoothing = problems[n].choice.smoothing_pitch
         spec = replace(load_plan(prep.folder), smoothing_pitch=smoothing)
-        alignment = Alignment.load(prep.folder.alignment)
+        alignment = load_alignment(prep.folder)
         gate, _ = gate_ions(problems[n], factors[n].basis, closed[n][0].predicted, closed[n][1])
         # The network starts from what is linear in the stain alone, and finds its own way to bend.
         plain = detail_rows(problems[n].features[: len(FEATURES)], problems[n].mask, problems[n].blocks, RATIO)
         start = fit_average(plain, problems[n].factor_rows).weights
         tasks.append(SectionTask(spec.to_dict(), alignment.to_dict(), gate.gate.tolist(), start.tolist()))
         weight = problems[n].mask & ~held[n][problems[n].blocks]
-        np.savez(
-            prep.folder.root / "training.npz",
-            factors=fill_missing(factors[n].images, prep.measured.mask).astype(np.float32),
-            pooled=problems[n].features[: len(FEATURES)].astype(np.float32),
-            weight=weight.astype(np.float32),
-        )
+        arrays = prep.folder.root / "training.npz"
+        with writing(arrays) as path:
+            np.savez(
+                path,
+                factors=fill_missing(factors[n].images, prep.measured.mask).astype(np.float32),
+                pooled=problems[n].features[: len(FEATURES)].astype(np.float32),
+                weight=weight.astype(np.float32),
+            )
         cells = plan_patches(prep.measured.grid, problems[n].mask, train.patch_px, context)
         margin = 2 + int(0.5 * max(prep.measured.grid.pitch_um) / min(spec.spacing_um))
         sources.append(
             PatchSource(
                 str(prep.folder.planes),
-                str(prep.folder.root / "training.npz"),
+                str(arrays),
                 spec.to_dict(),
                 alignment.to_dict(),
                 cells.tolist(),
@@ -140,6 +142,6 @@ def train_network(
         on_step=lambda step: progress("learn", 0.1 + 0.75 * step / train.steps),
     )
     model = JointModel(settings, tasks)
-    model.load_state_dict(torch.load(trained.state, weights_only=True)["model"])
+    model.load_state_dict(trained.model)
     model.network.eval()
     return trained, (model.network, [model.alignment(n) for n in range(len(preps))])

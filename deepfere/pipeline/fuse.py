@@ -21,12 +21,13 @@ from deepfere.pipeline.tile import tile_stage
 from deepfere.pipeline.track import check_tracking, tracked
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.pipeline.write import claim_result, reconstruct_phases
+from deepfere.places import Place, UrlPath, place
 from deepfere.readers.digest import content_digest
 from deepfere.readers.mis import MIS, read_mis, teaching_points_beside
-from deepfere.readers.ranges import is_url
 from deepfere.readers.slide import slide_digest
 from deepfere.readers.slide_zarr import is_zarr
 from deepfere.reconstruction.result import Result, open
+from deepfere.remote import filesystem, is_url
 from deepfere.schedule import run_jobs
 from deepfere.section import EACH, Section, make_section
 from deepfere.stopping import looking, watched
@@ -73,8 +74,30 @@ def identity_of(sections: list[Section], inputs: list[dict[str, str]], config: C
     return digest([RESULT_FORMAT, stated, inputs, config.digest()])
 
 
-def check_output(path: Path) -> None:
-    """Refuse an output that cannot be written, before work starts."""
+def output(given: str | Path) -> Place:
+    """Where a command is to write: an absolute path, or a URL, with nothing at its end."""
+    return place(str(given).rstrip("/")).resolve()
+
+
+def check_output(path: Place) -> None:
+    """Refuse an output that cannot be written, before work starts.
+
+    Whether a bucket may be written to shows when the lock is put there, also before work starts.
+    """
+    if isinstance(path, UrlPath):
+        if not str(path).startswith(("s3://", "s3a://")):
+            raise InputError(
+                "is no output: of the stores at a URL, those of the S3 protocol can keep a lock",
+                where=path,
+                remedy="give s3://BUCKET/NAME, or a path",
+            )
+        if not path.name or str(path).count("/") < 3 or set("*?[]#") & set(str(path)):
+            raise InputError(
+                "is no name for an output", where=path, remedy="give s3://BUCKET/NAME, without any of * ? [ ] #"
+            )
+        filesystem(str(path))
+        path.exists()
+        return
     parent = path.parent
     while not parent.exists():
         parent = parent.parent
@@ -170,7 +193,7 @@ def fuse(
     Args:
         msi: The .imzML file, the store of a table (AnnData, SpatialData), or a cube that was ingested before.
         slide: The stained slide, or the URL of one; None with ``guide=False``.
-        out: Where the result store goes; unfinished work lies in ``OUT.work/``.
+        out: Where the result store goes, a path or ``s3://BUCKET/NAME.zarr``; unfinished work lies in ``OUT.work/``.
         factor: High-resolution pixels per measured pixel and axis; None lets the data choose.
         mz: Target list; None takes the file's axis or automatic peaks.
         tolerance_ppm: Half-width of an ion's m/z window.
@@ -237,7 +260,7 @@ def fuse(
     if alignment is not None and landmarks is not None:
         raise InputError("both an alignment and landmarks are given", remedy="give one of them")
     section = with_teaching_points(section)
-    target = Path(str(out).rstrip("/")).resolve()
+    target = output(out)
     check_output(target)
     inputs = input_digests(section, settings)
     check_files(section, settings)
@@ -248,9 +271,9 @@ def fuse(
             # Stopped between the result's last byte and the removal of its work; or somebody is making it anew.
             with suppress(InputError), work.locked():
                 work.remove()
-        return open(target)
+        return open(str(target))
     work.check(identity, overwrite)
-    with work.locked(), watched(work.root, settings.run.time_limit_s):
+    with work.locked() as check, watched(work.root, settings.run.time_limit_s, check):
         check_resources(settings, settings.guide)
         resumed = work.claim(identity, overwrite, anew=overwrite)
         try:
@@ -278,7 +301,7 @@ def _run(
     section: Section,
     inputs: dict[str, str],
     identity: str,
-    target: Path,
+    target: Place,
     work: Workspace,
     config: Config,
     progress: Progress,
@@ -295,6 +318,6 @@ def _run(
             outcome = Outcome(identity, inputs, run.describe(), model, [])
             phases = reconstruct_phases(prep, target, [inputs, config.digest()], outcome, work, config, progress)
             run_jobs([(section.name, phases)], title="reconstruct", here=not config.guide)
-            result = Result(target)
+            result = Result(str(target))
             run.log_result(result)
         return result

@@ -19,6 +19,7 @@ from deepfere.measured.store import open_measured
 from deepfere.pipeline.failures import Failures
 from deepfere.pipeline.prepare import is_ingested, treatment_of
 from deepfere.pipeline.workspace import Progress, Workspace
+from deepfere.places import reading, writing
 from deepfere.section import Section
 
 
@@ -123,18 +124,20 @@ class _Look:
                 axis: NDArray[np.float64] | None = cube.mz
                 kind, polarity = cube.attrs.get("representation"), cube.attrs.get("polarity")
             else:
-                source = of_region(open_source(section.msi, folder.index), section.region)
+                source = of_region(open_source(section.msi, str(folder.index)), section.region)
                 axis, kind = own_axis(source), self.config.ingest.representation or source.representation
                 polarity = getattr(source, "polarity", None)
                 if axis is None:
                     known_kind(source, self.config.ingest.representation)
             facts.update(kind=kind, polarity=polarity, axis=None)
             if axis is not None:
-                np.save(folder.axis, axis)
+                with writing(folder.axis) as path:
+                    np.save(path, axis)
                 facts["axis"] = digest(axis.tolist())
 
     def axis(self) -> NDArray[np.float64]:
-        return np.load(self.work.section(self.section.name).axis)
+        with reading(self.work.section(self.section.name).axis) as path:
+            return np.load(path)
 
     def sample(self) -> None:
         """Look at a sample of its spectra."""
@@ -147,15 +150,17 @@ class _Look:
             )
         with self.work.stage("sample", self.key, section.name) as facts:
             if facts is not None:
-                source = of_region(open_source(section.msi, folder.index), section.region)
+                source = of_region(open_source(section.msi, str(folder.index)), section.region)
                 kind = known_kind(source, self.config.ingest.representation)
                 treatment, raster = treatment_of(self.config.ingest), plan_raster(source, "sum")
                 treatment.check(source, kind, "automatic", self.facts["axis"] is not None)
                 sample = sample_source(source, raster, kind, _peak_spec(self.config), treatment)
-                save_sample(sample, folder.sample)
+                with writing(folder.sample) as path:
+                    save_sample(sample, path)
 
     def load(self) -> Sample:
-        return load_sample(self.work.section(self.section.name).sample)
+        with reading(self.work.section(self.section.name).sample) as path:
+            return load_sample(path)
 
     def check_range(self, ions: NDArray[np.float64], spec: PeakSpec) -> None:
         """Refuse ions where nothing says that the section was measured there: they would be zero for no reason."""

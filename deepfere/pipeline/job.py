@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from deepfere.config import Config
 from deepfere.pipeline.fuse import identity_of
 from deepfere.pipeline.given import GivenModel
 from deepfere.pipeline.write import claim_result
+from deepfere.places import Place
 from deepfere.section import Section
 
 STAGES = ("ingest", "align", "tile", "train", "reconstruct")
@@ -34,7 +34,7 @@ class Job:
     config: Config
     sections: list[Section]
     inputs: list[dict[str, str]]
-    target: Path
+    target: Place
     given: GivenModel | None
     named: dict[str, str]
     overwrite: bool
@@ -54,7 +54,7 @@ class Job:
         told = [self.inputs[n], {"study": self.identity, "model": str(self.named)}]
         return identity_of([self.sections[n]], told, self.config)
 
-    def result(self, n: int) -> Path:
+    def result(self, n: int) -> Place:
         """Where one section's result goes."""
         return self.target / "results" / f"{self.sections[n].name}.zarr"
 

@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 
 from deepfere.config import Config
 from deepfere.errors import InputError
-from deepfere.frame import Alignment
 from deepfere.measured.factors import Factors, factorise
-from deepfere.model.denoise import denoise
+from deepfere.model.denoise import Denoised, denoise
 from deepfere.model.fit import Evidence as Problem
-from deepfere.model.fit import fit_t1
+from deepfere.model.fit import SectionFit, fit_t1
 from deepfere.model.guide import GuideSpec
 from deepfere.model.network import FusionNetwork
 from deepfere.model.ridge import DENSITIES
@@ -24,10 +23,11 @@ from deepfere.pipeline.deep import held_out_blocks, train_network
 from deepfere.pipeline.given import GivenModel, given_factors
 from deepfere.pipeline.ions import same_axis
 from deepfere.pipeline.paper import published
-from deepfere.pipeline.prepare import Prepared
+from deepfere.pipeline.prepare import Prepared, load_alignment
 from deepfere.pipeline.tile import pool, smoothings_pitch
 from deepfere.pipeline.types import typed_spec
-from deepfere.pipeline.workspace import Progress, Workspace, write_json
+from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace, write_json
+from deepfere.places import reading, writing
 
 
 def same_ions(one: Prepared, other: Prepared) -> bool:
@@ -80,7 +80,7 @@ def learn_stage(
         if not config.guide:
             for prep, cube, factor in zip(preps, cubes, factors, strict=True):
                 _save(work, prep, factor, without_guide(cube, prep.measured.mask, factor), None)
-                denoise(cube, prep.measured.mask, None, config.seed).save(prep.folder.denoised)
+                _save_denoised(prep, denoise(cube, prep.measured.mask, None, config.seed))
             facts["history"] = []
             return []
         if config.model.tier == "paper":
@@ -88,7 +88,7 @@ def learn_stage(
             for n, (prep, cube, factor) in enumerate(zip(preps, cubes, factors, strict=True)):
                 tell = lambda share, n=n: progress("learn", (n + share) / len(preps))  # noqa: E731
                 _save(work, prep, factor, published(prep, cube, factor, config, tell), None)
-                denoise(cube, prep.measured.mask, None, config.seed).save(prep.folder.denoised)
+                _save_denoised(prep, denoise(cube, prep.measured.mask, None, config.seed))
             facts["history"] = []
             return []
         smoothings = smoothings_pitch(config)
@@ -101,7 +101,7 @@ def learn_stage(
         progress("learn", 0.1)
         trained, joint, held = None, None, [np.zeros(1, bool)] * len(preps)
         if given is not None and config.model.tier in ("auto", "T2"):
-            joint = (given.network, [Alignment.load(p.folder.alignment) for p in preps])
+            joint = (given.network, [load_alignment(p.folder) for p in preps])
             # A section that the model was trained on may only be judged on the blocks it did not see.
             held = [
                 held_out_blocks(p, given.held_out, given.seed)
@@ -132,7 +132,7 @@ def learn_stage(
             )
             _save(work, prep, factors[n], learned, joint[0] if joint else None)
             # The features are filled in where the slide shows nothing.
-            denoise(cubes[n], prep.measured.mask, problems[n].features, config.seed).save(prep.folder.denoised)
+            _save_denoised(prep, denoise(cubes[n], prep.measured.mask, problems[n].features, config.seed))
         facts["history"] = trained.history if trained else []
         facts["timing"] = trained.timing if trained else {}
         progress("learn", 1.0)
@@ -149,7 +149,7 @@ def _typed(
     """A section's problem with its smoothing chosen and its stain types among the features, and its guide."""
     folder = prep.folder
     problem = section_problem(prep, cube, factors, folder.pooled, smoothings)
-    alignment = Alignment.load(folder.alignment)
+    alignment = load_alignment(folder)
     guide = typed_spec(prep, problem, alignment, config.seed)
     if guide.types is not None:
         kept = (guide.smoothing_pitch,)
@@ -160,21 +160,24 @@ def _typed(
 
 def _save(work: Workspace, prep: Prepared, factors: Factors, learned: Learned, network: FusionNetwork | None) -> None:
     folder = prep.folder
-    learned.fit.save(folder.fit)
-    np.savez(
-        folder.arrays,
-        factors=factors.images,
-        mask=prep.measured.mask,
-        weights=learned.fit.weights,
-        gate=learned.fit.factor_gate,
-        centre=learned.fit.feature_mean[list(DENSITIES)],
-    )
+    with writing(folder.fit) as path:
+        learned.fit.save(path)
+    with writing(folder.arrays) as path:
+        np.savez(
+            path,
+            factors=factors.images,
+            mask=prep.measured.mask,
+            weights=learned.fit.weights,
+            gate=learned.fit.factor_gate,
+            centre=learned.fit.feature_mean[list(DENSITIES)],
+        )
     state = None
     if network is not None:
         from safetensors.torch import save_file
 
         state = str(folder.root / "network.safetensors")
-        save_file({k: v.contiguous() for k, v in network.state_dict().items()}, state)
+        with writing(state) as path:
+            save_file({k: v.contiguous() for k, v in network.state_dict().items()}, path)
     write_json(
         folder.model,
         {
@@ -188,6 +191,17 @@ def _save(work: Workspace, prep: Prepared, factors: Factors, learned: Learned, n
             "noise_sd": factors.noise_sd.tolist(),
         },
     )
+
+
+def _save_denoised(prep: Prepared, denoised: Denoised) -> None:
+    with writing(prep.folder.denoised) as path:
+        denoised.save(path)
+
+
+def load_fit(folder: SectionFolder) -> SectionFit:
+    """What `learn_stage` fitted for a section."""
+    with reading(folder.fit) as path:
+        return SectionFit.load(path)
 
 
 def read_model(prep: Prepared) -> dict[str, Any]:

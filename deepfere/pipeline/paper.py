@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,8 +27,9 @@ from deepfere.model.fit import SectionFit, select_positivity
 from deepfere.model.guide import Cells, GuideSpec, stain_of
 from deepfere.model.paper import Recipe, Training
 from deepfere.pipeline.choose import Learned
-from deepfere.pipeline.prepare import Prepared
+from deepfere.pipeline.prepare import Prepared, load_alignment
 from deepfere.pipeline.tile import load_plan
+from deepfere.places import Place, UrlPath, reading, writing
 from deepfere.reconstruction.shards import tiles
 from deepfere.store import sync
 from deepfere.tiling.cache import PlaneReader
@@ -59,7 +59,7 @@ def train(
     cells: NDArray[np.float32],
     stain: NDArray[np.float32],
     recipe: Recipe,
-    state: Path,
+    state: Place,
     tell: Callable[[float], None],
     device: str = "cpu",
 ) -> Training:
@@ -82,18 +82,27 @@ def train(
     while training.done < recipe.total:
         training.step()
         if training.done % CHECKPOINT_EVERY == 0 or training.done == recipe.total:
-            temporary = state.with_name(f".{state.name}.{os.getpid()}")
-            torch.save({"fingerprint": fingerprint, "training": training.state()}, temporary)
-            sync(temporary)
-            temporary.replace(state)
+            _save(state, {"fingerprint": fingerprint, "training": training.state()})
         tell(training.done / recipe.total)
     return training
 
 
-def _checkpoint(path: Path) -> dict[str, Any] | None:
+def _save(state: Place, values: dict[str, Any]) -> None:
+    if isinstance(state, UrlPath):
+        with writing(state) as path:
+            torch.save(values, path)
+        return
+    temporary = state.with_name(f".{state.name}.{os.getpid()}")
+    torch.save(values, temporary)
+    sync(temporary)
+    temporary.replace(state)
+
+
+def _checkpoint(state: Place) -> dict[str, Any] | None:
     """What `train` saved; None if it is absent or torn."""
     try:
-        return torch.load(path, weights_only=True)
+        with reading(state) as path:
+            return torch.load(path, weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError):
         return None
 
@@ -124,7 +133,7 @@ def published(
         tell: Called with the share of iterations that is done.
     """
     folder, mask = prep.folder, prep.measured.mask
-    spec, alignment = load_plan(folder), Alignment.load(folder.alignment)
+    spec, alignment = load_plan(folder), load_alignment(folder)
     stain, cover = section_stain(spec, PlaneReader(str(folder.planes), spec), alignment)
     low = factors.images[:, mask].min(1)[:, None, None]
     span = factors.images[:, mask].max(1)[:, None, None] - low
@@ -139,7 +148,8 @@ def published(
         affine = training.affine()
     measured = np.repeat(np.repeat(mask, prep.factor, 0), prep.factor, 1)
     detail = (images - upsample(factors.images, prep.factor, mask)) * measured
-    np.savez(folder.paper, detail=detail.astype(np.float32), cover=cover)
+    with writing(folder.paper) as path:
+        np.savez(path, detail=detail.astype(np.float32), cover=cover)
     return Learned("paper", alignment, spec, _fit(cube, mask, factors), _notes(how, affine))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from contextlib import closing
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from deepfere.model.damage import find_candidates
 from deepfere.model.paper import check_size
 from deepfere.pipeline.overview import naming_pieces, section_overview, section_slide
 from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace
+from deepfere.places import copy_tree, reading, writing
 from deepfere.readers.digest import tree_digest
 from deepfere.readers.imzml import msi_digest
 from deepfere.readers.mis import MIS, read_mis
@@ -90,7 +90,7 @@ def ingest_stage(
             warnings.simplefilter("always")
             ingest(
                 section.msi,
-                folder.measured,
+                str(folder.measured),
                 pitch_um=section.pitch_um,
                 mz=shared or config.ingest.mz,
                 mz_range=config.ingest.mz_range,
@@ -100,7 +100,7 @@ def ingest_stage(
                 reference_mz=config.ingest.reference_mz,
                 duplicates=config.ingest.duplicates,
                 band_rows=config.ingest.band_rows,
-                index_cache=folder.index,
+                index_cache=str(folder.index),
                 region=section.region,
                 progress=lambda done, total: progress("ingest", done / max(total, 1)),
             )
@@ -110,7 +110,7 @@ def ingest_stage(
 
 def _notes(section: Section, folder: SectionFolder, config: Config) -> list[str]:
     """What is to be known about the normalisation; refuses one that cannot be had."""
-    notes = open_measured(folder.measured).normalisation_notes(config.ingest.normalisation)
+    notes = open_measured(str(folder.measured)).normalisation_notes(config.ingest.normalisation)
     return [f"{section.msi}: {note}" for note in notes]
 
 
@@ -161,7 +161,7 @@ def _take_over(section: Section, folder: SectionFolder, settings: IngestSettings
             where=name if "." in name else f"--{name}",
             remedy="leave it out, or give what it was ingested from",
         )
-    shutil.copytree(section.msi, folder.measured)
+    copy_tree(Path(section.msi), folder.measured)
 
 
 def _same_ions(cube: Measured, mz: list[float]) -> bool:
@@ -172,7 +172,7 @@ def _same_ions(cube: Measured, mz: list[float]) -> bool:
 def prepared(section: Section, work: Workspace, config: Config) -> Prepared:
     """An ingested section with its factor decided."""
     folder = work.section(section.name)
-    measured = open_measured(folder.measured)
+    measured = open_measured(str(folder.measured))
     mpp = None
     if section.slide and config.guide:
         with closing(section_slide(section, config)) as slide:
@@ -181,6 +181,12 @@ def prepared(section: Section, work: Workspace, config: Config) -> Prepared:
     if config.guide and config.model.tier == "paper":
         check_size(measured.grid.refine(factor).shape_px, config.paper.max_px)
     return Prepared(section, folder, measured, factor)
+
+
+def load_alignment(folder: SectionFolder) -> Alignment:
+    """What `align_stage` found."""
+    with reading(folder.alignment) as path:
+        return Alignment.load(path)
 
 
 def measured_overview(prep: Prepared, config: Config) -> MeasuredOverview:
@@ -241,8 +247,9 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
                 remedy="give a slide that shows the section, or correct the alignment, --pitch-um or --slide-mpp-um",
             )
         found = found.with_evidence(flip=flip, rotation_deg=rotation, scale=scale, slide_cover=cover)
-        found.save(folder.alignment)
-        start.save(folder.alignment_start)
+        for alignment, where in ((found, folder.alignment), (start, folder.alignment_start)):
+            with writing(where) as path:
+                alignment.save(path)
         kinds = np.zeros(rgb.shape[:2], np.uint8)
         if config.artefacts == "auto":
             kinds, facts["artefacts"], facts["left_in"] = _artefacts(measured, stain, found)
@@ -252,7 +259,8 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
             area = float(stain.elsewhere.sum() * np.prod(stain.spacing_um))
             told = {"kind": "piece", "area_um2": area, "decided_by": f"slide_region {section.slide_region}"}
             facts["artefacts"] = [told, *facts.get("artefacts", [])]
-        np.savez_compressed(folder.overview, rgb=rgb, spacing_um=spacing, artefacts=kinds)
+        with writing(folder.overview) as path:
+            np.savez_compressed(path, rgb=rgb, spacing_um=spacing, artefacts=kinds)
         facts["reference"] = stain.reference.to_dict()
         ink = kinds == ARTEFACTS.index("ink")
         damage = (kinds > 0) & ~ink & (kinds != ARTEFACTS.index("piece"))

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +18,10 @@ from deepfere.model.artefacts import ARTEFACTS
 from deepfere.model.denoise import Denoised
 from deepfere.model.fit import SectionFit
 from deepfere.pipeline.check import check_ions, checked_whole
+from deepfere.pipeline.learn import load_fit
 from deepfere.pipeline.prepare import Prepared
 from deepfere.pipeline.workspace import Workspace, write_json
+from deepfere.places import Place, copy_file, copy_tree, reading, writing
 from deepfere.reconstruction.inferred import section_shares
 from deepfere.reconstruction.ome import multiscale
 from deepfere.reconstruction.result import FORMAT, FORMAT_VERSION, Result, sealing
@@ -67,11 +67,11 @@ class Unsealed:
     """
 
     prep: Prepared
-    out: Path
+    out: Place
     shards: ShardGrid
     levels: int
     outcome: Outcome
-    root: Path
+    root: Place
     config: Config
 
     @cached_property
@@ -82,7 +82,7 @@ class Unsealed:
     @cached_property
     def fit(self) -> SectionFit:
         """What learning fitted."""
-        return SectionFit.load(self.prep.folder.fit)
+        return load_fit(self.prep.folder)
 
     @property
     def whole(self) -> bool:
@@ -124,7 +124,7 @@ class CheckWorker(RowWorker):
         one, first = self._unsealed, row["first"]
         ions = range(first, min(first + IONS, len(one.prep.measured.mz)))
         with sealing(one.out):  # which otherwise refuses unfinished results
-            worst = check_ions(Result(one.out), one.whole, one.config.seed, ions, self._scheduler)
+            worst = check_ions(Result(str(one.out)), one.whole, one.config.seed, ions, self._scheduler)
         return {"first": first, "worst": worst.tolist()}
 
 
@@ -139,7 +139,7 @@ class CompleteWorker(RowWorker):
         out = self._unsealed.out
         group: Any = open_group(out, "r+")
         with sealing(out):
-            shares, group.attrs["inferred_share"] = section_shares(Result(out), self._unsealed.shards.chunk_px)
+            shares, group.attrs["inferred_share"] = section_shares(Result(str(out)), self._unsealed.shards.chunk_px)
         _small(group["basis"], "consistency", self._worst)
         _small(group["basis"], "inferred_share", shares)
         settle(out)
@@ -160,7 +160,7 @@ class RestWorker(RowWorker):
         prep, out, model, fit, config = one.prep, one.out, one.model, one.fit, one.config
         group: Any = open_group(out, "r+")
         remove(out / "measured")
-        shutil.copytree(prep.folder.measured, out / "measured")
+        copy_tree(prep.folder.measured, out / "measured")
         hr = prep.measured.grid.refine(prep.factor).pitch_um
         count = len(fit.factor_gate)
         labels = [f"detail {k}" for k in range(count)]
@@ -168,7 +168,7 @@ class RestWorker(RowWorker):
         if config.guide:
             text = "stain on the section grid"
             group["stain"].attrs["ome"] = multiscale("stain", hr, one.levels, ["red", "green", "blue"], text)
-            with np.load(prep.folder.overview) as data:
+            with reading(prep.folder.overview) as path, np.load(path) as data:
                 rgb, spacing, kinds = data["rgb"], data["spacing_um"], data["artefacts"]
             for name, image in (("overview", rgb), ("artefacts", kinds)):
                 if name in group:
@@ -178,9 +178,11 @@ class RestWorker(RowWorker):
                 stored[:] = image
                 stored.attrs["spacing_um"] = spacing.tolist()
             stored.attrs["kinds"] = list(ARTEFACTS)
-            Alignment.from_dict(model["alignment"]).save(out / "alignment.json")
-            shutil.copyfile(prep.folder.alignment_start, out / "alignment_start.json")
-        denoised = Denoised.load(prep.folder.denoised)
+            with writing(out / "alignment.json") as path:
+                Alignment.from_dict(model["alignment"]).save(path)
+            copy_file(prep.folder.alignment_start, out / "alignment_start.json")
+        with reading(prep.folder.denoised) as path:
+            denoised = Denoised.load(path)
         side = [min(512, n) for n in denoised.images.shape[1:]]
         if "denoised" in group:
             del group["denoised"]

@@ -11,7 +11,6 @@ import numpy as np
 from deepfere.cluster import one_thread
 from deepfere.config import Config, digest, load_config
 from deepfere.errors import DeepfereError, InputError, SectionFailures
-from deepfere.frame import Alignment
 from deepfere.measured.peaks import SharedIons
 from deepfere.measured.raster import plan_raster
 from deepfere.measured.regions import find_regions
@@ -23,13 +22,14 @@ from deepfere.pipeline.fuse import (
     check_output,
     check_resources,
     input_digests,
+    output,
     with_teaching_points,
 )
 from deepfere.pipeline.given import GivenModel
 from deepfere.pipeline.ions import shared_ions
 from deepfere.pipeline.job import Job
 from deepfere.pipeline.learn import learn_stage, same_ions
-from deepfere.pipeline.prepare import Prepared, align_stage, ingest_stage, is_ingested, prepared
+from deepfere.pipeline.prepare import Prepared, align_stage, ingest_stage, is_ingested, load_alignment, prepared
 from deepfere.pipeline.seal import Outcome
 from deepfere.pipeline.tile import tile_stage
 from deepfere.pipeline.track import Run, tracked
@@ -147,7 +147,7 @@ def run_stage(
     Args:
         stage: One of `STAGES`.
         study: Manifest, YAML or CSV.
-        out: Working folder; results go to ``OUT/results/NAME.zarr``.
+        out: Working folder or its URL (``s3://BUCKET/NAME``); results go to ``OUT/results/NAME.zarr``.
         config: Settings file.
         overrides: ``section.key=value`` strings.
         factor: High-resolution pixels per measured pixel and axis.
@@ -168,7 +168,7 @@ def run_stage(
     check_range(settings.factor)
     check_patches(settings)
     sections = each_region(study_sections(stage, study, settings), study)
-    target = Path(out).resolve()
+    target = output(out)
     check_output(target)
     sections = [with_teaching_points(s) for s in sections]
     inputs = _all_digests(sections, settings)
@@ -176,13 +176,13 @@ def run_stage(
     job = Job(stage, settings, sections, inputs, target, given, named, overwrite)
     finished = stage == "reconstruct" and [job.finished(n) for n in range(len(sections))]
     if finished and all(finished):
-        return [f"{s.name}: {open(job.result(n))!r}, finished already" for n, s in enumerate(sections)]
+        return [f"{s.name}: {open(str(job.result(n)))!r}, finished already" for n, s in enumerate(sections)]
     work = Workspace(target)
     # The folder belongs to these inputs; settings may change from stage to stage (each stage knows its own).
     parts = {s.name: digest([s.model_dump(mode="json"), told]) for s, told in zip(sections, inputs, strict=True)}
     whose = digest(parts)
     work.check(whose, overwrite, parts)
-    with work.locked(), watched(work.root, settings.run.time_limit_s):
+    with work.locked() as check, watched(work.root, settings.run.time_limit_s, check):
         if job.depth >= 2:
             check_resources(settings, settings.guide)
         resumed = work.claim(whose, overwrite, parts=parts)
@@ -290,7 +290,7 @@ def _learn_and_write(job: Job, work: Workspace, failures: Failures, progress: Pr
         sections = ((s.name, _write(job, n, work, run, registered, tell)) for n, s in enumerate(job.sections))
         run_jobs(sections, title="reconstruct", here=not job.config.guide, failed=partial(_failed, failures))
     broken = set(failures.names)
-    return [f"{s.name}: {open(job.result(n))!r}" for n, s in enumerate(job.sections) if s.name not in broken]
+    return [f"{s.name}: {open(str(job.result(n)))!r}" for n, s in enumerate(job.sections) if s.name not in broken]
 
 
 def _learn(job: Job, work: Workspace, run: Run, progress: Progress) -> dict[str, str]:
@@ -310,7 +310,7 @@ def _write(job: Job, n: int, work: Workspace, run: Run, registered: dict[str, st
         depends = [job.inputs[n], job.config.digest(), job.given.digest if job.given else None]
         prep = prepared(section, work, job.config)
         yield from reconstruct_phases(prep, out, depends, outcome, work, job.config, tell.of(section.name))
-        run.log_result(Result(out))
+        run.log_result(Result(str(out)))
     tell.end(job.sections[n].name)
 
 
@@ -351,6 +351,6 @@ def _line(stage: str, prep: Prepared) -> str:
     ny, nx = prep.measured.grid.shape_px
     text = f"{prep.section.name}: {len(prep.measured.mz)} ions, {ny} x {nx} pixels"
     if stage == "align":
-        evidence = Alignment.load(prep.folder.alignment).evidence
+        evidence = load_alignment(prep.folder).evidence
         text += f"; flip {evidence['flip']}, rotation {evidence['rotation_deg']} degrees, from {evidence['source']}"
     return text

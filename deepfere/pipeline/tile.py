@@ -6,7 +6,6 @@ import hashlib
 import json
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,9 @@ from deepfere.model.features import StainReference
 from deepfere.model.guide import GuideSpec
 from deepfere.model.transfer import SMOOTHINGS_PITCH
 from deepfere.pipeline.overview import section_slide
-from deepfere.pipeline.prepare import Prepared
+from deepfere.pipeline.prepare import Prepared, load_alignment
 from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace, write_json
+from deepfere.places import Place, reading
 from deepfere.readers.slide import Reading
 from deepfere.reconstruction.shards import CacheWorker, PoolWorker
 from deepfere.schedule import run_rows
@@ -42,15 +42,15 @@ def guide_spec(prep: Prepared, inputs: dict[str, str], work: Workspace, config: 
         mpp_um = slide.mpp_um
         planes = plan_planes(slide.shape_px, mpp_um, hr)
         # Workers take the reader that was chosen here: what was proven equal once is not proven again.
-        reading = Reading.of(slide, planes.fine_mpp_um)
+        chosen = Reading.of(slide, planes.fine_mpp_um)
     reference = StainReference.from_dict(work.facts("align", prep.section.name)["reference"])
-    with np.load(prep.folder.overview) as data:
+    with reading(prep.folder.overview) as file, np.load(file) as data:
         spacing = data["spacing_um"]
         artefacts = Artefacts(data["artefacts"] > 0, (float(spacing[0]), float(spacing[1])))
     marks = hashlib.sha256(np.packbits(artefacts.mask).tobytes()).hexdigest()
-    fingerprint = digest([inputs["slide"], mpp_um, planes.to_dict(), reference.to_dict(), marks, reading.icc])
+    fingerprint = digest([inputs["slide"], mpp_um, planes.to_dict(), reference.to_dict(), marks, chosen.icc])
     url, path = str(prep.folder.planes), str(prep.section.slide)
-    cache = CacheSpec(url, path, fingerprint, mpp_um, planes, reference, artefacts, reading)
+    cache = CacheSpec(url, path, fingerprint, mpp_um, planes, reference, artefacts, chosen)
     spec = GuideSpec(
         prep.measured.grid,
         prep.factor,
@@ -81,7 +81,7 @@ def tile_stage(
         depth: Of a model that takes the place of training; None takes that of the settings.
     """
     folder, name = prep.folder, prep.section.name
-    alignment = Alignment.load(folder.alignment)
+    alignment = load_alignment(folder)
     spec, cache = guide_spec(prep, inputs, work, config)
     margin = reach_um(spec, alignment, 2 ** (depth or config.model.depth) - 1)
     # The published model looks at everything, measured or not.
@@ -157,7 +157,7 @@ def pool(
     spec: GuideSpec,
     alignment: Alignment,
     progress: Progress,
-    out: Path,
+    out: Place,
     smoothings: tuple[float, ...],
 ) -> None:
     """Footprint averages of the stain features, types included, under an alignment -> ``out`` (S F + 1, ny, nx)."""
@@ -182,7 +182,7 @@ def pool(
     run_rows(rows, PoolWorker, arguments, what=what, on_done=counter.step, inline_up_to=2)
 
 
-def read_pooled(path: Path, smoothings: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def read_pooled(path: Place, smoothings: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Pooled features (S, F, ny, nx) at every one of so many smoothings, and cover (ny, nx)."""
     array: Any = open_group(path, "r")["pooled"]
     values = np.asarray(array[:])

@@ -12,9 +12,10 @@ import numpy as np
 from deepfere import __version__
 from deepfere.config import UNNUMBERED, Config, digest
 from deepfere.errors import DeepfereError, InputError
-from deepfere.model.fit import SectionFit
+from deepfere.pipeline.learn import load_fit
 from deepfere.pipeline.prepare import Prepared
 from deepfere.pipeline.workspace import Workspace, write_json
+from deepfere.places import reading
 from deepfere.reconstruction.result import Result
 from deepfere.section import Section
 from deepfere.submit.submission import tags_from_environment
@@ -50,7 +51,7 @@ class Run:
         log_history(self._tracker, history)
         summary: dict[str, float] = {f"training_{name}": value for name, value in timing.items()}
         for prep in preps:
-            fit = SectionFit.load(prep.folder.fit)
+            fit = load_fit(prep.folder)
             head = "" if len(preps) == 1 else f"{prep.section.name}."
             informed = fit.informed()
             summary |= {
@@ -76,7 +77,7 @@ class Run:
             return {"name": known["name"], "version": known["version"]}
         from deepfere.training.tracking import register_model
 
-        fit = SectionFit.load(preps[0].folder.fit)
+        fit = load_fit(preps[0].folder)
         settings = {
             "network": model["network"],
             "tier": model["tier"],
@@ -87,7 +88,8 @@ class Run:
             "noise_sd": json.loads(preps[0].folder.model.read_text())["noise_sd"],
             "seen": [digests["msi"] for digests in inputs],
         }
-        info = register_model(self._tracker, name, model["state"], settings)
+        with reading(model["state"]) as path:
+            info = register_model(self._tracker, name, path, settings)
         out = {"name": info.name, "version": str(info.version)}
         write_json(self._work.root / "done" / "register.json", {**out, "run_id": self._tracker.run_id, "seconds": 0})
         return out

@@ -1,26 +1,24 @@
 """Unfinished work: where each stage leaves what it made, and what is done.
 
-``RESULT.work/`` (or a study's folder) holds one folder per section. A stage is done when its marker says
-so, with the fingerprint of what it depends on; anything else is done again. Markers are written last and
-atomically. One process at a time works in the folder: it holds the folder's lock.
+``RESULT.work/`` (or a study's folder), at a path or a URL, holds one folder per section. A stage is done when its
+marker says so, with the fingerprint of what it depends on; anything else is done again. Markers are written last and
+atomically. One process at a time works in the folder: it holds the folder's lock (`deepfere.locking`).
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
-import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from deepfere.config import digest
-from deepfere.errors import DeepfereError, IdentityError, InputError, SectionFailures, system_text
+from deepfere.errors import DeepfereError, IdentityError, InputError, SectionFailures, StorageError, system_text
+from deepfere.locking import held, unwritable
+from deepfere.places import Place, UrlPath, place, remove_tree
 from deepfere.stopping import STOP, look
 from deepfere.store import sync
 
@@ -34,8 +32,11 @@ OURS = ("done", "sections", "training", "failure.log", STOP, IDENTITY)
 """What a workspace owns in its folder. A study's results lie beside these and are no work."""
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON through a temporary file and a rename; on disk when this returns."""
+def write_json(path: Place, values: Any) -> None:
+    """Write JSON, through a temporary file and a rename or as one object; it stays when this returns."""
+    if isinstance(path, UrlPath):
+        path.write_text(json.dumps(values, indent=1) + "\n")
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(values, indent=1) + "\n")
@@ -44,7 +45,7 @@ def write_json(path: Path, values: Any) -> None:
     sync(path.parent)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Place) -> dict[str, Any] | None:
     """What `write_json` wrote; None if it is absent or a machine that went down left no whole file."""
     try:
         values = json.loads(path.read_text())
@@ -53,25 +54,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
-def is_held(lock: Path) -> bool:
-    """Whether a process holds a lock; on a file system without locks it may be, and that is taken for yes."""
-    try:
-        handle = os.open(lock, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(handle)
-    return False
-
-
 class SectionFolder:
     """Paths of one section's work."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Place) -> None:
         self.root = root
         self.index = root / "index.parquet"
         self.axis = root / "axis.npy"
@@ -99,11 +85,11 @@ class Workspace:
     """A folder of unfinished work with stage markers.
 
     Args:
-        root: The folder; created when first written to.
+        root: The folder, or its URL; created when first written to.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).resolve()
+    def __init__(self, root: str | Place) -> None:
+        self.root: Place = place(root).resolve()
         self.training = self.root / "training"
 
     def section(self, name: str) -> SectionFolder:
@@ -176,7 +162,7 @@ class Workspace:
         try:
             write_json(self.root / IDENTITY, {"identity": identity, "parts": parts, "failed": []})
         except OSError as error:
-            raise _unwritable(self.root, error) from error
+            raise unwritable(self.root, error) from error
 
     def note_failed(self, names: list[str]) -> None:
         """Note which sections failed in the last run: their inputs may be mended without beginning anew."""
@@ -194,62 +180,30 @@ class Workspace:
         return changed if set(changed) <= set(failed) and set(parts) <= set(before) else None
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Be the only process that works here; the kernel lets go of the lock when a process dies.
+    def locked(self) -> Iterator[Callable[[], None]]:
+        """Be the only process that works here; gives what raises if another one has taken over (at a URL).
 
         Raises:
             InputError: Another process works here, or the folder cannot be written.
         """
-        missing = [p for p in (self.root, *self.root.parents) if not p.exists()]
-        handle = self._lock()
-        try:
-            yield
-        except DeepfereError:
-            # Refused with no work begun: neither the lock stays nor the folders that were made for it.
-            if self.root.exists() and [p.name for p in self.root.iterdir()] == [LOCK]:
-                (self.root / LOCK).unlink()
-            with suppress(OSError):
-                for folder in missing:
-                    if folder.exists():
-                        folder.rmdir()
-            raise
-        finally:
-            os.close(handle)
-
-    def _lock(self) -> int:
-        file = self.root / LOCK
-        while True:
+        root = self.root
+        if isinstance(root, UrlPath):
+            with held(root / LOCK) as check:
+                yield check
+            return
+        missing = [p for p in (root, *root.parents) if not p.exists()]
+        with held(root / LOCK) as check:
             try:
-                self.root.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise _unwritable(self.root, error) from error
-            try:
-                handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-            except FileNotFoundError:
-                continue  # whoever worked here has just finished and removed the folder
-            except OSError as error:
-                raise _unwritable(self.root, error) from error
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                holder = os.pread(handle, 1000, 0).decode(errors="replace").strip() or "another process"
-                os.close(handle)
-                raise InputError(
-                    f"is being worked on by {holder}",
-                    where=self.root,
-                    remedy="wait until it is done, or choose another output",
-                ) from error
-            except OSError:
-                pass  # a file system without locks: nothing can be known there
-            try:
-                same = os.path.samestat(os.fstat(handle), file.stat())
-            except FileNotFoundError:
-                same = False
-            if same:
-                os.truncate(handle, 0)
-                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-                return handle
-            os.close(handle)
+                yield check
+            except DeepfereError:
+                # Refused with no work begun: neither the lock stays nor the folders that were made for it.
+                if root.exists() and [p.name for p in root.iterdir()] == [LOCK]:
+                    (root / LOCK).unlink()
+                with suppress(OSError):
+                    for folder in missing:
+                        if folder.exists():
+                            folder.rmdir()
+                raise
 
     @contextmanager
     def failures(self, section: str | None = None) -> Iterator[None]:
@@ -263,7 +217,12 @@ class Workspace:
         """
         try:
             yield
-        except (InputError, SectionFailures):
+        except InputError as error:
+            if not self._is_here(error.where):
+                raise
+            # It was written before: credentials that ended, a bucket that is full or gone.
+            raise StorageError(str(error)) from error
+        except (SectionFailures, StorageError):
             raise
         except DeepfereError as error:
             raise DeepfereError(f"{error}{self._note(error, section)}") from error
@@ -283,13 +242,22 @@ class Workspace:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("".join(traceback.format_exception(error)))
-        except OSError:
-            return ""  # the same full disk
+        except (OSError, DeepfereError):
+            return ""  # the same full disk, or store that fails
         return f" (details in {file})"
+
+    def _is_here(self, where: object) -> bool:
+        """Whether an error is about this folder, or the result beside it, at a URL."""
+        if not isinstance(self.root, UrlPath):
+            return False
+        ours = (str(self.root), str(self.root).removesuffix(".work"))
+        return any(str(where) == one or str(where).startswith(f"{one}/") for one in ours)
 
     def remove(self) -> None:
         """Delete all work, and the folder if nothing else is in it."""
         self._clear()
+        if isinstance(self.root, UrlPath):
+            return  # no more than the lock is left, until it is let go of
         (self.root / LOCK).unlink(missing_ok=True)
         try:
             self.root.rmdir()
@@ -298,11 +266,7 @@ class Workspace:
 
     def _clear(self) -> None:
         for name in OURS:
-            path = self.root / name
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            remove_tree(self.root / name)
         for path in self.root.glob(f".{IDENTITY}.*"):
             path.unlink(missing_ok=True)
 
@@ -310,7 +274,7 @@ class Workspace:
         """Whether any stage is done."""
         return any((self.root / "done").glob("*.json"))
 
-    def _marker(self, stage: str, section: str | None) -> Path:
+    def _marker(self, stage: str, section: str | None) -> Place:
         return self.root / "done" / (f"{stage}.json" if section is None else f"{stage}-{section}.json")
 
     def done(self, stage: str, fingerprint: str, section: str | None = None) -> dict[str, Any] | None:
@@ -341,7 +305,8 @@ class Workspace:
         started = time.perf_counter()
         yield facts
         seconds = round(time.perf_counter() - started, 2)
-        write_json(self._marker(stage, section), {"fingerprint": fingerprint, "seconds": seconds, **facts})
+        ended = {"fingerprint": fingerprint, "seconds": seconds, "ended": time.time()}
+        write_json(self._marker(stage, section), {**ended, **facts})
 
     def facts(self, stage: str, section: str | None = None) -> dict[str, Any]:
         """What a finished stage recorded."""
@@ -350,11 +315,6 @@ class Workspace:
     def timings_s(self, section: str) -> dict[str, float]:
         """Seconds per finished stage, of the study and of one section, in the order in which they finished."""
         own, folder = f"-{section}", self.root / "done"
-        files = [folder / f"{stage}{end}.json" for stage in STAGES for end in (own, "")]
-        files = sorted((p for p in files if p.exists()), key=lambda p: p.stat().st_mtime)
-        facts = {path.stem.removesuffix(own): read_json(path) for path in files}
-        return {stage: f["seconds"] for stage, f in facts.items() if f}
-
-
-def _unwritable(root: Path, error: OSError) -> InputError:
-    return InputError(f"cannot be written ({error.strerror or error})", where=root, remedy="choose another output")
+        facts = {stage + end: read_json(folder / f"{stage}{end}.json") for stage in STAGES for end in (own, "")}
+        stages = sorted((f.get("ended", 0.0), name) for name, f in facts.items() if f)
+        return {name.removesuffix(own): facts[name]["seconds"] for _, name in stages}  # type: ignore[index]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,11 @@ from numpy.typing import NDArray
 from deepfere.cluster import Journal, connect
 from deepfere.config import Config, digest
 from deepfere.errors import IdentityError, InputError
-from deepfere.model.fit import SectionFit
+from deepfere.pipeline.learn import load_fit
 from deepfere.pipeline.prepare import Prepared
 from deepfere.pipeline.seal import Outcome, Unsealed, detail_scale, seal_phases
 from deepfere.pipeline.workspace import Progress, Workspace
+from deepfere.places import Place, UrlPath, remove_tree
 from deepfere.reconstruction.ome import AXIS_NAMES, level_shapes
 from deepfere.reconstruction.pyramid import level_counts, pyramid_phases
 from deepfere.reconstruction.result import FORMAT
@@ -27,11 +27,11 @@ from deepfere.store import create_array, open_group, remove, sync
 from deepfere.tiling.plan import ShardGrid
 
 
-def claim_result(path: Path, identity: str, overwrite: bool) -> bool:
+def claim_result(path: Place, identity: str, overwrite: bool) -> bool:
     """Whether a finished result of this identity stands at ``path`` and is to stay.
 
-    Nothing is changed: with ``overwrite`` what stands there stays until the new result is written, so that a
-    run that is refused or stopped costs nothing.
+    Nothing is changed: with ``overwrite`` what stands there stays until the new result is written (at a URL: until the
+    first shard of it is to be), so that a run that is refused costs nothing.
 
     Raises:
         IdentityError: Something else stands there.
@@ -41,6 +41,8 @@ def claim_result(path: Path, identity: str, overwrite: bool) -> bool:
     attrs = _attributes(path)
     if attrs.get("format") != FORMAT:
         raise IdentityError("is not a deepfere result", where=path, remedy="choose another output")
+    if isinstance(path, UrlPath) and attrs.get("complete") is not True:
+        return False  # made in its place, and stopped; who works here now holds the lock, and goes on or begins anew
     if attrs.get("identity") == identity:
         return attrs.get("complete") is True and not overwrite
     if not overwrite:
@@ -50,8 +52,10 @@ def claim_result(path: Path, identity: str, overwrite: bool) -> bool:
     return False
 
 
-def publish(made: Path, path: Path) -> None:
-    """Put a finished store in its place, where the one that it replaces stood until now."""
+def publish(made: Place, path: Place) -> None:
+    """Put a finished store in its place, where the one that it replaces stood until now; at a URL it is there."""
+    if isinstance(made, UrlPath) or isinstance(path, UrlPath):
+        return
     aside = path.with_name(f".{path.name}.old")
     remove(aside)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,9 +66,12 @@ def publish(made: Path, path: Path) -> None:
     remove(aside)
 
 
-def _attributes(path: Path) -> dict[str, Any]:
+def _attributes(path: Place) -> dict[str, Any]:
     """Root attributes of what stands at a path; empty if that is no store."""
     try:
+        # A store that refuses to answer holds something all the same.
+        if isinstance(path, UrlPath) and not (path / "zarr.json").exists():
+            return {}
         return dict(open_group(path, "r").attrs)
     except (InputError, OSError, ValueError):
         return {}
@@ -85,9 +92,11 @@ def section_model(prep: Prepared, model: dict[str, Any]) -> SectionModel:
 
 
 def reconstruct_phases(
-    prep: Prepared, out: Path, depends: Any, outcome: Outcome, work: Workspace, config: Config, progress: Progress
+    prep: Prepared, out: Place, depends: Any, outcome: Outcome, work: Workspace, config: Config, progress: Progress
 ) -> Phases:
     """Write the result of one section: made in its work folder, and put in its place when it is complete.
+
+    At a URL, where nothing can be renamed, it is made in its place; its last mark says that it is complete.
 
     Args:
         prep: The section, learned.
@@ -98,9 +107,10 @@ def reconstruct_phases(
         config: Settings.
         progress: Called with ("reconstruct", share).
     """
-    made, name = prep.folder.result, prep.section.name
+    out = out.resolve()
+    made, name = out if isinstance(out, UrlPath) else prep.folder.result, prep.section.name
     model = json.loads(prep.folder.model.read_text())
-    fit = SectionFit.load(prep.folder.fit)
+    fit = load_fit(prep.folder)
     f, grid = prep.factor, prep.measured.grid
     shards = ShardGrid.plan(grid, f, config.reconstruct.chunk_px, config.reconstruct.shard_px)
     power_of_two = f & (f - 1) == 0
@@ -108,7 +118,9 @@ def reconstruct_phases(
     parts = [model["alignment"], model["guide"], fit.weights.tolist(), fit.factor_gate.tolist()]
     fingerprint = digest([depends, parts, shards.shard_px])
     journal = Journal(prep.folder.journal / "reconstruct", fingerprint)
-    begun = _attributes(made).get("identity") == outcome.identity
+    stands = _attributes(made)
+    # A complete one that stands there is to be replaced: else nobody would have come here.
+    begun = stands.get("identity") == outcome.identity and stands.get("complete") is not True
     if not begun:
         work.forget("reconstruct", name)
 
@@ -138,7 +150,7 @@ def reconstruct_phases(
                 yield from pyramid_phases(str(made), counts, pyramid, f"pyramids of {name}", tell(0.7, 0.85))
     unsealed = Unsealed(prep, made, shards, len(shapes), outcome, work.root, config)
     yield from seal_phases(unsealed, "synchronous" if config.guide else "threads", tell(0.85, 0.99))
-    publish(made, out.resolve())
+    publish(made, out)
     progress("reconstruct", 1.0)
 
 
@@ -179,9 +191,20 @@ def shard_phases(
         yield Phase(what, worker, arguments, rows, len(todo), step)
 
 
-def _create(out: Path, shards: ShardGrid, shapes: Any, count: int, config: Config, identity: str) -> None:
+def _clear(out: Place) -> None:
+    """Make room; at a URL what stands there is no longer complete, and nobody's, before any of it is gone."""
+    if isinstance(out, UrlPath):
+        begun: dict[str, Any] = {"format": FORMAT, "complete": False}
+        open_group(out, "a", attributes=begun).attrs.put(begun)
+        remove_tree(out, but=out / "zarr.json")
+    else:
+        remove(out)
+
+
+def _create(out: Place, shards: ShardGrid, shapes: Any, count: int, config: Config, identity: str) -> None:
     """Groups and arrays, by one writer before any worker starts; the identity last, so that it stands for all."""
-    group = open_group(out, "w")
+    _clear(out)
+    group = open_group(out, "a")
     # Shards without a measured pixel are never written: no detail there, and glass as where the slide ends.
     images = [("detail", count, "float16", 0)] + ([("stain", 3, "uint8", 255)] if config.guide else [])
     for name, channels, dtype, empty in images:

@@ -6,7 +6,8 @@ import hashlib
 from pathlib import Path
 
 from deepfere.errors import InputError
-from deepfere.readers.ranges import is_url, open_ranges
+from deepfere.readers.ranges import open_ranges
+from deepfere.remote import is_url
 
 MIB = 1 << 20
 WHOLE_BELOW_BYTES = 64 * MIB

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
+from deepfere.places import Place, place
 from deepfere.readers import imzml_cache
 from deepfere.readers import imzml_head as head
 from deepfere.readers.digest import content_digest
@@ -120,7 +121,8 @@ def read_index(path: str | Path, *, check_ibd: bool = True, cache: str | Path | 
     Args:
         path: The .imzML; the .ibd beside it is found whatever the case of its extension.
         check_ibd: False takes the XML's word: the .ibd may be missing, short or another file's.
-        cache: A Parquet file that keeps what the XML says: read if it is of this very file, else written anew.
+        cache: Path or URL of a Parquet file that keeps what the XML says: read if it is of this very file, else
+            written anew.
 
     Raises:
         InputError: The XML is broken or not imzML, holds no spectra or contradicts itself; the .ibd is
@@ -132,7 +134,7 @@ def read_index(path: str | Path, *, check_ibd: bool = True, cache: str | Path | 
     path = Path(path)
     if path.suffix.lower() == ".ibd":
         raise InputError("is the binary half of an imzML", where=path, remedy="give the .imzML beside it")
-    walk = _walk(path) if cache is None else _cached_walk(path, Path(cache))
+    walk = _walk(path) if cache is None else _cached_walk(path, place(cache))
     if not len(walk):
         raise InputError("holds no spectra", where=path, remedy="export the imzML again")
     modes = [m for a, m in ((head.CONTINUOUS, "continuous"), (head.PROCESSED, "processed")) if a in walk.content]
@@ -192,7 +194,7 @@ def msi_digest(path: str | Path) -> str:
     return hashlib.sha256(parts.encode()).hexdigest()
 
 
-def _cached_walk(path: Path, cache: Path) -> head.Walk:
+def _cached_walk(path: Path, cache: Place) -> head.Walk:
     try:
         key = imzml_cache.key_of(path)
     except OSError:

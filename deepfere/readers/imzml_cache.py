@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from deepfere.places import Place, UrlPath, reading, writing
 from deepfere.readers import imzml_head as head
 
 VERSION = 1
@@ -34,13 +35,14 @@ def key_of(path: Path) -> dict[str, Any]:
     return {"version": VERSION, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha.hexdigest()}
 
 
-def load(path: Path, cache: Path) -> head.Walk | None:
+def load(path: Path, cache: Place) -> head.Walk | None:
     """The walk that was kept for an .imzML; None where there is none that holds."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(cache)
+        with reading(cache) as file:
+            table = pq.read_table(file)
         kept = json.loads(table.schema.metadata[KEY])
         if kept["key"] != key_of(path):
             return None
@@ -58,7 +60,7 @@ def load(path: Path, cache: Path) -> head.Walk | None:
         return None
 
 
-def save(walk: head.Walk, key: dict[str, Any], cache: Path) -> None:
+def save(walk: head.Walk, key: dict[str, Any], cache: Place) -> None:
     """Keep a walk, through a temporary file and a rename; where that cannot be, nothing is kept."""
     import numpy as np
     import pyarrow as pa
@@ -68,6 +70,10 @@ def save(walk: head.Walk, key: dict[str, Any], cache: Path) -> None:
     kept |= {name: sorted(getattr(walk, name)) for name in SETS}
     columns = {name: np.frombuffer(walk.columns[name], dtype=np.int64) for name in head.COLUMNS}
     table = pa.table(columns).replace_schema_metadata({KEY: json.dumps(kept)})
+    if isinstance(cache, UrlPath):
+        with writing(cache) as file:
+            pq.write_table(table, file, compression="zstd")
+        return
     temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import io
 import mmap
-import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Protocol
 
 from deepfere.errors import InputError
-from deepfere.readers.remote import FIRST_TRIES, TRIES, ShortAnswer, answered, filesystem
+from deepfere.remote import FIRST_TRIES, TRIES, ShortAnswer, answered, filesystem, is_url
 
 RELEASE_BYTES = 4 << 20
 GAP_BYTES = 64 << 10
 BLOCK_BYTES = 8 << 20
 STREAM_BYTES, STREAM_KEPT = 256 << 10, 32
-_URL = re.compile(r"^[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-
-
-def is_url(path: object) -> bool:
-    """Whether a path names a remote file (``s3://``, ``gs://``, ``http://`` and what else fsspec knows)."""
-    return bool(_URL.match(str(path)))
 
 
 class Ranges(Protocol):

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
-from deepfere.readers.ranges import first_bytes, is_url
+from deepfere.readers.ranges import first_bytes
 from deepfere.readers.slide_area import Axis, average
 from deepfere.readers.slide_mpp import given_mpp
+from deepfere.remote import is_url
 
 READ_PIXELS = 1 << 24
 # Of a damaged file tifffile says in its log what its caller is told anyway: without this, on the user's terminal too.

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
-from deepfere.readers.ranges import Ranges, first_bytes, is_url, open_ranges
+from deepfere.readers.ranges import Ranges, first_bytes, open_ranges
 from deepfere.readers.slide import (
     Backend,
     Icc,
@@ -24,6 +24,7 @@ from deepfere.readers.slide import (
     whole_downsample,
 )
 from deepfere.readers.slide_mpp import GIVE_MPP, trusted_mpp
+from deepfere.remote import is_url
 
 CACHE_BYTES = 256 << 20
 WHITE = np.array([255, 255, 255], dtype=np.uint8)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
-from deepfere.readers.ranges import is_url
+from deepfere.remote import is_url
 
 COLOURS = {2: "rgb", 6: "ycbcr"}
 FOREIGN = ("SCN", "Philips", "iScan", "Trestle", "DICOM")

@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 
 from deepfere.errors import InputError
 from deepfere.readers.kept_tiles import KeptTiles
-from deepfere.readers.ranges import is_url
-from deepfere.readers.remote import TRIES, answered, holds, is_passing
 from deepfere.readers.slide import Backend, Icc, Level, open_slide, whole_downsample
 from deepfere.readers.slide_mpp import trusted_mpp
+from deepfere.remote import TRIES, answered, holds, is_passing, is_url
 
 WHITE = np.array([255, 255, 255], dtype=np.uint8)
 VERSIONS = ("0.4", "0.5")

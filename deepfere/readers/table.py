@@ -21,7 +21,8 @@ from scipy import sparse
 
 from deepfere.errors import InputError
 from deepfere.readers.digest import tree_digest
-from deepfere.store import is_url, open_foreign
+from deepfere.remote import is_url
+from deepfere.store import open_foreign
 
 PIECE_VALUES = 1 << 22
 BLOCK_VALUES = 1 << 26  # 8 bytes each

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from deepfere.model.guide import Cells
 from deepfere.model.inferred import contrast, detail_energy, energy_root, inferred_share
-from deepfere.reconstruction.result import Result, _at, _hide, _measured_image, _window
+from deepfere.reconstruction.result import Result, _at, _hide, _measured_image, _window, stamp_of
 
 Array = NDArray[np.float64]
 
@@ -23,7 +22,7 @@ _one_at_a_time = Lock()
 
 
 @lru_cache(maxsize=16)
-def _parts(path: str, stamp: float, ion: int | None) -> tuple[Array, Array]:
+def _parts(path: str, stamp: object, ion: int | None) -> tuple[Array, Array]:
     """Measured contrast (ny, nx) and `energy_root` of one ion, or summed over all."""
     result = _at(path)
     rows = range(len(result.ions)) if ion is None else [ion]
@@ -47,7 +46,7 @@ def inferred_block(*, path: str, ion: int | None, block_info: Any = None) -> NDA
     cells, f = _window(block_info, result.factor), result.factor
     # All blocks need the same sums over all ions: the first makes them, the others wait.
     with _one_at_a_time:
-        around, root = _parts(path, (Path(path) / "provenance.json").stat().st_mtime, ion)
+        around, root = _parts(path, stamp_of(path), ion)
     if len(root):
         ny, nx = result.grid.shape_px
         wide = cells.grow(1)

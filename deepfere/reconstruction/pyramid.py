@@ -7,7 +7,6 @@ its value is the mean of those that exist. Two such pixels must therefore not co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -155,7 +154,7 @@ class PyramidWorker(RowWorker):
                 counts = pixels_below(y0, y1, level - 1, full[0]), pixels_below(x0, x1, level - 1, full[1])
                 part = halve(np.asarray(below[:, y0:y1, x0:x1]), *counts)
                 values[:, top - r0 : bottom - r0, left - c0 : right - c0] = part
-        delete_shard(target, Path(self._out), f"{row['image']}/{level}", row["row"], row["col"])
+        delete_shard(target, self._out, f"{row['image']}/{level}", row["row"], row["col"])
         target[:, r0:r1, c0:c1] = values
         sync_shard(self._out, f"{row['image']}/{row['level']}", row["row"], row["col"])
         return {}

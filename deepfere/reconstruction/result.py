@@ -16,6 +16,7 @@ Layout of the store (Zarr v3; root attributes hold ``format_version``; without `
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial
@@ -33,7 +34,9 @@ from deepfere.measured.store import Measured, open_measured
 from deepfere.model.decode import IonDecoder
 from deepfere.model.guide import Cells
 from deepfere.model.uncertainty import NoiseModel, local_variance
-from deepfere.store import is_url, open_group
+from deepfere.places import Place, place, reading
+from deepfere.remote import is_url
+from deepfere.store import open_group
 
 if TYPE_CHECKING:
     import dask.array
@@ -42,34 +45,39 @@ if TYPE_CHECKING:
 FORMAT, FORMAT_VERSION = "deepfere-result", 3
 
 _SEALING: set[str] = set()
+STAMP_S = 5.0
+"""A result at a URL that was overwritten by another process may be served from the cache for so long."""
+_stamps: dict[str, tuple[float, bytes]] = {}
 
 
 @contextmanager
-def sealing(path: str | Path) -> Iterator[None]:
+def sealing(path: str | Place) -> Iterator[None]:
     """Let this process, and nobody else, open an unfinished result: to check it before it is called complete."""
     _SEALING.add(_place(path))
+    _stamps.clear()
     try:
         yield
     finally:
         _SEALING.discard(_place(path))
+        _stamps.clear()
         _opened.cache_clear()
         _decoder.cache_clear()
 
 
-def beside(path: str | Path, ending: str) -> Path:
+def beside(path: str | Place, ending: str) -> Place:
     """Where what belongs to a result lies: ``liver.zarr`` and ".html" give ``liver.html``, beside it.
 
     Only a final ``.zarr`` is left out, so that ``liver.x4`` and ``liver.x8`` have a file each.
     """
-    store = Path(path)
-    if not store.name.strip("."):
+    store = place(str(path).rstrip("/") if is_url(path) else path)
+    if isinstance(store, Path) and not store.name.strip("."):
         store = store.resolve()
     return store.with_name(store.name.removesuffix(".zarr") + ending)
 
 
-def _place(path: str | Path) -> str:
+def _place(path: str | Place) -> str:
     """An absolute path, so that lazy arrays find their store after a change of folder; a URL as it is."""
-    return str(path) if is_url(path) else str(Path(path).absolute())
+    return str(path).rstrip("/") if is_url(path) else str(Path(str(path)).absolute())
 
 
 class Result:
@@ -163,13 +171,16 @@ class Result:
         return self._alignment("alignment_start.json")
 
     def _alignment(self, name: str) -> Alignment | None:
-        path = Path(self.path) / name
-        return Alignment.load(path) if path.exists() else None
+        try:
+            with reading(place(self.path) / name) as path:
+                return Alignment.load(path) if path.exists() else None
+        except FileNotFoundError:
+            return None
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
         """Identity, versions, model and run, settings, timings, warnings."""
-        return json.loads((Path(self.path) / "provenance.json").read_text())
+        return json.loads((place(self.path) / "provenance.json").read_text())
 
     def index(self, mz: float, ppm: float | None = None) -> int:
         """Row of the ion nearest to ``mz``; of ions with one m/z, or equally near, the first.
@@ -335,18 +346,28 @@ def open(path: str | Path) -> Result:
     return Result(path)
 
 
+def stamp_of(path: str) -> object:
+    """Differs once a result was overwritten in place, so that none is served from a cache afterwards."""
+    if not is_url(path):
+        return (Path(path) / "provenance.json").stat().st_mtime
+    asked_s, stamp = _stamps.get(path, (-STAMP_S, b""))
+    if time.monotonic() - asked_s >= STAMP_S:
+        stamp = (place(path) / "provenance.json").read_bytes()
+        _stamps[path] = time.monotonic(), stamp
+    return stamp
+
+
 @lru_cache(maxsize=8)
-def _opened(path: str, stamp: float) -> Result:
+def _opened(path: str, stamp: object) -> Result:
     return Result(path)
 
 
 def _at(path: str) -> Result:
-    # The stamp keeps a result that was overwritten in place from being served from the cache.
-    return _opened(path, (Path(path) / "provenance.json").stat().st_mtime)
+    return _opened(path, stamp_of(path))
 
 
 @lru_cache(maxsize=32)
-def _decoder(path: str, stamp: float, ion: int, denoised: bool = False) -> IonDecoder:
+def _decoder(path: str, stamp: object, ion: int, denoised: bool = False) -> IonDecoder:
     return _opened(path, stamp).decoder(ion, denoised)
 
 
@@ -371,14 +392,14 @@ def _hide(image: NDArray[np.float64], result: Result, cells: Cells) -> NDArray[n
 def _ion_block(*, path: str, ion: int, denoised: bool, block_info: Any = None) -> NDArray[np.float32]:
     result = _at(path)
     cells = _window(block_info, result.factor)
-    stamp = (Path(path) / "provenance.json").stat().st_mtime
+    stamp = stamp_of(path)
     return _hide(_decoder(path, stamp, ion, denoised).window(cells, result.detail), result, cells)
 
 
 def _variance_block(*, path: str, ion: int, factor: float, block_info: Any = None) -> NDArray[np.float32]:
     result = _at(path)
     f, cells = result.factor, _window(block_info, result.factor)
-    stamp = (Path(path) / "provenance.json").stat().st_mtime
+    stamp = stamp_of(path)
     decoder = _decoder(path, stamp, ion)
     model = NoiseModel.of_row(np.asarray(result._group["uncertainty"]["noise_model"][ion]))
     level = np.maximum(decoder.window(cells, None), 0.0)

@@ -7,7 +7,6 @@ computes only what is not recorded. Pixels stay in the worker.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from deepfere.measured.operator import fill_missing, spline_coefficients
 from deepfere.model.detail import DetailModel, KnownDetail, pooled_window
 from deepfere.model.guide import Cells, GuideSpec, stain_of
 from deepfere.model.network import network_from_config
+from deepfere.places import reading
 from deepfere.schedule import RowWorker
 from deepfere.store import open_group, shard_object, sync_shard
 from deepfere.tiling.cache import CacheSpec, PlaneReader, slide_of, write_shard
@@ -35,7 +35,8 @@ class SectionModel:
     Attributes:
         spec: `GuideSpec.to_dict`.
         alignment: `Alignment.to_dict`.
-        arrays: .npz with ``factors`` (K, ny, nx), ``mask``, ``weights`` (R, K), ``centre`` (3,) and ``gate`` (K,).
+        arrays: Path or URL (as of all files here) of an .npz with ``factors`` (K, ny, nx), ``mask``, ``weights``
+            (R, K), ``centre`` (3,) and ``gate`` (K,).
         cache: URL of the plane cache.
         network: Settings of the network, or None (T1).
         state: Path of its weights (safetensors), or None.
@@ -53,20 +54,21 @@ class SectionModel:
     def build(self) -> DetailModel | KnownDetail:
         """Load everything into memory."""
         spec = GuideSpec.from_dict(self.spec)
-        with np.load(self.arrays) as data:
+        with reading(self.arrays) as path, np.load(path) as data:
             mask, factors = data["mask"], data["factors"]
             coefficients = spline_coefficients(fill_missing(factors, mask))
             weights, gate, centre = data["weights"], data["gate"], data["centre"]
         alignment = Alignment.from_dict(self.alignment)
         if self.known is not None:
-            with np.load(self.known) as data:
+            with reading(self.known) as path, np.load(path) as data:
                 return KnownDetail(spec, alignment, gate, mask, data["detail"], data["cover"])
         network = None
         if self.network is not None:
             from safetensors.torch import load_file
 
             network = network_from_config(self.network)
-            network.load_state_dict(load_file(str(self.state)))
+            with reading(str(self.state)) as path:
+                network.load_state_dict(load_file(str(path)))
             network.eval()
         return DetailModel(spec, alignment, weights, centre, network, gate, coefficients, mask)
 
@@ -122,7 +124,7 @@ class PoolWorker(RowWorker):
         return {}
 
 
-def delete_shard(array: Any, root: Path, name: str, row: int, col: int) -> None:
+def delete_shard(array: Any, root: str, name: str, row: int, col: int) -> None:
     """Remove one shard's object, so that nothing of a torn or older one is read back."""
     shard_object(root, name, row, col).unlink(missing_ok=True)
 
@@ -159,7 +161,7 @@ class DetailWorker(RowWorker):
         at = (slice(whole.i0 * f, whole.i1 * f), slice(whole.j0 * f, whole.j1 * f))
         group: Any = open_group(self._out, "r+")
         for name, values in (("detail", (detail / self._scale).astype(np.float16)), ("stain", stain)):
-            delete_shard(group[name]["0"], Path(self._out), f"{name}/0", row["row"], row["col"])
+            delete_shard(group[name]["0"], self._out, f"{name}/0", row["row"], row["col"])
             group[name]["0"][:, at[0], at[1]] = values
             sync_shard(self._out, f"{name}/0", row["row"], row["col"])
         return {"uncovered": uncovered}

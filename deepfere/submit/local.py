@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from deepfere.errors import DeepfereError
-from deepfere.pipeline.workspace import is_held
+from deepfere.locking import is_held
 from deepfere.submit.records import jobs_folder
 from deepfere.submit.submission import Submission
 from deepfere.submit.target import Ended, Job, Tail, Target

@@ -91,7 +91,7 @@ def _absolute(path: str, parameter: click.Parameter, elsewhere: bool) -> str:
 def _check(job: str, values: Mapping[str, Any], paths: Mapping[str, str], config: Config, elsewhere: bool) -> None:
     """What can be known without reading pixels."""
     from deepfere.pipeline.deep import check_patches
-    from deepfere.pipeline.fuse import check_files, check_output
+    from deepfere.pipeline.fuse import check_files, check_output, output
     from deepfere.pipeline.study import study_sections
     from deepfere.section import make_section
     from deepfere.tiling.plan import check_range
@@ -116,7 +116,7 @@ def _check(job: str, values: Mapping[str, Any], paths: Mapping[str, str], config
     for section in sections:
         _exist(section.msi, section.slide, section.alignment, section.landmarks)
         check_files(section, config)
-    check_output(Path(paths["out"]))
+    check_output(output(paths["out"]))
 
 
 def _exist(*paths: str | None) -> None:

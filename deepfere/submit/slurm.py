@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from deepfere.errors import DeepfereError, InputError
+from deepfere.places import place
+from deepfere.remote import is_url
 from deepfere.submit.submission import Submission
 from deepfere.submit.target import Ended, Job, Tail, Target
 from deepfere.submit.templates import template
@@ -109,6 +111,8 @@ class Slurm(Target):
         self.options = list(options)
 
     def _logs(self, submission: Submission) -> Path:
+        if is_url(submission.out):  # Slurm writes its logs to files: here, as sbatch itself does
+            return Path(f"{place(submission.out).name}.jobs").resolve()
         # Beside the work and not in it: the nodes see it, and it outlives the work.
         return Path(f"{submission.out}.jobs")
 

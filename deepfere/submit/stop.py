@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from deepfere.errors import InputError
-from deepfere.pipeline.workspace import IDENTITY, LOCK, is_held
+from deepfere.locking import is_held
+from deepfere.pipeline.workspace import IDENTITY, LOCK
+from deepfere.places import Place, place
 from deepfere.stopping import STOP, request
 from deepfere.submit.records import recorded
 from deepfere.submit.target import Job
+
+PAUSE_S = 0.3
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ def ask(run: str) -> Asked:
     record = recorded(run)
     if record is not None:
         return _ask_job(run, record)
-    folder = _folder(Path(run))
+    folder = _folder(place(run.rstrip("/")))
     if not is_held(folder / LOCK):
         return Asked(f"nothing runs in {folder}")
     request(folder / STOP, "by deepfere stop")
@@ -52,7 +56,7 @@ def _ask_job(name: str, record: dict[str, Any]) -> Asked:
     job = find(record)
     if job.ended() is not None:
         return Asked(f"{name} has ended already")
-    folder = Path(record["work"])
+    folder = place(record["work"])
     # Where its folder is seen from here, its processes see the request, whatever runs them.
     if record["to"] != "kuberay" and is_held(folder / LOCK):
         request(folder / STOP, "by deepfere stop")
@@ -64,7 +68,7 @@ def _ask_job(name: str, record: dict[str, Any]) -> Asked:
 def wait(asked: Asked) -> None:
     """Until the run has stopped."""
     while asked.running is not None and asked.running():
-        time.sleep(0.3)
+        time.sleep(PAUSE_S)
 
 
 def find(record: dict[str, Any]) -> Job:
@@ -87,7 +91,7 @@ def find(record: dict[str, Any]) -> Job:
     return SlurmJob(name, record["number"], Path(record["log"]))
 
 
-def _folder(path: Path) -> Path:
+def _folder(path: Place) -> Place:
     beside = path.with_name(path.name + ".work")
     for folder in (beside, path):
         if (folder / LOCK).exists() or (folder / IDENTITY).exists():

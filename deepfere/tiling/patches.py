@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from deepfere.frame import Alignment
 from deepfere.measured.operator import take
 from deepfere.model.guide import Cells, GuideSpec
+from deepfere.places import reading
 from deepfere.tiling.cache import PlaneReader
 
 
@@ -20,7 +21,8 @@ class PatchSource:
 
     Attributes:
         cache: URL of the plane cache.
-        arrays: .npz with ``factors`` (K, ny, nx) filled, ``pooled`` (F, ny, nx) features and ``weight`` (ny, nx).
+        arrays: Path or URL of an .npz with ``factors`` (K, ny, nx) filled, ``pooled`` (F, ny, nx) features and
+            ``weight`` (ny, nx).
         spec: `GuideSpec.to_dict`.
         alignment: `Alignment.to_dict` at the start of training.
         cells: First row and column of each patch.
@@ -108,7 +110,7 @@ class PatchReader:
         self.spec = GuideSpec.from_dict(source.spec)
         self.alignment = Alignment.from_dict(source.alignment)
         self._planes = PlaneReader(source.cache, self.spec)
-        with np.load(source.arrays) as arrays:
+        with reading(source.arrays) as path, np.load(path) as arrays:
             self._factors, self._pooled, self._weight = arrays["factors"], arrays["pooled"], arrays["weight"]
 
     def window(self, patch: int) -> tuple[int, int, int, int]:

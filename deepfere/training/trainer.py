@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from deepfere.cluster import keep_signals, last_line
 from deepfere.config import TrainSettings
-from deepfere.errors import DeepfereError, InputError
-from deepfere.stopping import current, saving
+from deepfere.errors import DeepfereError, InputError, StorageError
+from deepfere.places import Place
+from deepfere.remote import filesystem
+from deepfere.stopping import Stopped, current, saving
 from deepfere.tiling.dataset import patch_dataset
 from deepfere.tiling.patches import PatchSource, draw, plane_shape
 from deepfere.training.loop import LoopSettings, SectionTask
-from deepfere.training.worker import CHECKPOINT, HISTORY, work
+from deepfere.training.worker import CHECKPOINT, HISTORY, TELL_EVERY_S, work
 
 
 @dataclass(frozen=True)
@@ -25,13 +30,13 @@ class Trained:
     """A finished training.
 
     Attributes:
-        state: Path of the checkpoint file (model, optimiser, step).
+        model: The state of the joint model.
         history: Mean losses per reporting interval: {"step": int, name: float}.
         timing: Of the last attempt: ``input_wait``, the share of the time in which the first worker waited for
             patches, and ``steps_per_s``; empty where there was no second step.
     """
 
-    state: Path
+    model: dict[str, Tensor]
     history: list[dict[str, float]]
     timing: dict[str, float]
 
@@ -67,7 +72,7 @@ def train_joint(
     sections: list[SectionTask],
     sources: list[PatchSource],
     train: TrainSettings,
-    folder: Path,
+    folder: Place,
     name: str,
     digest: str,
     on_step: Callable[[int], None] | None = None,
@@ -79,7 +84,7 @@ def train_joint(
         sections: The sections' tasks.
         sources: Where their patches come from, in the same order.
         train: Workers, reporting and resources.
-        folder: Absolute path of the run storage (shared between nodes on a cluster).
+        folder: The run's storage: a URL, or an absolute path (shared between nodes on a cluster).
         name: Run name; the same name resumes.
         digest: Hash of everything that the weights depend on.
         on_step: Called now and then with the number of steps done.
@@ -97,8 +102,9 @@ def train_joint(
     from deepfere.training.group import GroupConfig
 
     preflight(train)
-    progress = folder.resolve() / f"{name}.step"
+    progress = folder / f"{name}.step"
     folder.mkdir(parents=True, exist_ok=True)
+    storage, path = _storage(folder)
     patches = [(s, p) for s, source in enumerate(sources) for p in range(len(source.cells))]
     slots = train.workers * train.accumulate
     batch = -(-settings.batch // slots) * slots
@@ -127,7 +133,8 @@ def train_joint(
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=str(folder.resolve()),
+            storage_path=path,
+            storage_filesystem=storage,
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             failure_config=FailureConfig(max_failures=2, controller_failure_limit=3),  # type: ignore[call-arg]
         ),
@@ -143,28 +150,44 @@ def train_joint(
         raise DeepfereError(f"training failed: {last_line(error)}") from error
     if result.error is not None:
         raise DeepfereError(f"training failed: {last_line(result.error)}") from result.error
-    kept = folder / f"{name}.final"
+    found: dict[str, Any] = {"step": 0}
     if result.checkpoint is not None:
-        result.checkpoint.to_directory(str(kept))
-    found: dict[str, Any] = json.loads((kept / HISTORY).read_text()) if result.checkpoint is not None else {"step": 0}
+        try:
+            with result.checkpoint.as_directory() as kept:
+                found = json.loads((Path(kept) / HISTORY).read_text())
+                state = torch.load(Path(kept) / CHECKPOINT, weights_only=True, map_location="cpu")
+        except Exception as error:  # of whatever keeps it
+            raise DeepfereError(f"the last checkpoint of training cannot be read: {last_line(error)}") from error
     if found["step"] != settings.steps:
         # Ray Train turns Ctrl-C into an aborted run that looks like a finished one.
         raise KeyboardInterrupt
-    return Trained(kept / CHECKPOINT, found["losses"], found["timing"])
+    return Trained(state["model"], found["losses"], found["timing"])
+
+
+def _storage(folder: Place) -> tuple[Any, str]:
+    """Where Ray Train keeps checkpoints: at a URL the file system that all else goes through, and the path in it."""
+    if isinstance(folder, Path):
+        return None, str(folder)
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    found, path = filesystem(str(folder))
+    return PyFileSystem(FSSpecHandler(found)), path
 
 
 @contextmanager
-def _watch(file: Path, on_step: Callable[[int], None] | None) -> Iterator[None]:
-    """Tell ``on_step`` what the first worker last wrote to ``file``, once a second."""
+def _watch(file: Place, on_step: Callable[[int], None] | None) -> Iterator[None]:
+    """Tell ``on_step`` what the first worker last wrote to ``file``, every second or few."""
     if on_step is None:
         yield
         return
     stop = threading.Event()
 
     def poll() -> None:
-        while not stop.wait(1.0):
-            if file.exists() and (text := file.read_text()).isdigit():
-                on_step(int(text))
+        while not stop.wait(1.0 if isinstance(file, Path) else TELL_EVERY_S):
+            # What cannot be seen now is seen later; whether to go on, whoever waits for training finds out.
+            with suppress(FileNotFoundError, StorageError, Stopped):
+                if (text := file.read_text()).isdigit():
+                    on_step(int(text))
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()
@@ -173,4 +196,5 @@ def _watch(file: Path, on_step: Callable[[int], None] | None) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        file.unlink(missing_ok=True)
+        with suppress(StorageError):
+            file.unlink(missing_ok=True)

@@ -10,15 +10,19 @@ import json
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
-from deepfere.stopping import requested
+from deepfere.errors import DeepfereError
+from deepfere.places import place
+from deepfere.stopping import Asking
 from deepfere.training.loop import Batch, JointModel, LoopSettings, SectionTask, on_device, train_step
 
+TELL_EVERY_S = 2.0
 CHECKPOINT = "training.pt"
 HISTORY = "history.json"
 
@@ -76,15 +80,16 @@ def work(config: dict[str, Any]) -> None:
     batches = train.get_dataset_shard("train").iter_torch_batches(
         batch_size=max(1, settings.batch // world // config["parts"]), drop_last=True, prefetch_batches=2, device="cpu"
     )
-    clock = Clock()
+    clock, asking = Clock(), Asking(config["stop"])
+    tells = Telling(config["progress"]) if rank == 0 and config["progress"] else None
     for step, loaded in enumerate(clock.steps(batches, config["parts"])):
         if step < first:
             clock.restart()
             continue
         parts: list[Batch] = [on_device(batch, device) for batch in loaded]
         losses = train_step(wrapped, optimiser, parts, step, settings)
-        if rank == 0 and config["progress"]:
-            Path(config["progress"]).write_text(str(step + 1))
+        if tells is not None:
+            tells(step + 1)
         sums = {name: sums.get(name, 0.0) + value.double() for name, value in losses.items()}
         count += 1
         last = step + 1 == settings.steps
@@ -92,7 +97,7 @@ def work(config: dict[str, Any]) -> None:
         if reports:
             history.append({"step": step + 1, **_over_workers({name: value / count for name, value in sums.items()})})
             sums, count = {}, 0
-        stops = not last and _stops(config["stop"], step, device)
+        stops = not last and _stops(asking, step, device)
         if reports or stops:
             rest = {"sums": _over_workers(sums), "count": count}
             with tempfile.TemporaryDirectory() as folder:
@@ -105,14 +110,35 @@ def work(config: dict[str, Any]) -> None:
             break
 
 
-def _stops(file: str, step: int, device: torch.device) -> bool:
+class Telling:
+    """Writes down how far training is; at a URL every few seconds only.
+
+    Args:
+        file: Where.
+    """
+
+    def __init__(self, file: str) -> None:
+        self._file, self._told_s = place(file), 0.0
+
+    def __call__(self, steps: int) -> None:
+        """So many steps are done."""
+        if isinstance(self._file, Path):
+            self._file.write_text(str(steps))
+        elif time.monotonic() - self._told_s >= TELL_EVERY_S:
+            self._told_s = time.monotonic()
+            # Who watches is told less, and training goes on.
+            with suppress(DeepfereError):
+                self._file.write_text(str(steps))
+
+
+def _stops(asking: Asking, step: int, device: torch.device) -> bool:
     """Whether the run is asked to stop; all workers agree on what the first one sees."""
     if not distributed.is_initialized():
-        return requested(file)
+        return asking()
     # To ask the others a GPU has to be waited for.
     if device.type != "cpu" and (step + 1) % 10:
         return False
-    told = torch.tensor([int(requested(file))], device=device)
+    told = torch.tensor([int(distributed.get_rank() == 0 and asking())], device=device)
     distributed.broadcast(told, 0)
     return bool(told.item())
 

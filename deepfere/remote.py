@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
-from deepfere.errors import InputError
+from deepfere.errors import DeepfereError, InputError, StorageError
 
 Answer = TypeVar("Answer")
 
@@ -31,6 +32,16 @@ class ShortAnswer(ConnectionError):
     """Fewer bytes came than the store has."""
 
 
+_URL = re.compile(r"^[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+# What other processes write has to be seen: no listing is remembered.
+OPTIONS = {"use_listings_cache": False}
+
+
+def is_url(url: object) -> bool:
+    """Whether this names a remote file or store (``s3://``, ``gs://``, ``http://``...) instead of a local path."""
+    return bool(_URL.match(str(url)))
+
+
 def filesystem(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the path in it.
 
@@ -40,7 +51,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     import fsspec
 
     try:
-        found, path = fsspec.core.url_to_fs(url)
+        found, path = fsspec.core.url_to_fs(url, **OPTIONS)
     except Exception as error:  # every protocol has its own library
         raise refusal(url, error) from error
     return found, path
@@ -66,18 +77,38 @@ def answered(url: str, ask: Callable[[], Answer], tries: int) -> Answer:
 
     Raises:
         InputError: It refuses, or does not answer.
+        StorageError: It keeps failing.
     """
     for number in range(tries):
         try:
             return ask()
-        except InputError:
+        except DeepfereError:
             raise
         except Exception as error:  # every store raises its own
-            if number + 1 == tries or not is_passing(error):
-                raise refusal(url, error) from error
-        # Many workers that were throttled together should not come back together.
-        time.sleep(PAUSE_S * 2**number * random.Random().uniform(0.7, 1.0))
+            pause_s = _pause_s(url, error, number, tries)
+        time.sleep(pause_s)
     raise AssertionError
+
+
+async def answered_later(url: str, ask: Callable[[], Awaitable[Answer]], tries: int) -> Answer:
+    """`answered` for a question that is awaited."""
+    for number in range(tries):
+        try:
+            return await ask()
+        except DeepfereError:
+            raise
+        except Exception as error:
+            pause_s = _pause_s(url, error, number, tries)
+        await asyncio.sleep(pause_s)
+    raise AssertionError
+
+
+def _pause_s(url: str, error: Exception, number: int, tries: int) -> float:
+    """How long to wait before the next try; raises what there is to say where there is none."""
+    if number + 1 == tries or not is_passing(error):
+        raise refusal(url, error) from error
+    # Many workers that were throttled together should not come back together.
+    return PAUSE_S * 2**number * random.Random().uniform(0.7, 1.0)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -115,8 +146,8 @@ def is_passing(error: BaseException) -> bool:
     return False
 
 
-def refusal(url: str, error: BaseException) -> InputError:
-    """One line on why a URL cannot be read, and what to do about it."""
+def refusal(url: str, error: BaseException) -> DeepfereError:
+    """One line on why a URL cannot be read or written, and what to do about it."""
     status, last = _status(error), list(_chain(error))[-1]
     # Behind the ? may be the signature that opens it.
     where, text = url.partition("?")[0], re.sub(r"\?[^\s'\"]+", "", " ".join(str(last).split()) or type(last).__name__)
@@ -130,10 +161,11 @@ def refusal(url: str, error: BaseException) -> InputError:
         return InputError(
             f"access is refused ({text})",
             where=where,
-            remedy="give credentials that may read it, and check the address",
+            remedy="give credentials that may read it (for an output, write it too), and check the address",
         )
     if status == 404 or (isinstance(error, FileNotFoundError) and last is error):
-        return InputError("does not exist", where=where, remedy="check the address")
+        what = "the bucket does not exist" if "bucket does not exist" in text else "does not exist"
+        return InputError(what, where=where, remedy="check the address")
     if status is not None and (status >= 500 or status in AGAIN):
-        return InputError(f"the store keeps failing ({status}: {text})", where=where, remedy="run it again later")
+        return StorageError(f"{where}: the store keeps failing ({status}: {text}); run it again later")
     return InputError(f"cannot be read ({text})", where=where, remedy="check the address, and that the store answers")
