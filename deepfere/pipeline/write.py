@@ -174,7 +174,7 @@ def reconstruct_stage(
 def _clear(out: Place) -> None:
     """Make room; at a URL what stands there is no longer complete, and nobody's, before any of it is gone."""
     if isinstance(out, UrlPath):
-        begun = {"format": FORMAT, "complete": False}
+        begun: dict[str, Any] = {"format": FORMAT, "complete": False}
         open_group(out, "a", attributes=begun).attrs.put(begun)
         remove_tree(out, but=out / "zarr.json")
     else:
