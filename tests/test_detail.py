@@ -63,12 +63,13 @@ def make(shape=(11, 9), factor=3, tier="T1", bent=False, seed=0):
     spec = GuideSpec(grid, factor, spacing, PLANES_OF_SLIDE.shape[1:], WHITE, 0.15, types)
     mask = rng.random(shape) < 0.9
     factors = fill_missing(rng.standard_normal((K, *shape)), mask)
+    network = random_network(seed) if tier == "T2" else None
     return DetailModel(
         spec,
         alignment,
-        rng.standard_normal((len(FEATURES) + TYPES + PRODUCTS, K)),
+        rng.standard_normal((len(FEATURES) + TYPES + PRODUCTS + (network.regressors if network else 0), K)),
         CENTRE,
-        random_network(seed) if tier == "T2" else None,
+        network,
         np.array([1.0, 0.4, 0.0]),
         spline_coefficients(factors),
         mask,
@@ -145,7 +146,6 @@ def test_against_the_definition(tier):
     levels = expand(pad_edge(model.coefficients), f)[: PRODUCTS // 3]
     regressors = list(stain[:, *inner])
     regressors += [level * (stain[n, *inner] - CENTRE[n]) for level in levels for n in range(3)]
-    d = np.einsum("fyx,fk->kyx", np.stack(regressors), model.weights)
     if model.network is not None:
         far = -(-context // f)
         b = np.pad(model.coefficients, [(0, 0), (far + 1, far + 1), (far + 1, far + 1)], mode="edge")
@@ -153,9 +153,13 @@ def test_against_the_definition(tier):
         cut = far * f - context
         up = torch.from_numpy(up[:, cut : up.shape[1] - cut, cut : up.shape[2] - cut]).double()
         with torch.no_grad():
-            d = 0.5 * d + 0.5 * model.network.double()(features.double()[None, : len(FEATURES)], up[None])[0].numpy()
+            stained = features.double()[None, : len(FEATURES)]
+            more = model.network.double().regress(stained, up[None])[0]
+            np.testing.assert_array_equal(more[:K], model.network(stained, up[None])[0])
+        regressors += list(more.numpy())
         cover = cover[context:-context, context:-context]
         model.network.float()
+    d = np.einsum("fyx,fk->kyx", np.stack(regressors), model.weights)
     gated = d * model.gate[:, None, None]
     seen = cell_means(cover.double().numpy(), f) >= COVERED
     expected = gated - expand_seen(pad_edge(cell_means(gated, f)), pad_edge(seen), f)

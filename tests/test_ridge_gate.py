@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from scipy.ndimage import gaussian_filter
 
 from deepfere.measured.factors import factorise
@@ -24,7 +25,7 @@ from deepfere.model.fit import (
     tier_evidence,
 )
 from deepfere.model.network import FusionNetwork
-from deepfere.model.reduced import network_rows, reduced_detail, ridge_detail
+from deepfere.model.reduced import deep_detail, fit_deep, mixed_by_factor, network_rows, ridge_detail
 from deepfere.model.ridge import (
     Chemistry,
     detail,
@@ -35,6 +36,7 @@ from deepfere.model.ridge import (
     phases,
     stain_detail,
     target_rows,
+    usable,
 )
 from deepfere.model.transfer import SmoothingChoice
 from deepfere.model.uncertainty import NoiseModel, local_variance
@@ -270,17 +272,51 @@ def test_the_networks_rows_line_up_with_the_closed_forms():
     network = FusionNetwork(len(FEATURES), k, width=4, depth=2).eval()
     network.set_feature_scale(problem.features.mean((1, 2)), np.maximum(problem.features.std((1, 2)), 1e-3))
     plain = detail_rows(problem.features, problem.mask, problem.blocks, RATIO)
-    fit = fit_average(plain, problem.factor_rows)
-    network.set_linear(fit.weights)
-    alone = replace(problem, chemistry=None)
-    # The start of training is T1: same rows, same order, same numbers.
-    np.testing.assert_allclose(network_rows(network, problem, factors), plain.stain @ fit.weights, atol=1e-5)
-    np.testing.assert_allclose(reduced_detail(network, problem, factors), ridge_detail(alone, fit.weights), atol=1e-5)
+    linear = fit_average(plain, problem.factor_rows)
+    network.set_linear(linear.weights)
+    # At the start of training its output is T1: same rows, same order, same numbers.
+    np.testing.assert_allclose(network_rows(network, problem, factors)[:, :k], plain.stain @ linear.weights, atol=1e-5)
     mirrored = problem.features[:, ::-1]
     rows = detail_rows(mirrored, problem.mask, problem.blocks, RATIO)
-    found = network_rows(network, problem, factors, mirrored)
-    np.testing.assert_allclose(found, rows.stain @ fit.weights, atol=1e-5)
-    assert not cell_means(ridge_detail(alone, fit.weights), RATIO).round(10).any()
+    found = network_rows(network, problem, factors, mirrored)[:, :k]
+    np.testing.assert_allclose(found, rows.stain @ linear.weights, atol=1e-5)
+    # The deep tier's planes are its weights on the closed form's regressors and on the network's.
+    weights = np.random.default_rng(0).standard_normal((len(fit.weights) + network.regressors, k))
+    planes = deep_detail(network, problem, factors, weights)
+    assert not cell_means(planes, RATIO).round(10).any()
+    inside = usable(problem.mask, RATIO, (0, 0))
+    first = problem.rows.phase == 0
+    both = np.concatenate([problem.rows.stain, network_rows(network, problem, factors)], axis=1)[first]
+    np.testing.assert_allclose(planes[:, inside].T, both @ weights, atol=1e-5)
+
+
+def test_the_deep_tier_is_the_closed_form_with_the_networks_regressors():
+    features, cube, mask = section(1)
+    *_, problem, factors, closed = decide_for(features, cube, mask)
+    k = closed.weights.shape[1]
+    torch.manual_seed(0)
+    network = FusionNetwork(len(FEATURES), k, width=6, depth=2).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    deep = fit_deep(network, problem, factors, closed)
+    assert deep.weights.shape == (len(closed.weights) + network.regressors, k)
+    assert deep.predicted.shape == closed.predicted.shape
+    # What only the network shows: the detail of its hidden layer.
+    hidden = network_rows(network, problem, factors)[:, k:]
+    loud = replace(problem, factor_rows=problem.factor_rows + 3 * hidden[:, :1] / hidden[:, :1].std())
+    alone = fit_average(loud.rows, loud.factor_rows)
+    better = fit_deep(network, loud, factors, alone)
+    everywhere, weight = np.ones(len(hidden), bool), np.ones(k)
+    assert tier_error(loud, weight, better.predicted, everywhere) < 0.7 * tier_error(
+        loud, weight, alone.predicted, everywhere
+    )
+    some = np.arange(k) % 2 == 0
+    mixed = mixed_by_factor(alone, better, some)
+    np.testing.assert_array_equal(mixed.weights[:, some], better.weights[:, some])
+    np.testing.assert_array_equal(mixed.weights[: len(alone.weights), ~some], alone.weights[:, ~some])
+    assert not mixed.weights[len(alone.weights) :, ~some].any()
+    np.testing.assert_array_equal(mixed.predicted[:, ~some], alone.predicted[:, ~some])
 
 
 @pytest.mark.parametrize("case", ["checkerboard", "thin", "one row", "not covered", "few pixels", "tiny"])
@@ -305,7 +341,9 @@ def test_too_little_to_judge_by_gives_plain_interpolation(case):
     assert not ion.gate.any()
     assert ion.gate.shape == (6,)
     network = FusionNetwork(len(FEATURES), fit.weights.shape[1], 4, 2).eval()
-    assert network_rows(network, problem, factors).shape == fit.predicted.shape
+    assert network_rows(network, problem, factors).shape == (len(fit.predicted), network.regressors)
+    deep = fit_deep(network, problem, factors, fit)
+    assert deep.predicted.shape == fit.predicted.shape
     # Nor do rows that may not judge.
     _, shut = gate_ions(problem, factors.basis, fit.predicted, nulls, np.zeros(len(fit.predicted), bool))
     assert not shut.gate.any()
@@ -421,10 +459,17 @@ def test_a_tier_needs_evidence_over_blocks():
     weight, every = np.ones(2), np.ones(len(targets), bool)
     unit = targets.std(0)
     good, again, poor = (targets + s * unit * rng.normal(size=targets.shape) for s in (0.5, 0.5, 1.5))
-    assert tier_evidence(problem, weight, poor, good, every) > 2
-    assert tier_evidence(problem, weight, good, poor, every) < -2
-    assert abs(tier_evidence(problem, weight, good, again, every)) < 3
-    assert tier_evidence(problem, weight, poor, good, ~every) == 0.0
+    together, apart = tier_evidence(problem, weight, poor, good, every)
+    assert together > 2 and (apart > 1).all()
+    together, apart = tier_evidence(problem, weight, good, poor, every)
+    assert together < -2 and (apart < -1).all()
+    assert abs(tier_evidence(problem, weight, good, again, every)[0]) < 3
+    one = np.column_stack([good[:, 0], poor[:, 1]])
+    assert (
+        np.sign(tier_evidence(problem, weight, np.column_stack([poor[:, 0], good[:, 1]]), one, every)[1]) == [1, -1]
+    ).all()
+    together, apart = tier_evidence(problem, weight, poor, good, ~every)
+    assert together == 0.0 and apart.tolist() == [0.0, 0.0]
 
 
 def test_large_sections_use_fewer_phases():

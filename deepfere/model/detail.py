@@ -19,7 +19,7 @@ from deepfere.frame import Alignment
 from deepfere.measured.operator import cell_means, expand, pad_edge, phase_weights, take
 from deepfere.model.features import FEATURES, smooth_covered
 from deepfere.model.guide import Cells, GuideSpec, features_of
-from deepfere.model.network import NETWORK_SHARE, FusionNetwork
+from deepfere.model.network import FusionNetwork
 from deepfere.model.ridge import DENSITIES, with_products
 
 COVERED = 0.99
@@ -33,9 +33,9 @@ class DetailModel:
     Attributes:
         spec: Geometry of the section's guide.
         alignment: Section to slide.
-        weights: (R, K) T1 weights on the regressors of `deepfere.model.ridge`.
+        weights: (R, K) weights on the regressors of `deepfere.model.ridge`, and behind them on the network's.
         centre: (3,) optical densities that products with the factors are taken from.
-        network: The deep model, averaged with the closed form (T2), or None.
+        network: The deep model (T2), or None.
         gate: (K,) factor gates.
         coefficients: (K, ny, nx) spline coefficients of the factor images, holes filled (T2's input).
         mask: (ny, nx) measured pixels.
@@ -73,17 +73,17 @@ class DetailModel:
         wide = Cells(max(wide.i0, 0), min(wide.i1, ny), max(wide.j0, 0), min(wide.j1, nx))
         context = self.network.radius_px if self.network is not None else 0
         features, cover = features_of(self.spec, planes_at, self.alignment, wide, context)
-        if self.network is not None:
-            stain = features[: len(FEATURES)]
-            deep = self.network(stain[None], self.upsampled(wide, context)[None])[0]
         inner = slice(context, cover.shape[0] - context), slice(context, cover.shape[1] - context)
         cover = cover[inner]
-        products = (len(self.weights) - self.spec.count) // len(DENSITIES)
+        deep = self.network.regressors if self.network is not None else 0
+        products = (len(self.weights) - self.spec.count - deep) // len(DENSITIES)
         centre = torch.from_numpy(self.centre).float()
         regressors = with_products(features[:, *inner], self.upsampled(wide, 0, products), centre)
-        raw = torch.einsum("fyx,fk->kyx", regressors, torch.from_numpy(self.weights).float())
         if self.network is not None:
-            raw = (1 - NETWORK_SHARE) * raw + NETWORK_SHARE * deep
+            stain = features[: len(FEATURES)]
+            more = self.network.regress(stain[None], self.upsampled(wide, context)[None])[0]
+            regressors = torch.cat([regressors, more])
+        raw = torch.einsum("fyx,fk->kyx", regressors, torch.from_numpy(self.weights).float())
         d = raw.double().numpy() * self.gate[:, None, None]
         top, left = cells.i0 - wide.i0, cells.j0 - wide.j0
         h, w = cells.shape

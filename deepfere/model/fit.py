@@ -217,8 +217,12 @@ def tier_error(problem: Evidence, weight: Array, predicted: Array, where: NDArra
     return float((weight * left).sum() / weight.sum())
 
 
-def tier_evidence(problem: Evidence, weight: Array, lower: Array, upper: Array, where: NDArray[np.bool_]) -> float:
+def tier_evidence(
+    problem: Evidence, weight: Array, lower: Array, upper: Array, where: NDArray[np.bool_]
+) -> tuple[float, Array]:
     """By how many standard errors over spatial blocks the upper tier leaves less unexplained than the lower.
+
+    Gains are free per factor, as its gate will use it.
 
     Args:
         problem: The section's reduced-scale problem.
@@ -226,22 +230,29 @@ def tier_evidence(problem: Evidence, weight: Array, lower: Array, upper: Array, 
         lower: (R, K) predictions of the lower tier.
         upper: (R, K) predictions of the upper tier.
         where: (R,) rows that may judge: neither tier has seen them.
+
+    Returns:
+        For the factors together, and (K,) for each alone; 0 where there are too few blocks to tell.
     """
     t = problem.factor_rows[where]
     if not len(t):
-        return 0.0
+        return 0.0, np.zeros(len(weight))
     share = weight / weight.sum() / np.maximum((t**2).sum(0), 1e-300)
     errors = []
     for predicted in (lower[where], upper[where]):
         power = (predicted**2).sum(0)
         gain = np.clip((t * predicted).sum(0) / np.where(power > 0, power, np.inf), 0, 1)
-        errors.append(((t - gain * predicted) ** 2) @ share)
+        errors.append((t - gain * predicted) ** 2 * share)
     block = spatial_blocks(problem.mask, 12).ravel()[problem.rows.index][where]
-    better = np.bincount(block, errors[0] - errors[1])[np.unique(block)]
-    if len(better) < 4:
-        return 0.0
-    spread = better.std(ddof=1) / np.sqrt(len(better))
-    return float(better.mean() / spread) if spread > 0 else 0.0
+    names, number = np.unique(block, return_inverse=True)
+    if len(names) < 4:
+        return 0.0, np.zeros(len(weight))
+    better = np.zeros((len(names), len(weight)))
+    np.add.at(better, number, errors[0] - errors[1])
+    better = np.column_stack([better.sum(1), better])
+    spread = better.std(0, ddof=1) / np.sqrt(len(names))
+    found = better.mean(0) / np.where(spread > 0, spread, np.inf)
+    return float(found[0]), found[1:]
 
 
 def select_positivity(

@@ -11,7 +11,7 @@ from deepfere.model.fusion import Fusion
 from deepfere.model.mapping import Mapping
 
 NETWORK_SHARE = 0.5
-"""Weight of the network in the deep tier; the rest is the closed form. Their errors are not the same errors."""
+"""Weight, in the deep tier, of the fit that has the network's regressors; the rest is the closed form alone."""
 
 
 class FusionNetwork(nn.Module):
@@ -64,6 +64,18 @@ class FusionNetwork(nn.Module):
     def mapped(self, stain: Tensor) -> Tensor:
         """What the stain alone says: (N, F, H, W) -> (N, K, H, W)."""
         return self.mapping(self.standardise(stain))
+
+    @property
+    def regressors(self) -> int:
+        """How many regressors a section's closed form gets from the network: its output and what makes it."""
+        return self.settings["factors"] + self.settings["width"]
+
+    def regress(self, stain: Tensor, upsampled: Tensor) -> Tensor:
+        """Output and last hidden layer, (N, K + C, H - 2 r, W - 2 r); arguments as for `forward`."""
+        mapped, r = self.mapped(stain), self.radius_px
+        hidden = self.fusion.hidden(mapped, upsampled)
+        centre = mapped[..., r : mapped.shape[-2] - r, r : mapped.shape[-1] - r]
+        return torch.cat([centre + self.fusion.leave(hidden), hidden], dim=1)
 
     def forward(self, stain: Tensor, upsampled: Tensor) -> Tensor:
         """Detail before projection.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,14 +12,14 @@ from deepfere.measured.factors import Factors
 from deepfere.measured.operator import cell_means, expand, fill_missing, null_space, pad_edge, spline_coefficients
 from deepfere.model.features import FEATURES
 from deepfere.model.fit import RATIO, Evidence
-from deepfere.model.network import FusionNetwork
-from deepfere.model.ridge import phases, stain_detail, usable
+from deepfere.model.network import NETWORK_SHARE, FusionNetwork
+from deepfere.model.ridge import RidgeFit, detail_rows, fit_average, phases, regressor_sets, stain_detail, usable
 
 Array = NDArray[np.float64]
 
 
 def _network_detail(network: FusionNetwork, features: Array, images: Array, ratio: int) -> Array:
-    """``(I - P A)`` of the network's output (K, ny, nx) with measured pixels as its pixels.
+    """``(I - P A)`` of the network's regressors (K + C, ny, nx) with measured pixels as its pixels.
 
     Args:
         network: The deep model.
@@ -31,12 +33,12 @@ def _network_detail(network: FusionNetwork, features: Array, images: Array, rati
     x = torch.from_numpy(np.pad(features, pad, mode="edge")).float()[None]
     u = torch.from_numpy(np.pad(upsampled, pad, mode="edge")).float()[None]
     with torch.inference_mode():
-        raw = network(x, u)[0].double().numpy()
+        raw = network.regress(x, u)[0].double().numpy()
     return null_space(raw, ratio)
 
 
 def network_rows(network: FusionNetwork, problem: Evidence, factors: Factors, features: Array | None = None) -> Array:
-    """The network's predictions (R, K) in the row order of the reduced-scale problem.
+    """Detail of the network's regressors (R, K + C) in the row order of the reduced-scale problem.
 
     Args:
         network: The deep model.
@@ -54,21 +56,75 @@ def network_rows(network: FusionNetwork, problem: Evidence, factors: Factors, fe
         rows, cols = slice(phase[0], phase[0] + n[0]), slice(phase[1], phase[1] + n[1])
         detail = _network_detail(network, guide[:, rows, cols], images[:, rows, cols], RATIO)
         out.append(detail[:, usable(problem.mask, RATIO, phase)].T)
-    return np.concatenate(out) if out else np.zeros((0, len(images)))
+    return np.concatenate(out) if out else np.zeros((0, network.regressors))
+
+
+def fit_deep(
+    network: FusionNetwork, problem: Evidence, factors: Factors, closed: RidgeFit, features: Array | None = None
+) -> RidgeFit:
+    """The deep tier of one section: the closed form with the network's regressors behind its own.
+
+    The network is the study's; these weights, its last layer, are the section's. The mean of this fit and of the one
+    without the network is taken, as of the fits on few and on many features.
+
+    Args:
+        network: Shared by the sections.
+        problem: The section's reduced-scale problem.
+        factors: Its factors.
+        closed: The closed form without the network, with the same guide.
+        features: Another guide (a null guide) in place of the section's.
+
+    Returns:
+        Weights (R + K + C, K) and held-out predictions.
+    """
+    rows = problem.rows
+    if features is not None:
+        rows = detail_rows(features, problem.mask, problem.blocks, RATIO, problem.chemistry)
+    more, count = network_rows(network, problem, factors, features), rows.stain.shape[1]
+    new = tuple(range(count, count + more.shape[1]))
+    sets = [used + new for used in regressor_sets(count - rows.products, rows.products)]
+    both = replace(rows, stain=np.concatenate([rows.stain, more], axis=1))
+    fit = fit_average(both, problem.factor_rows, sets)
+    padded = np.concatenate([closed.weights, np.zeros((len(new), closed.weights.shape[1]))])
+    return RidgeFit(
+        (1 - NETWORK_SHARE) * padded + NETWORK_SHARE * fit.weights,
+        fit.ridge,
+        (1 - NETWORK_SHARE) * closed.predicted + NETWORK_SHARE * fit.predicted,
+    )
+
+
+def mixed_by_factor(closed: RidgeFit, deep: RidgeFit, by_network: NDArray[np.bool_]) -> RidgeFit:
+    """For each factor the one fit or the other.
+
+    Args:
+        closed: Weights (R, K).
+        deep: Weights (R + C, K), from `fit_deep`.
+        by_network: (K,) whether the deep one.
+    """
+    padded = np.zeros_like(deep.weights)
+    padded[: len(closed.weights)] = closed.weights
+    return RidgeFit(
+        np.where(by_network, deep.weights, padded),
+        np.where(by_network, deep.ridge, closed.ridge),
+        np.where(by_network, deep.predicted, closed.predicted),
+    )
 
 
 def _measured(factors: Factors, problem: Evidence) -> NDArray[np.bool_]:
     return problem.mask | (factors.images != 0).any(0)
 
 
-def reduced_detail(network: FusionNetwork, problem: Evidence, factors: Factors) -> Array:
-    """The network's detail (K, ny', nx') on the whole grid cropped to multiples of the ratio."""
-    ny, nx = (n // RATIO * RATIO for n in problem.mask.shape)
-    images = fill_missing(factors.images, _measured(factors, problem))
-    return _network_detail(network, problem.features[: len(FEATURES), :ny, :nx], images[:, :ny, :nx], RATIO)
-
-
 def ridge_detail(problem: Evidence, weights: Array) -> Array:
     """T1's detail (K, ny', nx') on the whole grid cropped to multiples of the ratio."""
     regressors = stain_detail(problem.features, RATIO, (0, 0), problem.chemistry)
     return np.einsum("fyx,fk->kyx", regressors, weights)
+
+
+def deep_detail(network: FusionNetwork, problem: Evidence, factors: Factors, weights: Array) -> Array:
+    """The deep tier's detail (K, ny', nx') on the whole grid cropped to multiples of the ratio."""
+    ny, nx = (n // RATIO * RATIO for n in problem.mask.shape)
+    images = fill_missing(factors.images, _measured(factors, problem))
+    guide = problem.features[: len(FEATURES), :ny, :nx]
+    more = _network_detail(network, guide, images[:, :ny, :nx], RATIO)
+    own = len(weights) - len(more)
+    return ridge_detail(problem, weights[:own]) + np.einsum("fyx,fk->kyx", more, weights[own:])

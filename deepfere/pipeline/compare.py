@@ -14,8 +14,7 @@ from deepfere.config import Config
 from deepfere.errors import InputError
 from deepfere.model import gate as gates
 from deepfere.model.fit import Evidence as Problem
-from deepfere.model.network import NETWORK_SHARE
-from deepfere.model.reduced import network_rows
+from deepfere.model.reduced import fit_deep
 from deepfere.model.ridge import fit_average
 from deepfere.pipeline.choose import section_problem
 from deepfere.pipeline.deep import held_out_blocks
@@ -109,9 +108,8 @@ def _judge(prep: Prepared, digest: str, models: list[GivenModel], scores: list[S
     for model in models:
         own = given_factors(prep, cube, model)
         posed = section_problem(prep, cube, own, prep.folder.pooled, smoothings, problem.choice)
-        closed = fit_average(posed.rows, posed.factor_rows).predicted
-        deep = (1 - NETWORK_SHARE) * closed + NETWORK_SHARE * network_rows(model.network, posed, own)
-        predictions.append((posed, own.basis, deep))
+        closed = fit_average(posed.rows, posed.factor_rows)
+        predictions.append((posed, own.basis, fit_deep(model.network, posed, own, closed).predicted))
     for score, (posed, basis, predicted) in zip(scores, predictions, strict=True):
         score.r2[prep.section.name] = _ion_r2(posed, basis, predicted, rows)
         score.blocks[prep.section.name] = judging
