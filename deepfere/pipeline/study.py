@@ -17,6 +17,7 @@ from deepfere.measured.peaks import SharedIons
 from deepfere.measured.raster import plan_raster
 from deepfere.measured.regions import find_regions
 from deepfere.model.network import network_from_config
+from deepfere.pipeline.claim import claim_result
 from deepfere.pipeline.deep import check_patches
 from deepfere.pipeline.failures import Failures
 from deepfere.pipeline.fuse import (
@@ -35,7 +36,7 @@ from deepfere.pipeline.prepare import Prepared, align_stage, ingest_stage, is_in
 from deepfere.pipeline.tile import tile_stage
 from deepfere.pipeline.track import Run, tracked
 from deepfere.pipeline.workspace import Progress, Workspace
-from deepfere.pipeline.write import Outcome, claim_result, reconstruct_stage
+from deepfere.pipeline.write import Outcome, reconstruct_stage
 from deepfere.places import Place
 from deepfere.readers.imzml import read_index
 from deepfere.readers.table import is_table, open_table

@@ -12,16 +12,16 @@ import numpy as np
 from deepfere import __version__
 from deepfere.cluster import Journal, connect, run_rows
 from deepfere.config import Config, digest
-from deepfere.errors import IdentityError, InputError
 from deepfere.frame import Alignment
 from deepfere.model.artefacts import ARTEFACTS
 from deepfere.model.denoise import Denoised
 from deepfere.model.fit import SectionFit
 from deepfere.pipeline.check import check_ions, checked_whole
+from deepfere.pipeline.claim import attributes_of, make_room, publish
 from deepfere.pipeline.learn import load_fit
 from deepfere.pipeline.prepare import Prepared
 from deepfere.pipeline.workspace import Progress, Workspace, write_json
-from deepfere.places import Place, UrlPath, copy_file, copy_tree, reading, remove_tree, writing
+from deepfere.places import Place, UrlPath, copy_file, copy_tree, reading, writing
 from deepfere.reconstruction.inferred import section_shares
 from deepfere.reconstruction.ome import AXIS_NAMES, level_shapes, multiscale
 from deepfere.reconstruction.pyramid import build_pyramid
@@ -48,56 +48,6 @@ class Outcome:
     run: dict[str, str]
     model: dict[str, str]
     warnings: list[str]
-
-
-def claim_result(path: Place, identity: str, overwrite: bool) -> bool:
-    """Whether a finished result of this identity stands at ``path`` and is to stay.
-
-    Nothing is changed: with ``overwrite`` what stands there stays until the new result is written (at a URL: until the
-    first shard of it is to be), so that a run that is refused costs nothing.
-
-    Raises:
-        IdentityError: Something else stands there.
-    """
-    if not path.exists():
-        return False
-    attrs = _attributes(path)
-    if attrs.get("format") != FORMAT:
-        raise IdentityError("is not a deepfere result", where=path, remedy="choose another output")
-    if isinstance(path, UrlPath) and attrs.get("complete") is not True:
-        return False  # made in its place, and stopped; who works here now holds the lock, and goes on or begins anew
-    if attrs.get("identity") == identity:
-        return attrs.get("complete") is True and not overwrite
-    if not overwrite:
-        raise IdentityError(
-            "holds a result of other inputs or settings", where=path, remedy="choose another output or give --overwrite"
-        )
-    return False
-
-
-def publish(made: Place, path: Place) -> None:
-    """Put a finished store in its place, where the one that it replaces stood until now; at a URL it is there."""
-    if isinstance(made, UrlPath) or isinstance(path, UrlPath):
-        return
-    aside = path.with_name(f".{path.name}.old")
-    remove(aside)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        path.rename(aside)
-    made.rename(path)
-    sync(path.parent)
-    remove(aside)
-
-
-def _attributes(path: Place) -> dict[str, Any]:
-    """Root attributes of what stands at a path; empty if that is no store."""
-    try:
-        # A store that refuses to answer holds something all the same.
-        if isinstance(path, UrlPath) and not (path / "zarr.json").exists():
-            return {}
-        return dict(open_group(path, "r").attrs)
-    except (InputError, OSError, ValueError):
-        return {}
 
 
 def section_model(prep: Prepared, model: dict[str, Any]) -> SectionModel:
@@ -142,7 +92,7 @@ def reconstruct_stage(
     parts = [model["alignment"], model["guide"], fit.weights.tolist(), fit.factor_gate.tolist()]
     fingerprint = digest([depends, parts, shards.shard_px])
     journal = Journal(prep.folder.journal / "reconstruct", fingerprint)
-    stands = _attributes(made)
+    stands = attributes_of(made)
     # A complete one that stands there is to be replaced: else nobody would have come here.
     begun = stands.get("identity") == outcome.identity and stands.get("complete") is not True
     if not begun:
@@ -171,19 +121,9 @@ def reconstruct_stage(
     return Result(str(out))
 
 
-def _clear(out: Place) -> None:
-    """Make room; at a URL what stands there is no longer complete, and nobody's, before any of it is gone."""
-    if isinstance(out, UrlPath):
-        begun: dict[str, Any] = {"format": FORMAT, "complete": False}
-        open_group(out, "a", attributes=begun).attrs.put(begun)
-        remove_tree(out, but=out / "zarr.json")
-    else:
-        remove(out)
-
-
 def _create(out: Place, shards: ShardGrid, shapes: Any, count: int, config: Config, identity: str) -> None:
     """Groups and arrays, by one writer before any worker starts; the identity last, so that it stands for all."""
-    _clear(out)
+    make_room(out)
     group = open_group(out, "a")
     # Shards without a measured pixel are never written: no detail there, and glass as where the slide ends.
     images = [("detail", count, "float16", 0)] + ([("stain", 3, "uint8", 255)] if config.guide else [])
