@@ -29,6 +29,7 @@ from deepfere.stopping import Stopped
 
 LEASE_S, RENEW_S = 90.0, 20.0
 """How long a lease is good for, and how often its holder writes it anew."""
+_held: set[object] = set()
 
 
 def unwritable(place: Place, error: OSError) -> InputError:
@@ -163,6 +164,7 @@ class Lease:
                 where=self.lock.parent,
                 remedy="use a store that does (AWS S3, MinIO, Ceph and others in their present versions), or a disk",
             )
+        _held.add(self._ours["token"])
         self._thread.start()
 
     def check(self) -> None:
@@ -178,6 +180,7 @@ class Lease:
         """Let go of it; where the store fails, it ends by itself."""
         self._done.set()
         self._thread.join()
+        _held.discard(self._ours["token"])
         with suppress(InputError, StorageError):
             found = None if self._lost else self._look()
             if found is not None and self._is_ours(found[0], found[1]):
@@ -266,6 +269,8 @@ def _is_over(values: dict[str, Any], age_s: float) -> bool:
         return True
     if values.get("machine") != _here():
         return False
+    if values.get("pid") == os.getpid():
+        return values.get("token") not in _held  # one that could not be removed when it was let go of
     try:
         return bool(abs(psutil.Process(values["pid"]).create_time() - values["started"]) > 1)
     except (psutil.NoSuchProcess, KeyError):

@@ -169,6 +169,13 @@ def test_one_process_at_a_time(s3, monkeypatch):
     assert lock.exists() and not locking.is_held(lock)
     with work.locked():
         pass
+    with pytest.raises(ZeroDivisionError), work.locked():
+        s3.fail(500, 1000, ("DELETE",))
+        raise ZeroDivisionError
+    s3.heal()
+    assert lock.exists() and not locking.is_held(lock)  # nor does one stand in its own process's way
+    with work.locked():
+        pass
     # One of another machine has to run out.
     told = {"token": "x", "holder": "process 1 on far", "machine": "far 1", "pid": 1, "started": 0.0}
     lock.write_text(json.dumps(told))
@@ -321,13 +328,13 @@ def test_a_store_that_fails_for_good(s3, calm, cli, manifest):
         for method, word in faults:
             s3.failing = from_then_on((method,), word, 500)
             done = study.run(stage)
+            told = (stage, method, word, done)
             met = [path for m, path, status in s3.asked if status is not None and m == method]
             s3.heal()
             if method == "DELETE" and done.code == 0:
                 continue  # what could not be deleted did not matter
-            assert met, (stage, method, word)
-            assert done.code == 1, (stage, method, word, done)
-            assert len(done.errors) == 1 and "the store keeps failing (500" in done.errors[0], (stage, word, done)
+            assert met and done.code == 1, told
+            assert len(done.errors) == 1 and "the store keeps failing (500" in done.errors[0], told
             with pytest.raises(InputError):
                 deepfere.open(f"{out}/results/one.zarr")
             s3.asked.clear()

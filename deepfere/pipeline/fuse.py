@@ -12,6 +12,7 @@ from deepfere.cluster import connect, one_thread
 from deepfere.config import Config, digest, load_config
 from deepfere.errors import InputError
 from deepfere.frame import Alignment
+from deepfere.pipeline.claim import claim_result
 from deepfere.pipeline.deep import check_patches
 from deepfere.pipeline.learn import learn_stage
 from deepfere.pipeline.overview import section_pieces
@@ -20,7 +21,7 @@ from deepfere.pipeline.seal import Outcome
 from deepfere.pipeline.tile import tile_stage
 from deepfere.pipeline.track import check_tracking, tracked
 from deepfere.pipeline.workspace import Progress, Workspace
-from deepfere.pipeline.write import claim_result, reconstruct_phases
+from deepfere.pipeline.write import reconstruct_phases
 from deepfere.places import Place, UrlPath, place
 from deepfere.readers.digest import content_digest
 from deepfere.readers.mis import MIS, read_mis, teaching_points_beside

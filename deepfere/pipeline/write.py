@@ -12,69 +12,19 @@ from numpy.typing import NDArray
 
 from deepfere.cluster import Journal, connect
 from deepfere.config import Config, digest
-from deepfere.errors import IdentityError, InputError
+from deepfere.pipeline.claim import attributes_of, make_room, publish
 from deepfere.pipeline.learn import load_fit
 from deepfere.pipeline.prepare import Prepared
 from deepfere.pipeline.seal import Outcome, Unsealed, detail_scale, seal_phases
 from deepfere.pipeline.workspace import Progress, Workspace
-from deepfere.places import Place, UrlPath, remove_tree
+from deepfere.places import Place, UrlPath
 from deepfere.reconstruction.ome import AXIS_NAMES, level_shapes
 from deepfere.reconstruction.pyramid import level_counts, pyramid_phases
 from deepfere.reconstruction.result import FORMAT
 from deepfere.reconstruction.shards import DetailWorker, SectionModel
 from deepfere.rows import Phase, Phases, RowWorker
-from deepfere.store import create_array, open_group, remove, sync
+from deepfere.store import create_array, open_group
 from deepfere.tiling.plan import ShardGrid
-
-
-def claim_result(path: Place, identity: str, overwrite: bool) -> bool:
-    """Whether a finished result of this identity stands at ``path`` and is to stay.
-
-    Nothing is changed: with ``overwrite`` what stands there stays until the new result is written (at a URL: until the
-    first shard of it is to be), so that a run that is refused costs nothing.
-
-    Raises:
-        IdentityError: Something else stands there.
-    """
-    if not path.exists():
-        return False
-    attrs = _attributes(path)
-    if attrs.get("format") != FORMAT:
-        raise IdentityError("is not a deepfere result", where=path, remedy="choose another output")
-    if isinstance(path, UrlPath) and attrs.get("complete") is not True:
-        return False  # made in its place, and stopped; who works here now holds the lock, and goes on or begins anew
-    if attrs.get("identity") == identity:
-        return attrs.get("complete") is True and not overwrite
-    if not overwrite:
-        raise IdentityError(
-            "holds a result of other inputs or settings", where=path, remedy="choose another output or give --overwrite"
-        )
-    return False
-
-
-def publish(made: Place, path: Place) -> None:
-    """Put a finished store in its place, where the one that it replaces stood until now; at a URL it is there."""
-    if isinstance(made, UrlPath) or isinstance(path, UrlPath):
-        return
-    aside = path.with_name(f".{path.name}.old")
-    remove(aside)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        path.rename(aside)
-    made.rename(path)
-    sync(path.parent)
-    remove(aside)
-
-
-def _attributes(path: Place) -> dict[str, Any]:
-    """Root attributes of what stands at a path; empty if that is no store."""
-    try:
-        # A store that refuses to answer holds something all the same.
-        if isinstance(path, UrlPath) and not (path / "zarr.json").exists():
-            return {}
-        return dict(open_group(path, "r").attrs)
-    except (InputError, OSError, ValueError):
-        return {}
 
 
 def section_model(prep: Prepared, model: dict[str, Any]) -> SectionModel:
@@ -118,7 +68,7 @@ def reconstruct_phases(
     parts = [model["alignment"], model["guide"], fit.weights.tolist(), fit.factor_gate.tolist()]
     fingerprint = digest([depends, parts, shards.shard_px])
     journal = Journal(prep.folder.journal / "reconstruct", fingerprint)
-    stands = _attributes(made)
+    stands = attributes_of(made)
     # A complete one that stands there is to be replaced: else nobody would have come here.
     begun = stands.get("identity") == outcome.identity and stands.get("complete") is not True
     if not begun:
@@ -191,19 +141,9 @@ def shard_phases(
         yield Phase(what, worker, arguments, rows, len(todo), step)
 
 
-def _clear(out: Place) -> None:
-    """Make room; at a URL what stands there is no longer complete, and nobody's, before any of it is gone."""
-    if isinstance(out, UrlPath):
-        begun: dict[str, Any] = {"format": FORMAT, "complete": False}
-        open_group(out, "a", attributes=begun).attrs.put(begun)
-        remove_tree(out, but=out / "zarr.json")
-    else:
-        remove(out)
-
-
 def _create(out: Place, shards: ShardGrid, shapes: Any, count: int, config: Config, identity: str) -> None:
     """Groups and arrays, by one writer before any worker starts; the identity last, so that it stands for all."""
-    _clear(out)
+    make_room(out)
     group = open_group(out, "a")
     # Shards without a measured pixel are never written: no detail there, and glass as where the slide ends.
     images = [("detail", count, "float16", 0)] + ([("stain", 3, "uint8", 255)] if config.guide else [])

@@ -17,11 +17,11 @@ from deepfere.cluster import keep_signals, last_line
 from deepfere.config import TrainSettings
 from deepfere.errors import DeepfereError, InputError, StorageError
 from deepfere.places import Place
-from deepfere.remote import filesystem
 from deepfere.stopping import Stopped, current, saving
 from deepfere.tiling.dataset import patch_dataset
 from deepfere.tiling.patches import PatchSource, draw, plane_shape
 from deepfere.training.loop import LoopSettings, SectionTask
+from deepfere.training.storage import run_storage
 from deepfere.training.worker import CHECKPOINT, HISTORY, TELL_EVERY_S, work
 
 
@@ -104,7 +104,7 @@ def train_joint(
     preflight(train)
     progress = folder / f"{name}.step"
     folder.mkdir(parents=True, exist_ok=True)
-    storage, path = _storage(folder)
+    storage, path = run_storage(folder)
     patches = [(s, p) for s, source in enumerate(sources) for p in range(len(source.cells))]
     slots = train.workers * train.accumulate
     batch = -(-settings.batch // slots) * slots
@@ -123,6 +123,7 @@ def train_joint(
             "threads": 1,
             "progress": str(progress) if on_step else None,
             "stop": str(current() or ""),
+            "run": str(folder / name),
         },
         torch_config=GroupConfig(timeout_s=300),
         scaling_config=ScalingConfig(
@@ -162,16 +163,6 @@ def train_joint(
         # Ray Train turns Ctrl-C into an aborted run that looks like a finished one.
         raise KeyboardInterrupt
     return Trained(state["model"], found["losses"], found["timing"])
-
-
-def _storage(folder: Place) -> tuple[Any, str]:
-    """Where Ray Train keeps checkpoints: at a URL the file system that all else goes through, and the path in it."""
-    if isinstance(folder, Path):
-        return None, str(folder)
-    from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-    found, path = filesystem(str(folder))
-    return PyFileSystem(FSSpecHandler(found)), path
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from deepfere.errors import DeepfereError
 from deepfere.places import place
 from deepfere.stopping import Asking
 from deepfere.training.loop import Batch, JointModel, LoopSettings, SectionTask, on_device, train_step
+from deepfere.training.storage import uploader
 
 TELL_EVERY_S = 2.0
 CHECKPOINT = "training.pt"
@@ -80,6 +81,7 @@ def work(config: dict[str, Any]) -> None:
     batches = train.get_dataset_shard("train").iter_torch_batches(
         batch_size=max(1, settings.batch // world // config["parts"]), drop_last=True, prefetch_batches=2, device="cpu"
     )
+    upload = uploader(config["run"])
     clock, asking = Clock(), Asking(config["stop"])
     tells = Telling(config["progress"]) if rank == 0 and config["progress"] else None
     for step, loaded in enumerate(clock.steps(batches, config["parts"])):
@@ -105,7 +107,8 @@ def work(config: dict[str, Any]) -> None:
                 if rank == 0:
                     _save(Path(folder), model, optimiser, step + 1, history, rest, clock.reading(), config["digest"])
                     saved_to = train.Checkpoint.from_directory(folder)
-                train.report({**(history[-1] if history else {}), "step": step + 1}, checkpoint=saved_to)
+                told = {**(history[-1] if history else {}), "step": step + 1}
+                train.report(told, checkpoint=saved_to, checkpoint_upload_fn=upload)
         if last or stops:
             break
 
