@@ -135,7 +135,10 @@ def test_a_checkpoint_of_another_fit_is_not_gone_on_from(stage, manifest):
 
 def test_tiles_equal_the_whole(manifest):
     """The same fitted section in one piece and in tiles of several sizes, odd ones too."""
+    from dataclasses import replace
+
     from deepfere.config import load_config
+    from deepfere.model.detail import DetailModel
     from deepfere.pipeline.prepare import prepared
     from deepfere.pipeline.workspace import Workspace
     from deepfere.pipeline.write import section_model
@@ -147,9 +150,14 @@ def test_tiles_equal_the_whole(manifest):
     model = json.loads(prep.folder.model.read_text())
     assert model["state"] is not None
     # The deep model and the closed form, whichever of them was chosen.
-    for tier in ("T1", "T2"):
-        built = section_model(prep, {**model, "tier": tier}).build()
-        assert (built.network is not None) == (tier == "T2") and built.gate.any()
+    made = section_model(prep, {**model, "tier": "T2"}).build()
+    assert isinstance(made, DetailModel) and made.network is not None and made.gate.any()
+    plain = made.weights[: -made.network.regressors] if model["tier"] == "T2" else made.weights
+    deep = np.random.default_rng(0).normal(scale=0.1, size=(made.network.regressors, plain.shape[1]))
+    for tier, built in (
+        ("T1", replace(made, network=None, weights=plain)),
+        ("T2", replace(made, weights=np.concatenate([plain, deep]))),
+    ):
         planes = PlaneReader(str(prep.folder.planes), built.spec)
         whole, _ = built.window(planes, Cells(0, 24, 0, 21))
         assert whole.std() > 0.01

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from deepfere.config import Config
+from deepfere.pipeline.claim import claim_result
 from deepfere.pipeline.fuse import identity_of
 from deepfere.pipeline.given import GivenModel
-from deepfere.pipeline.claim import claim_result
 from deepfere.places import Place
 from deepfere.section import Section
 
