@@ -394,3 +394,30 @@ def test_tiling_writes_between_its_own_marks_only(tmp_path, programs, monkeypatc
     text = tiling.PAGE.read_text()
     assert "| first |" in text and "old" not in text and text.startswith("# Performance\n\nmine\n")
     assert text.endswith(f"{tiling.END}\n\nothers'\n")
+
+
+def test_the_devices_benchmark_needs_torch_and_numpy_alone_and_counts_right():
+    import subprocess
+
+    code = f"""
+import sys
+sys.path.insert(0, {str(FOLDER)!r})
+import torch, numpy
+before = set(sys.modules)
+import gpu
+new = {{name.partition(".")[0] for name in set(sys.modules) - before}} - set(sys.stdlib_module_names)
+print(sorted(new - {{"gpu", "deepfere", "torch", "numpy"}}))
+network = gpu.FusionNetwork(11, 5, 8, 2).eval()
+x, u = torch.zeros(1, 11, 20, 20), torch.zeros(1, 5, 20, 20)
+# The mapping works on the context too, so the count is exact for a pixel of a large tile alone.
+r = network.radius_px
+f, k, w = 11, 5, 8
+context = (f * k + f * w + w * w + w * k + 2 * k * w) * (20**2 - 14**2)
+blocks = 9 * w * (18**2 - 14**2) + w * w * (18**2 - 14**2)
+print(gpu.macs_of(network, x, u) - context - blocks, network.macs_per_px * 14**2)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    others, counts = done.stdout.splitlines()
+    assert others == "[]"
+    counted, told = map(int, counts.split())
+    assert counted == told
