@@ -218,7 +218,9 @@ def remove_tree(target: Place, but: Place | None = None) -> None:
         else:
             target.unlink(missing_ok=True)
         return
-    objects = [one for one in (*target.below(), target) if one != but]
+    objects = [one for one in target.below() if one != but]
+    if target._ask(lambda found, path: bool(found.isfile(path))):
+        objects.append(target)
     for first in range(0, len(objects), 1000):
         some = [str(one) for one in objects[first : first + 1000]]
         target._ask(lambda found, path, some=some: found.rm(some))

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -40,12 +41,15 @@ def below(s3, url: str, *parts: str) -> dict[str, bytes]:
 
 
 def now_and_then(every: int) -> Callable[[str, str], int | None]:
-    """Fails one request in so many, in turn with a throttling and an error."""
-    count = [0]
+    """Fails one request in so many of each method, in turn with a throttling and an error.
+
+    Of each method for itself, and not every second one: that would fail a question of two requests for ever.
+    """
+    count: Counter[str] = Counter()
 
     def decide(method: str, path: str) -> int | None:
-        count[0] += 1
-        return (503, 500)[count[0] // every % 2] if count[0] % every == 0 else None
+        count[method] += 1
+        return (503, 500)[count[method] // every % 2] if count[method] % every == 0 else None
 
     return decide
 
@@ -66,7 +70,7 @@ def test_files_and_folders_of_objects(s3, tmp_path):
     assert isinstance(root, UrlPath) and not root.exists() and not list(root.iterdir())
     (root / "a.json").write_text("{}")
     (root / "inner" / "b.txt").write_text("b")
-    s3.failing = now_and_then(2)
+    s3.failing = now_and_then(3)
     assert root.exists() and [p.name for p in root.iterdir()] == ["a.json", "inner"]
     assert [p.name for p in root.glob("*.json")] == ["a.json"] and list(texts(root, "*.json")) == ["{}"]
     with writing(root / "c.npy") as path:
@@ -82,7 +86,7 @@ def test_files_and_folders_of_objects(s3, tmp_path):
     with pytest.raises(ValueError, match="half"), writing(root / "a.json"):
         raise ValueError("half")
     assert (root / "a.json").read_text() == "{}"  # nothing of it was sent
-    s3.failing = now_and_then(2)
+    s3.failing = now_and_then(3)
     remove_tree(root)
     s3.heal()
     assert not root.exists() and place("s3://bucket/copy").exists()
@@ -266,9 +270,11 @@ def test_outputs_that_cannot_be(s3, ray_session, phantom, place, cli, monkeypatc
     assert done.code == 2 and len(done.errors) == 1 and "access is refused" in done.errors[0], done
     s3.heal()
     s3.files.clear_instance_cache()
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    done = cli(*words, "s3://bucket/x.zarr")
+    with monkeypatch.context() as bare:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            bare.delenv(name)
+        done = cli(*words, "s3://bucket/x.zarr")
+    s3.files.clear_instance_cache()  # a file system without credentials is remembered, too
     assert done.code == 2 and len(done.errors) == 1 and "credentials" in done.errors[0], done
     assert s3.files.find("bucket") == before
 
