@@ -178,9 +178,12 @@ def choose(
                 alone = replace(fit, predicted=null)
                 both = fit_deep(network, problem, factors, alone, features)
                 null_rows.append(mixed_by_factor(alone, both, by_network).predicted)
+            # Only rows that training never saw can judge the network; but they are few, and no ion is opened further
+            # by them than by what the closed form shows all over the section.
+            _, shown = gate_ions(problem, factors.basis, fit.predicted, nulls)
             fit = mixed
-            # Only rows that training never saw can judge the network.
             factor_gate, ion_gate = gate_ions(problem, factors.basis, fit.predicted, null_rows, rows)
+            ion_gate = replace(ion_gate, gate=np.minimum(ion_gate.gate, shown.gate))
     if tier == "T1":
         factor_gate, ion_gate = gate_ions(problem, factors.basis, fit.predicted, nulls)
     if config.model.tier == "T0" or not ion_gate.gate.any():
