@@ -123,8 +123,11 @@ def keep_signals() -> Iterator[None]:
 
 
 def last_line(error: BaseException) -> str:
-    """What an error says in one line: of a traceback (as Ray's errors carry) only its end."""
+    """What an error says in one line: of a traceback (as Ray's errors carry) our own error, else only its end."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    ours = [line for line in lines if line.startswith("deepfere.errors.")]
+    if ours:
+        return ours[-1].partition(": ")[2]
     return lines[-1] if lines else type(error).__name__
 
 

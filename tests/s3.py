@@ -87,7 +87,8 @@ def s3_server(bucket: str = "bucket", host: str = "127.0.0.1") -> Iterator[S3Ser
     _forget()
     try:
         running.files = fsspec.filesystem("s3")
-        running.files.mkdir(bucket)
+        # All servers of a process have the same content.
+        running.files.makedirs(bucket, exist_ok=True)
         yield running
     finally:
         for name, value in before.items():
