@@ -95,6 +95,16 @@ def test_files_and_folders_of_objects(s3, tmp_path):
     (root / "a.json").unlink(missing_ok=True)
 
 
+def test_one_of_many_objects_is_asked_for_again(s3):
+    root = place("s3://bucket/many")
+    for n in range(12):
+        (root / f"{n:02}.json").write_text(str(n))
+    s3.failing = now_and_then(8)
+    for _ in range(3):
+        assert list(texts(root, "*.json")) == [str(n) for n in range(12)]
+    assert any(status is not None for *_, status in s3.asked)
+
+
 def test_stores_ask_again(s3):
     group = open_group("s3://bucket/store.zarr", "w")
     array = create_array(group, "d", (2, 64, 64), "float32", (2, 16, 16), (2, 32, 32))

@@ -148,9 +148,9 @@ def train_joint(
         # Ray's own handler of Ctrl-C ends the process with success when the controller is gone already.
         raise KeyboardInterrupt from stop
     except Exception as error:
-        raise DeepfereError(f"training failed: {last_line(error)}") from error
+        raise DeepfereError(f"training failed: {_why(error)}") from error
     if result.error is not None:
-        raise DeepfereError(f"training failed: {last_line(result.error)}") from result.error
+        raise DeepfereError(f"training failed: {_why(result.error)}") from result.error
     found: dict[str, Any] = {"step": 0}
     if result.checkpoint is not None:
         try:
@@ -189,3 +189,9 @@ def _watch(file: Place, on_step: Callable[[int], None] | None) -> Iterator[None]
         thread.join()
         with suppress(StorageError):
             file.unlink(missing_ok=True)
+
+
+def _why(error: BaseException) -> str:
+    """In one line why training failed: of a worker's error Ray shows a piece, and our own line may not be in it."""
+    failures = list(getattr(error, "worker_failures", {}).values())
+    return last_line(failures[0] if failures else error)
