@@ -175,3 +175,38 @@ def test_four_workers_learn_what_one_learns(phantom, ray_session, tmp_path, cli)
         assert entry == pytest.approx(other, rel=1e-4)
     for name, value in one.items():
         assert np.abs(value - four[name]).max() <= 1e-3 * max(np.abs(value).max(), 1e-6), name
+
+
+@pytest.mark.ray
+def test_a_loaders_error_is_told_in_its_own_words(ray_session, tmp_path):
+    """Ray's message for the group is a piece of the worker's, and without the line that says what is wrong."""
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from deepfere.errors import StorageError
+    from deepfere.training.trainer import _why
+
+    said = "s3://bucket/training.npz: the store keeps failing (500: no); run it again later"
+
+    class Loader:
+        def __call__(self, batch):
+            raise StorageError(said)
+
+    def work(config):
+        from ray import train
+
+        for _ in train.get_dataset_shard("train").iter_batches(batch_size=1):
+            pass
+
+    rows = ray.data.from_items([{"row": 1}]).map_batches(Loader, compute=ray.data.ActorPoolStrategy(size=1), num_cpus=0)
+    trainer = TorchTrainer(
+        work,
+        scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5}),
+        run_config=RunConfig(storage_path=str(tmp_path), name="one"),
+        datasets={"train": rows},
+    )
+    with pytest.raises(Exception, match="UDF") as caught:
+        trainer.fit()
+    assert _why(caught.value) == said
+    assert _why(ValueError("first\n\nlast")) == "last"
