@@ -43,15 +43,16 @@ class Fusion(nn.Module):
         """Pixels of context that one output pixel depends on: the sum of the dilations."""
         return 2 ** len(self.blocks) - 1
 
-    def hidden(self, mapped: Tensor, upsampled: Tensor) -> Tensor:
-        """What the last layer sees: (N, K, H, W) twice -> (N, C, H - 2 r, W - 2 r)."""
+    def both(self, mapped: Tensor, upsampled: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, K, H, W) twice -> the output (N, K, H - 2 r, W - 2 r), and what its last layer sees (N, C, ...)."""
+        r = self.radius_px
         x = self.enter(torch.cat([mapped, upsampled], dim=1))
         for block in self.blocks:
             x = block(x)
-        return functional.gelu(x)
+        hidden = functional.gelu(x)
+        centre = mapped[..., r : mapped.shape[-2] - r, r : mapped.shape[-1] - r]
+        return centre + self.leave(hidden), hidden
 
     def forward(self, mapped: Tensor, upsampled: Tensor) -> Tensor:
         """(N, K, H, W) twice -> (N, K, H - 2 r, W - 2 r)."""
-        r = self.radius_px
-        centre = mapped[..., r : mapped.shape[-2] - r, r : mapped.shape[-1] - r]
-        return centre + self.leave(self.hidden(mapped, upsampled))
+        return self.both(mapped, upsampled)[0]

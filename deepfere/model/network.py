@@ -72,10 +72,7 @@ class FusionNetwork(nn.Module):
 
     def regress(self, stain: Tensor, upsampled: Tensor) -> Tensor:
         """Output and last hidden layer, (N, K + C, H - 2 r, W - 2 r); arguments as for `forward`."""
-        mapped, r = self.mapped(stain), self.radius_px
-        hidden = self.fusion.hidden(mapped, upsampled)
-        centre = mapped[..., r : mapped.shape[-2] - r, r : mapped.shape[-1] - r]
-        return torch.cat([centre + self.fusion.leave(hidden), hidden], dim=1)
+        return torch.cat(self.fusion.both(self.mapped(stain), upsampled), dim=1)
 
     def forward(self, stain: Tensor, upsampled: Tensor) -> Tensor:
         """Detail before projection.

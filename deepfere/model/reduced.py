@@ -97,9 +97,12 @@ def mixed_by_factor(closed: RidgeFit, deep: RidgeFit, by_network: NDArray[np.boo
     """For each factor the one fit or the other.
 
     Args:
-        closed: Weights (R, K).
-        deep: Weights (R + C, K), from `fit_deep`.
+        closed: Weights (R, K), predictions (rows, K).
+        deep: Weights (R + K + C, K), from `fit_deep`.
         by_network: (K,) whether the deep one.
+
+    Returns:
+        Weights (R + K + C, K), with zeros for the network's regressors where the closed form is taken.
     """
     padded = np.zeros_like(deep.weights)
     padded[: len(closed.weights)] = closed.weights
