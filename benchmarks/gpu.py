@@ -103,6 +103,7 @@ def rows_of(device: torch.device, quick: bool) -> list[dict[str, Any]]:
                 took_s = seconds(work, device, 2 if quick else ROUNDS)
         except Exception as error:  # a compiler that is not there: the row says so
             rows.append({"what": what, "precision": precision, "failed": f"{type(error).__name__}: {error}"[:200]})
+            print(rows[-1], file=sys.stderr, flush=True)
             return
         rate = side**2 / took_s
         row = {"what": what, "precision": precision, "Mpx/s": rate / 1e6, "MAC/s": rate * macs_per_px}
@@ -110,6 +111,7 @@ def rows_of(device: torch.device, quick: bool) -> list[dict[str, Any]]:
         if bytes_per_px is not None:
             row["share of the memory ceiling"] = rate * bytes_per_px / most["bytes/s"]
         rows.append(row)
+        print(row, file=sys.stderr, flush=True)  # compiling takes minutes
 
     def infer(net: Callable[..., Any], *inputs: torch.Tensor) -> Callable[[], Any]:
         def work() -> Any:

@@ -142,6 +142,13 @@ def _quiet_ray_data() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def cluster_gpus() -> float:
+    """How many GPUs the cluster has that is connected to."""
+    import ray
+
+    return float(ray.cluster_resources().get("GPU", 0.0))
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """One numerical thread in this process, as in every worker: sums then do not depend on the core count."""

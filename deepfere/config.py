@@ -173,6 +173,8 @@ class ReconstructSettings(_Settings):
 
     shard_px: int = Field(1024, ge=64)
     chunk_px: int = Field(256, ge=16)
+    use_gpu: bool = False
+    workers_per_gpu: int = Field(4, ge=1, description="workers that share one")
 
 
 class RaySettings(_Settings):
@@ -225,13 +227,18 @@ class Config(_Settings):
         """Plain values, as saved with every output."""
         return self.model_dump(mode="json")
 
-    def digest(self) -> str:
-        """Hash of what changes numbers: everything but how it runs, and where Ray and MLflow are."""
+    def numbered(self) -> dict[str, Any]:
+        """Of `resolved`, what changes numbers: everything but how and on what it runs, and where Ray and MLflow are."""
         values = self.resolved()
         for name in UNNUMBERED:
             values.pop(name)
-        values["train"].pop("use_gpu")
-        return digest(values)
+        for section, name in (("train", "use_gpu"), ("reconstruct", "use_gpu"), ("reconstruct", "workers_per_gpu")):
+            values[section].pop(name)
+        return values
+
+    def digest(self) -> str:
+        """Hash of what changes numbers."""
+        return digest(self.numbered())
 
 
 def digest(values: Any) -> str:

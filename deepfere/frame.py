@@ -58,10 +58,16 @@ class SectionGrid:
             origin_px: First row and column of the window (may be negative).
             shape_px: Rows and columns of the window; the whole grid by default.
         """
-        h, w = shape_px if shape_px is not None else self.shape_px
-        y = (np.arange(h, dtype=np.float64) + origin_px[0] + 0.5) * self.pitch_um[0]
-        x = (np.arange(w, dtype=np.float64) + origin_px[1] + 0.5) * self.pitch_um[1]
-        return np.stack(np.meshgrid(y, x, indexing="ij"), axis=-1)
+        axes = self.axes_um(origin_px, shape_px if shape_px is not None else self.shape_px)
+        return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
+
+    def axes_um(self, origin_px: tuple[int, int], shape_px: tuple[int, int]) -> tuple[Points, Points]:
+        """Of `centres_um`, the rows' y (h,) and the columns' x (w,)."""
+        y, x = (
+            (np.arange(n, dtype=np.float64) + first + 0.5) * pitch
+            for n, first, pitch in zip(shape_px, origin_px, self.pitch_um, strict=True)
+        )
+        return y, x
 
 
 def cubic_basis(u: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -102,16 +102,17 @@ class _Actor:
 
 
 class Pool:
-    """Ray's actors, as many as the cluster has CPUs for; they stay until `close`.
+    """Ray's actors, as many as the cluster has CPUs (and GPUs, if they use them) for; they stay until `close`.
 
     A lost actor is replaced, where there is room for one; nodes that join later are used.
 
     Args:
         title: In the names of its processes: ``ray::Rows(TITLE)``.
+        per_gpu: So many actors share a GPU, and there are no others; None = they use none.
     """
 
-    def __init__(self, title: str) -> None:
-        self._title = title
+    def __init__(self, title: str, per_gpu: int | None = None) -> None:
+        self._title, self._per_gpu = title, per_gpu
         self._actors: list[_Actor] = []
         self._starting: dict[Any, _Actor] = {}
         self._calls: dict[Any, tuple[_Actor, Open, list[Row]]] = {}
@@ -163,13 +164,15 @@ class Pool:
 
         if (now := time.monotonic()) - self._sized_s >= RESIZE_EVERY_S:
             self._sized_s = now
-            self._size = max(1, int(ray.cluster_resources().get("CPU", 1.0)))
+            have = ray.cluster_resources()
+            most = [have.get("CPU", 1.0)] + ([have.get("GPU", 0.0) * self._per_gpu] if self._per_gpu else [])
+            self._size = max(1, int(min(most)))
         busy = sum(1 for actor in self._actors if actor.calls)
         wanted = min(self._size, busy + stream.fill(self._size))
         for _ in range(wanted - len(self._actors)):
             # Ray calls a process after its class.
             host: Any = ray.remote(type(f"Rows({self._title})", (Host,), {}))
-            handle = host.options(num_cpus=1).remote()
+            handle = host.options(num_cpus=1, num_gpus=1 / self._per_gpu if self._per_gpu else 0).remote()
             actor = _Actor(handle)
             self._actors.append(actor)
             self._starting[handle.ready.remote()] = actor
@@ -266,6 +269,7 @@ def run_jobs(
     *,
     title: str,
     here: bool = False,
+    per_gpu: int | None = None,
     failed: Callable[[str, Exception], None] | None = None,
 ) -> None:
     """Carry out jobs, many at once, on the actors of the `pool` around the call or of one of its own.
@@ -274,6 +278,7 @@ def run_jobs(
         jobs: (name, phases) of each; asked for when an actor is free for it.
         title: Names the pool's processes.
         here: In this process instead, one after another.
+        per_gpu: So many actors share a GPU (not with a `pool` around); None = they use none.
         failed: Called with name and error of a job that failed, the others go on; without it the first error is raised.
 
     Raises:
@@ -282,7 +287,7 @@ def run_jobs(
     """
     stream = Stream(jobs, failed)
     with saving():
-        own = None if here or _pool is not None else Pool(title)
+        own = None if here or _pool is not None else Pool(title, per_gpu)
         workers: Workers = Here() if here else own or _pool  # type: ignore[assignment]
         try:
             workers.run(stream, str(current() or ""))

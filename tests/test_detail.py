@@ -11,7 +11,7 @@ from deepfere.frame import Alignment, Displacement, SectionGrid
 from deepfere.measured.operator import cell_means, expand, fill_missing, null_space, pad_edge, spline_coefficients
 from deepfere.model.detail import COVERED, DetailModel, expand_seen
 from deepfere.model.features import FEATURES, PLANES
-from deepfere.model.guide import Cells, GuideSpec, features_of
+from deepfere.model.guide import Cells, GuideSpec, features_of, stain_of
 from deepfere.model.network import FusionNetwork
 from deepfere.model.stain_types import StainTypes
 
@@ -98,6 +98,19 @@ def test_tiles_equal_the_whole(tier, bent, shape, factor):
                 tiled[:, rows, cols], tiled_cover[rows, cols] = model.window(read, cells)
         assert np.abs(tiled - whole).max() <= 1e-6 * max(1.0, sd), side
         np.testing.assert_allclose(tiled_cover, cover, atol=1e-6)
+
+
+@pytest.mark.parametrize("tier", ["T1", "T2"])
+def test_the_stain_comes_from_the_same_look(tier):
+    """As it is alone, whatever context the model needs."""
+    model = make(tier=tier)
+    for cells in (Cells(0, 11, 0, 9), Cells(3, 7, 4, 9)):
+        detail, cover, stain = model.with_stain(read, cells)
+        np.testing.assert_array_equal(detail, model.window(read, cells)[0])
+        alone, shown = stain_of(model.spec, read, model.alignment, cells)
+        assert stain.dtype == np.uint8 and stain.shape == (3, *cover.shape) and np.ptp(stain) > 100
+        assert np.abs(stain - alone.numpy()).max() <= 0.501
+        np.testing.assert_allclose(cover, shown, atol=1e-6)
 
 
 @pytest.mark.parametrize("tier", ["T1", "T2"])

@@ -333,10 +333,6 @@ LASTING = {
 }
 
 
-@pytest.mark.xfail(
-    reason="train: of a read that a patch loader gives up, Ray's words are told in place of ours (exit 1, work kept)",
-    strict=False,
-)
 @pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.timeout(2400)

@@ -155,6 +155,7 @@ def test_every_option_of_a_job_is_known_to_be_a_setting_or_not():
         (["--to", "ray", "--image", "a/b:1"], "--to kuberay"),
         (["--to", "kuberay"], "--image"),
         (["--to", "kuberay", "--image", "a/b:1", "train.use_gpu=true"], "--gpu-image"),
+        (["--to", "kuberay", "--image", "a/b:1", "reconstruct.use_gpu=true"], "reconstruct.use_gpu=true and no image"),
         (["--to", "local", "tracking.uri=mlruns"], "tracking.uri"),
     ],
 )
@@ -189,6 +190,14 @@ def test_paths_on_the_cluster_are_absolute(cli):
 def manifests(text: str):
     config, job = yaml.safe_load_all(text)
     return config, job
+
+
+def test_gpus_for_reconstruction_alone(dry, home, study):
+    """The group stays, as large as the manifest says at least; training asks for none."""
+    _, job = manifests(dry("kuberay", "--image", "a/b:9", "--gpu-image", "a/b:9-gpu", "reconstruct.use_gpu=true"))
+    assert schema_errors("rayjob", job) == [] and operator_errors(job) == []
+    gpu = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][1]
+    assert gpu["groupName"] == "gpu" and [gpu["replicas"], gpu["minReplicas"]] == [1, 1]
 
 
 @pytest.mark.parametrize("gpus", [0, 6])

@@ -95,8 +95,13 @@ def take(cells: NDArray[Any], i0: int, i1: int, j0: int, j1: int) -> NDArray[Any
     return cells[..., rows[:, None], cols[None, :]]
 
 
-def pad_edge(cells: NDArray[Any]) -> NDArray[Any]:
-    """Repeat the edge cells once around (..., ny, nx)."""
+def pad_edge(cells: Any) -> Any:
+    """Repeat the edge cells once around (..., ny, nx); NumPy or torch."""
+    if hasattr(cells, "new_tensor"):
+        import torch
+
+        cells = torch.cat([cells[..., :1, :], cells, cells[..., -1:, :]], -2)
+        return torch.cat([cells[..., :1], cells, cells[..., -1:]], -1)
     return np.pad(cells, [(0, 0)] * (cells.ndim - 2) + [(1, 1), (1, 1)], mode="edge")
 
 

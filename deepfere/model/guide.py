@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from deepfere.frame import Alignment, Points, SectionGrid
-from deepfere.model.features import FEATURES, PLANES, smoothing_radius, stain_features
-from deepfere.model.registration import plane_window, sample_window
+from deepfere.model.features import FEATURES, smoothing_radius, stain_features
+from deepfere.model.registration import mapped, plane_window, sample_window
 from deepfere.model.stain_types import StainTypes
 
 SUPERSAMPLE = 2
@@ -81,16 +81,26 @@ class GuideSpec:
             cells: Window of measured pixels; H, W = its size times the factor, plus twice the context.
             context_px: High-resolution pixels around the window that features are wanted for.
         """
+        return np.stack(np.meshgrid(*self._axes_um(cells, context_px), indexing="ij"), axis=-1)
+
+    def slide_points_um(self, alignment: Alignment, cells: Cells, context_px: int, device: str = "cpu") -> Tensor:
+        """Slide positions of `points_um`, computed on a device."""
+        axes = [torch.from_numpy(axis).to(device) for axis in self._axes_um(cells, context_px)]
+        return mapped(alignment, torch.stack(torch.meshgrid(*axes, indexing="ij"), -1))
+
+    def _axes_um(self, cells: Cells, context_px: int) -> tuple[Points, Points]:
         s, margin = SUPERSAMPLE, context_px + self.radius_px
         origin = (cells.i0 * self.factor - margin, cells.j0 * self.factor - margin)
         shape = tuple(n * self.factor + 2 * margin for n in cells.shape)
         fine = self.grid.refine(self.factor * s)
-        return fine.centres_um((origin[0] * s, origin[1] * s), (shape[0] * s, shape[1] * s))
+        return fine.axes_um((origin[0] * s, origin[1] * s), (shape[0] * s, shape[1] * s))
 
-    def window(self, slide_um: Points, margin_px: int = 1) -> tuple[int, int, int, int]:
-        """Rows and columns of the plane grid that sampling at slide positions needs."""
-        edge = np.concatenate([slide_um[0], slide_um[-1], slide_um[:, 0], slide_um[:, -1]])
-        return plane_window(edge, self.spacing_um, self.planes_shape, margin_px)
+    def window(self, slide_um: Any, margin_px: int = 1) -> tuple[int, int, int, int]:
+        """Rows and columns of the plane grid that sampling at slide positions (H, W, 2) needs; NumPy or torch."""
+        edges = [slide_um[0], slide_um[-1], slide_um[:, 0], slide_um[:, -1]]
+        if isinstance(slide_um, Tensor):
+            edges = [torch.cat(edges).cpu().numpy()]
+        return plane_window(np.concatenate(edges), self.spacing_um, self.planes_shape, margin_px)
 
     def features(self, planes: Tensor, origin_px: tuple[int, int], slide_um: Tensor) -> tuple[Tensor, Tensor]:
         """Features and cover of a window.
@@ -103,9 +113,19 @@ class GuideSpec:
         Returns:
             Features (F, H, W) and cover (H, W) in [0, 1]: the share of each pixel that the slide shows.
         """
+        return self.features_at(*self.sample(planes, origin_px, slide_um))
+
+    def sample(self, planes: Tensor, origin_px: tuple[int, int], slide_um: Tensor) -> tuple[Tensor, Tensor]:
+        """Planes (7, H, W) and cover (H, W) at the pixels of a window and the context that features need around it.
+
+        Arguments as for `features`.
+        """
         sampled = sample_window(planes, origin_px, self.spacing_um, slide_um, SUPERSAMPLE)
+        return sampled, sampled[-1].detach() / 255 * self.on_slide(slide_um)
+
+    def features_at(self, sampled: Tensor, cover: Tensor) -> tuple[Tensor, Tensor]:
+        """`features` of what `sample` gave."""
         r, (h, w) = self.radius_px, sampled.shape[-2:]
-        cover = sampled[-1].detach() / 255 * self.on_slide(slide_um)
         features = stain_features(sampled[None], self.white, self.sigma_px, cover[None, None])[0]
         return self.with_types(features), cover[r : h - r, r : w - r]
 
@@ -148,7 +168,7 @@ class GuideSpec:
 
 
 def features_of(
-    spec: GuideSpec, planes_at: Any, alignment: Alignment, cells: Cells, context_px: int = 0
+    spec: GuideSpec, planes_at: Any, alignment: Alignment, cells: Cells, context_px: int = 0, device: str = "cpu"
 ) -> tuple[Tensor, Tensor]:
     """Features (F, H, W) and cover (H, W) of a window, planes fetched as needed.
 
@@ -158,14 +178,29 @@ def features_of(
         alignment: Section to slide.
         cells: Window of measured pixels.
         context_px: High-resolution context around it.
+        device: Where they are computed, and stay.
     """
-    slide_um = alignment.map(spec.points_um(cells, context_px))
+    return spec.features_at(*sampled_of(spec, planes_at, alignment, cells, context_px, device))
+
+
+def sampled_of(
+    spec: GuideSpec, planes_at: Any, alignment: Alignment, cells: Cells, context_px: int = 0, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """`GuideSpec.sample` of a window; arguments as for `features_of`."""
+    slide_um = spec.slide_points_um(alignment, cells, context_px, device)
     r0, r1, c0, c1 = spec.window(slide_um)
-    planes = torch.from_numpy(np.ascontiguousarray(planes_at(r0, r1, c0, c1).transpose(1, 2, 0))).float()
-    return spec.features(planes, (r0, c0), torch.from_numpy(slide_um))
+    planes = torch.from_numpy(planes_at(r0, r1, c0, c1)).to(device)
+    return spec.sample(planes.permute(1, 2, 0).contiguous().float(), (r0, c0), slide_um)
 
 
-def stain_of(spec: GuideSpec, planes_at: Any, alignment: Alignment, cells: Cells) -> tuple[Tensor, Tensor]:
+def colours_at(sampled: Tensor, cover: Tensor) -> Tensor:
+    """Colours (3, H, W) from 0 to 255 of what `GuideSpec.sample` gave, white where the slide ends."""
+    return sampled[:3] * cover + 255 * (1 - cover)
+
+
+def stain_of(
+    spec: GuideSpec, planes_at: Any, alignment: Alignment, cells: Cells, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Colours (3, H, W) from 0 to 255 of a window, white where the slide ends, and cover (H, W) in [0, 1].
 
     Args:
@@ -173,14 +208,8 @@ def stain_of(spec: GuideSpec, planes_at: Any, alignment: Alignment, cells: Cells
         planes_at: Called with (r0, r1, c0, c1), returns (7, h, w) uint8.
         alignment: Section to slide.
         cells: Window of measured pixels.
+        device: Where they are computed, and stay.
     """
-    slide_um, r = alignment.map(spec.points_um(cells, 0)), spec.radius_px
-    r0, r1, c0, c1 = spec.window(slide_um)
-    planes = torch.from_numpy(np.ascontiguousarray(planes_at(r0, r1, c0, c1).transpose(1, 2, 0))).float()
     with torch.inference_mode():
-        points = torch.from_numpy(slide_um)
-        sampled = sample_window(planes, (r0, c0), spec.spacing_um, points, SUPERSAMPLE)
-        cover = sampled[PLANES.index("coverage")] / 255 * spec.on_slide(points)
-    inner = sampled[:, r : sampled.shape[1] - r, r : sampled.shape[2] - r]
-    cover = cover[r : cover.shape[0] - r, r : cover.shape[1] - r]
-    return inner[:3] * cover + 255 * (1 - cover), cover
+        sampled, cover = sampled_of(replace(spec, smoothing_pitch=0.0), planes_at, alignment, cells, 0, device)
+        return colours_at(sampled, cover), cover

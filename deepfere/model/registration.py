@@ -48,6 +48,47 @@ def _cubic_basis(u: Tensor) -> Tensor:
     return torch.stack([v**3 / 6, (3 * u**3 - 6 * u**2 + 4) / 6, (3 * v**3 - 6 * v**2 + 4) / 6, u**3 / 6], dim=-1)
 
 
+def spline(
+    points_um: Tensor, origin_um: tuple[float, float], spacing_um: tuple[float, float], knots_um: Tensor
+) -> Tensor:
+    """Torch twin of `Displacement.at`: displacement (N, 2) at section points (N, 2), differentiable in both.
+
+    Args:
+        points_um: (N, 2) float64.
+        origin_um: Position of the first knot.
+        spacing_um: Between knots.
+        knots_um: (ny, nx, 2) coefficients; zero beyond.
+    """
+    rel = (points_um - points_um.new_tensor(origin_um)) / points_um.new_tensor(spacing_um)
+    base = rel.floor()
+    wy, wx = _cubic_basis(rel[:, 0] - base[:, 0]), _cubic_basis(rel[:, 1] - base[:, 1])
+    ny, nx = knots_um.shape[:2]
+    row, col = base[:, 0].long() - 1, base[:, 1].long() - 1
+    out = torch.zeros_like(points_um)
+    for a in range(4):
+        for b in range(4):
+            r, c = row + a, col + b
+            inside = (r >= 0) & (r < ny) & (c >= 0) & (c < nx)
+            weight = wy[:, a] * wx[:, b] * inside
+            out = out + weight[:, None] * knots_um[r.clamp(0, ny - 1), c.clamp(0, nx - 1)]
+    return out
+
+
+def displaced(displacement: Displacement, points_um: Tensor) -> Tensor:
+    """`Displacement.at` on the device of the points: (N, 2) -> (N, 2)."""
+    knots = torch.from_numpy(displacement.coefficients_um).to(points_um)
+    return spline(points_um, displacement.origin_um, displacement.spacing_um, knots)
+
+
+def mapped(alignment: Alignment, points_um: Tensor) -> Tensor:
+    """`Alignment.map` on the device of the points: section micrometres (..., 2) float64 -> slide micrometres."""
+    flat = points_um.reshape(-1, 2)
+    out = flat @ torch.from_numpy(alignment.matrix).to(flat).T + torch.from_numpy(alignment.offset_um).to(flat)
+    if alignment.displacement is not None:
+        out = out + displaced(alignment.displacement, flat)
+    return out.reshape(points_um.shape)
+
+
 class Registration(nn.Module):
     """One section's alignment as a trainable module, float64.
 
@@ -114,25 +155,9 @@ class Registration(nn.Module):
         relative = (points_um - self.centre_um) / self.half_um
         out = out + self.shift_um + relative @ self.shear_um.T
         if self.knots_um is not None:
-            out = out + self._spline(points_um)
+            out = out + spline(points_um, self._origin, self._spacing, self.knots_um)
         elif self._fixed is not None:
-            out = out + torch.as_tensor(self._fixed.at(points_um.detach().cpu().numpy())).to(points_um)
-        return out
-
-    def _spline(self, points_um: Tensor) -> Tensor:
-        assert self.knots_um is not None
-        rel = (points_um - points_um.new_tensor(self._origin)) / points_um.new_tensor(self._spacing)
-        base = rel.floor()
-        wy, wx = _cubic_basis(rel[:, 0] - base[:, 0]), _cubic_basis(rel[:, 1] - base[:, 1])
-        ny, nx = self.knots_um.shape[:2]
-        row, col = base[:, 0].long() - 1, base[:, 1].long() - 1
-        out = torch.zeros_like(points_um)
-        for a in range(4):
-            for b in range(4):
-                r, c = row + a, col + b
-                inside = (r >= 0) & (r < ny) & (c >= 0) & (c < nx)
-                weight = wy[:, a] * wx[:, b] * inside
-                out = out + weight[:, None] * self.knots_um[r.clamp(0, ny - 1), c.clamp(0, nx - 1)]
+            out = out + displaced(self._fixed, points_um)
         return out
 
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from deepfere.cluster import connect, one_thread
+from deepfere.cluster import cluster_gpus, connect, one_thread
 from deepfere.config import Config, digest, load_config
 from deepfere.errors import InputError
 from deepfere.frame import Alignment
@@ -142,12 +142,13 @@ def _located(path: str | Path) -> str:
     return str(path) if is_url(path) else str(Path(path).resolve())
 
 
-def check_resources(config: Config, on_ray: bool) -> None:
+def check_resources(config: Config, on_ray: bool, writes: bool = True) -> None:
     """Refuse a tracking store, a cluster or a number of workers that cannot be had, before work starts.
 
     Args:
         config: Settings.
         on_ray: Whether the work to come runs on Ray.
+        writes: Whether it reconstructs.
 
     Raises:
         InputError: One of them cannot be had.
@@ -158,6 +159,17 @@ def check_resources(config: Config, on_ray: bool) -> None:
         connect(config.ray)
         if config.guide and config.model.tier in ("auto", "T2"):
             preflight(config.train)
+        if writes and per_gpu(config) and not cluster_gpus():
+            raise InputError(
+                "reconstruction is to use GPUs and the cluster has none",
+                where="reconstruct.use_gpu",
+                remedy="set it to false, or check that Ray sees the GPU (deepfere doctor)",
+            )
+
+
+def per_gpu(config: Config) -> int | None:
+    """How many of the workers that reconstruct share a GPU; None = they use none."""
+    return config.reconstruct.workers_per_gpu if config.guide and config.reconstruct.use_gpu else None
 
 
 def fuse(
@@ -318,7 +330,7 @@ def _run(
             model = run.log_learning([prep], [inputs], history, work.facts("learn").get("timing", {}))
             outcome = Outcome(identity, inputs, run.describe(), model, [])
             phases = reconstruct_phases(prep, target, [inputs, config.digest()], outcome, work, config, progress)
-            run_jobs([(section.name, phases)], title="reconstruct", here=not config.guide)
+            run_jobs([(section.name, phases)], title="reconstruct", here=not config.guide, per_gpu=per_gpu(config))
             result = Result(str(target))
             run.log_result(result)
         return result

@@ -23,6 +23,7 @@ from deepfere.pipeline.fuse import (
     check_resources,
     input_digests,
     output,
+    per_gpu,
     with_teaching_points,
 )
 from deepfere.pipeline.given import GivenModel
@@ -184,7 +185,7 @@ def run_stage(
     work.check(whose, overwrite, parts)
     with work.locked() as check, watched(work.root, settings.run.time_limit_s, check):
         if job.depth >= 2:
-            check_resources(settings, settings.guide)
+            check_resources(settings, settings.guide, stage == "reconstruct")
         resumed = work.claim(whose, overwrite, parts=parts)
         failures = Failures(len(sections), work)
         try:
@@ -288,7 +289,13 @@ def _learn_and_write(job: Job, work: Workspace, failures: Failures, progress: Pr
             return [f"{section.name}: fitted{where}" for section in job.sections]
         tell = _Together(progress, len(job.sections))
         sections = ((s.name, _write(job, n, work, run, registered, tell)) for n, s in enumerate(job.sections))
-        run_jobs(sections, title="reconstruct", here=not job.config.guide, failed=partial(_failed, failures))
+        run_jobs(
+            sections,
+            title="reconstruct",
+            here=not job.config.guide,
+            per_gpu=per_gpu(job.config),
+            failed=partial(_failed, failures),
+        )
     broken = set(failures.names)
     return [f"{s.name}: {open(str(job.result(n)))!r}" for n, s in enumerate(job.sections) if s.name not in broken]
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from deepfere import __version__
-from deepfere.config import UNNUMBERED, Config, digest
+from deepfere.config import Config, digest
 from deepfere.errors import DeepfereError, InputError
 from deepfere.pipeline.learn import load_fit
 from deepfere.pipeline.prepare import Prepared
@@ -143,14 +143,12 @@ def tracked(
     known = work.facts("track")
     if known.get("belongs") != belongs:
         known = {}
-    params = {key: value for key, value in config.resolved().items() if key not in UNNUMBERED}
-    params["train"].pop("use_gpu")
     try:
         tracker = Tracker.start(
             config.tracking.uri,
             config.tracking.experiment,
             name,
-            params,
+            config.numbered(),
             {"deepfere.config": config.digest(), **tags_from_environment()},
             run_id=known.get("run_id"),
         )

@@ -66,7 +66,9 @@ def reconstruct_phases(
     power_of_two = f & (f - 1) == 0
     shapes = level_shapes(shards.shape_px, least=(f.bit_length() if power_of_two else 1))
     parts = [model["alignment"], model["guide"], fit.weights.tolist(), fit.factor_gate.tolist()]
-    fingerprint = digest([depends, parts, shards.shard_px])
+    gpu = config.reconstruct.use_gpu
+    # Shards of both kinds of processor may differ in the last digit: they do not meet in one result.
+    fingerprint = digest([depends, parts, shards.shard_px] + ["cuda"] * gpu)
     journal = Journal(prep.folder.journal / "reconstruct", fingerprint)
     stands = attributes_of(made)
     # A complete one that stands there is to be replaced: else nobody would have come here.
@@ -90,7 +92,8 @@ def reconstruct_phases(
                 section = section_model(prep, model)
                 if model["tier"] == "T0" or not fit.factor_gate.any():
                     section = replace(section, network=None, state=None)
-                arguments = (section, str(made), shards, str(journal.folder), fingerprint, detail_scale(fit))
+                device = "cuda" if gpu else "cpu"
+                arguments = (section, str(made), shards, str(journal.folder), fingerprint, detail_scale(fit), device)
                 what, mask = f"reconstructing {name}", prep.measured.mask
                 yield from shard_phases(what, shards, mask, journal, DetailWorker, arguments, tell(0.0, 0.7))
             # A shard that was done twice counts once.

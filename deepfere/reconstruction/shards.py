@@ -6,6 +6,7 @@ computes only what is not recorded. Pixels stay in the worker.
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,10 @@ import numpy as np
 import torch
 
 from deepfere.cluster import Journal
+from deepfere.errors import InputError
 from deepfere.frame import Alignment
 from deepfere.measured.operator import fill_missing, spline_coefficients
-from deepfere.model.detail import DetailModel, KnownDetail, pooled_window
+from deepfere.model.detail import DetailModel, KnownDetail, as_bytes, pooled_window
 from deepfere.model.guide import Cells, GuideSpec, stain_of
 from deepfere.model.network import network_from_config
 from deepfere.places import reading
@@ -24,8 +26,9 @@ from deepfere.store import open_group, shard_object, sync_shard
 from deepfere.tiling.cache import CacheSpec, PlaneReader, slide_of, write_shard
 from deepfere.tiling.plan import ShardGrid
 
-TILE_PX = 384
-"""Windows are computed in tiles of about this side, which bounds the memory of a worker."""
+TILE_PX, GPU_TILE_PX = 384, 1024
+"""Windows are computed in tiles of about this side, which bounds the memory of a worker; on a GPU larger ones, so that
+each of its kernels has enough to do."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ class SectionModel:
     state: str | None
     known: str | None = None
 
-    def build(self) -> DetailModel | KnownDetail:
-        """Load everything into memory."""
+    def build(self, device: str = "cpu") -> DetailModel | KnownDetail:
+        """Load everything into memory; the network goes to the device."""
         spec = GuideSpec.from_dict(self.spec)
         with reading(self.arrays) as path, np.load(path) as data:
             mask, factors = data["mask"], data["factors"]
@@ -69,8 +72,8 @@ class SectionModel:
             network = network_from_config(self.network)
             with reading(str(self.state)) as path:
                 network.load_state_dict(load_file(str(path)))
-            network.eval()
-        return DetailModel(spec, alignment, weights, centre, network, gate, coefficients, mask)
+            network.eval().to(device)
+        return DetailModel(spec, alignment, weights, centre, network, gate, coefficients, mask, device)
 
 
 def tiles(cells: Cells, factor: int, tile_px: int = TILE_PX) -> list[Cells]:
@@ -124,6 +127,22 @@ class PoolWorker(RowWorker):
         return {}
 
 
+def exact_gpu() -> None:
+    """Make this process's GPU round as little as float32 does, and the same way every time.
+
+    Raises:
+        InputError: PyTorch sees none here.
+    """
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"PyTorch {torch.__version__} sees no GPU on {socket.gethostname()}",
+            where="reconstruct.use_gpu",
+            remedy="set it to false, or install a build of PyTorch that fits the driver there",
+        )
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+
 def delete_shard(array: Any, root: str, name: str, row: int, col: int) -> None:
     """Remove one shard's object, so that nothing of a torn or older one is read back."""
     shard_object(root, name, row, col).unlink(missing_ok=True)
@@ -133,10 +152,20 @@ class DetailWorker(RowWorker):
     """Reconstructs one output shard per row: detail planes (K) and the stain (RGB)."""
 
     def __init__(
-        self, model: SectionModel, out: str, shards: ShardGrid, journal: str, fingerprint: str, scale: list[float]
+        self,
+        model: SectionModel,
+        out: str,
+        shards: ShardGrid,
+        journal: str,
+        fingerprint: str,
+        scale: list[float],
+        device: str = "cpu",
     ) -> None:
         torch.set_num_threads(1)
-        self._model = model.build()
+        if device != "cpu":
+            exact_gpu()
+        self._device, self._tile_px = device, TILE_PX if device == "cpu" else GPU_TILE_PX
+        self._model = model.build(device)
         self._planes = PlaneReader(model.cache, self._model.spec)
         self._out, self._shards = out, shards
         self.journal = Journal(journal, fingerprint)
@@ -149,15 +178,17 @@ class DetailWorker(RowWorker):
         detail = np.zeros((len(self._model.gate), height, width), np.float32)
         stain = np.full((3, height, width), 255, np.uint8)
         uncovered = 0
-        for cells in tiles(whole, f):
+        for cells in tiles(whole, f, self._tile_px):
             inside = self._model.mask[cells.i0 : cells.i1, cells.j0 : cells.j1]
             rows = slice((cells.i0 - whole.i0) * f, (cells.i1 - whole.i0) * f)
             cols = slice((cells.j0 - whole.j0) * f, (cells.j1 - whole.j0) * f)
             if inside.any() and self._model.gate.any():
-                detail[:, rows, cols], cover = self._model.window(self._planes, cells)
+                detail[:, rows, cols], cover, stain[:, rows, cols] = self._model.with_stain(self._planes, cells)
                 seen = cover.reshape(cells.shape[0], f, cells.shape[1], f).mean((1, 3)) >= 0.99
                 uncovered += int((inside & ~seen).sum())
-            stain[:, rows, cols] = self._stain(cells)
+            else:
+                colours, _ = stain_of(self._model.spec, self._planes, self._model.alignment, cells, self._device)
+                stain[:, rows, cols] = as_bytes(colours)
         at = (slice(whole.i0 * f, whole.i1 * f), slice(whole.j0 * f, whole.j1 * f))
         group: Any = open_group(self._out, "r+")
         for name, values in (("detail", (detail / self._scale).astype(np.float16)), ("stain", stain)):
@@ -165,8 +196,3 @@ class DetailWorker(RowWorker):
             group[name]["0"][:, at[0], at[1]] = values
             sync_shard(self._out, f"{name}/0", row["row"], row["col"])
         return {"uncovered": uncovered}
-
-    def _stain(self, cells: Cells) -> np.ndarray:
-        """RGB of the stain (3, h f, w f) uint8 on the section grid; white where the slide ends."""
-        rgb, _ = stain_of(self._model.spec, self._planes, self._model.alignment, cells)
-        return rgb.round().clamp(0, 255).to(torch.uint8).numpy()

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from deepfere.config import Config
 from deepfere.errors import DeepfereError, InputError
 from deepfere.submit.submission import Submission
 from deepfere.submit.target import Ended, Job, Target
@@ -179,7 +180,7 @@ class KubeRay(Target):
         spec["backoffLimit"] = 0
         spec["runtimeEnvYAML"] = yaml.safe_dump({"env_vars": submission.environment(name)}, width=10_000)
         cluster = spec["rayClusterSpec"]
-        self._groups(cluster, submission.config.train)
+        self._groups(cluster, submission.config)
         head = cluster["headGroupSpec"]["template"]["spec"]
         head["volumes"].append({"name": "settings", "configMap": {"name": name}})
         head["containers"][0]["volumeMounts"].append({"name": "settings", "mountPath": FOLDER})
@@ -191,19 +192,21 @@ class KubeRay(Target):
         }
         return [config, job]
 
-    def _groups(self, cluster: dict[str, Any], train: Any) -> None:
+    def _groups(self, cluster: dict[str, Any], config: Config) -> None:
+        train = config.train
         for container in cluster["headGroupSpec"]["template"]["spec"]["containers"]:
             container["image"] = self.image
         kept = []
         for group in cluster["workerGroupSpecs"]:
             gpu = group["groupName"] == "gpu"
-            if gpu and not train.use_gpu:
+            if gpu and not (train.use_gpu or config.reconstruct.use_gpu):
                 continue
             if gpu and self.gpu_image is None:
-                raise InputError("train.use_gpu=true and no image for GPUs", where="--gpu-image", remedy="give it")
+                used = "train.use_gpu" if train.use_gpu else "reconstruct.use_gpu"
+                raise InputError(f"{used}=true and no image for GPUs", where="--gpu-image", remedy="give it")
             if gpu:
                 # Training on more GPUs than there are is refused: all of them, from the beginning.
-                count = train.workers
+                count = train.workers if train.use_gpu else 1
                 group |= {"replicas": count, "minReplicas": count, "maxReplicas": max(count, group["maxReplicas"])}
             for container in group["template"]["spec"]["containers"]:
                 container["image"] = self.gpu_image if gpu else self.image
