@@ -3,7 +3,7 @@
 Three things that take hours on a CPU. The section at full size (40 x 36 measured pixels at 16 times, 640 x 576): the
 single ion, then the three channels of the embedding as channels of the model; how far its images, averaged back, are
 from the measurement, beside plain interpolation. And the degraded cases of ``fidelity.py`` (x2, x4), from several
-seeds: what one kept run says is then known to be the rule or not. Needs the real data, and MLflow is not asked for.
+seeds: what one kept run says is then known to be the rule or not. Needs the real data.
 """
 
 from __future__ import annotations
@@ -30,26 +30,20 @@ from deepfere.measured.operator import cell_means
 from deepfere.model.features import PLANES
 from deepfere.model.guide import Cells, GuideSpec, stain_of
 from deepfere.model.paper import Recipe, Training
-from deepfere.pipeline import fuse
 from deepfere.pipeline.paper import recipe
 
 FACTOR = 16
 SEEDS = 5
 
 
-def stain_at(folder: Path, ratio: int, alignment: Alignment | None) -> tuple[NDArray[np.float32], Alignment]:
-    """Colours (3, H, W) from 0 to 1 of the example's slide on the grid of a case, and where they lie."""
+def alignment_of(ratio: int) -> Alignment:
+    """Where the kept image of a degraded case has its section: found blind, in micrometres of the whole section."""
+    return Alignment.from_dict(json.loads((FOLDER / f"paper-example-x{ratio}.json").read_text())["alignment"])
+
+
+def stain_at(folder: Path, ratio: int, alignment: Alignment) -> NDArray[np.float32]:
+    """Colours (3, H, W) from 0 to 1 of the example's slide on the grid of a case."""
     case = example_case(folder, ratio)
-    if alignment is None:
-        found = fuse(
-            case.msi,
-            case.slide,
-            folder / f"found-{ratio}.zarr",
-            slide_mpp_um=case.slide_mpp_um,
-            overrides=["tracking.uri=none", "model.tier=T1"],
-        )
-        alignment = found.alignment
-        assert alignment is not None
     mpp = float(case.slide_mpp_um or 0.0)
     block = max(1, int(EXAMPLE_PITCH_UM * ratio / FACTOR / 2 / mpp))  # as the pipeline's planes
     with Image.open(case.slide) as picture:
@@ -62,7 +56,7 @@ def stain_at(folder: Path, ratio: int, alignment: Alignment | None) -> tuple[NDA
     spec = GuideSpec(grid, FACTOR, (mpp * block, mpp * block), planes.shape[1:], (255.0, 255.0, 255.0), 0.0)
     whole = Cells(0, shape[0], 0, shape[1])
     stain, _ = stain_of(spec, lambda r0, r1, c0, c1: planes[:, r0:r1, c0:c1].copy(), alignment, whole)
-    return (stain / 255).numpy(), alignment
+    return (stain / 255).numpy()
 
 
 def trained(cells: NDArray[Any], stain: NDArray[np.float32], how: Recipe, device: str, what: str) -> tuple[Any, float]:
@@ -104,8 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="deepfere-paper-") as scratch:
         folder = Path(scratch)
         for ratio in (2, 4):
-            about = json.loads((FOLDER / f"paper-example-x{ratio}.json").read_text())
-            stain, _ = stain_at(folder, ratio, Alignment.from_dict(about["alignment"]))
+            stain = stain_at(folder, ratio, alignment_of(ratio))
             case = example_case(folder, ratio)
             truth, tissue = case.truth[3], np.asarray(case.inside)
             cells = cell_means(truth, ratio)[None]
@@ -117,8 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
                 out["degraded"].append(row)
                 print(row, flush=True)
                 save()
-        stain, alignment = stain_at(folder, 1, None)
-        out["alignment"] = {k: v for k, v in alignment.to_dict().items() if k != "evidence"}
+        stain = stain_at(folder, 1, alignment_of(2))
         cube = example_cube()
         modes = {"ion 505": cube[3:], "embedding": cube[:3]}
         for mode, cells in list(modes.items())[: 1 if given.no_embedding or given.quick else 2]:
