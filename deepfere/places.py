@@ -267,3 +267,14 @@ def copy_file(source: Place, target: Place) -> None:
 def _copy(source: UrlPath, target: UrlPath) -> None:
     to = filesystem(str(target))[1]
     source._ask(lambda found, path: found.cp_file(path, to))
+
+
+def beside(path: str | Place, ending: str) -> Place:
+    """Where what belongs to a result lies: ``liver.zarr`` and ".html" give ``liver.html``, beside it.
+
+    Only a final ``.zarr`` is left out, so that ``liver.x4`` and ``liver.x8`` have a file each.
+    """
+    store = place(str(path).rstrip("/") if is_url(path) else path)
+    if isinstance(store, Path) and not store.name.strip("."):
+        store = store.resolve()
+    return store.with_name(store.name.removesuffix(".zarr") + ending)

@@ -13,7 +13,8 @@ import zarr
 
 import deepfere
 from deepfere.errors import InputError
-from deepfere.reconstruction.result import _variance_block, beside
+from deepfere.places import beside
+from deepfere.reconstruction.result import _variance_block
 from tests.conftest import FACTOR, footprint_means
 
 pytestmark = pytest.mark.ray

@@ -75,7 +75,7 @@ def fuse(msi: str, slide: str | None, overrides: tuple[str, ...], out: str, no_g
         click.echo(f"{out} is finished already: nothing was done")
     from deepfere.evaluation.evaluate import load_evaluation
     from deepfere.evaluation.report import report_identity, write_report
-    from deepfere.reconstruction.result import beside
+    from deepfere.places import beside
 
     report = beside(out, ".html")
     # One may be there that another result, since removed, has left.

@@ -23,8 +23,7 @@ def report(result: str, out: str | None) -> None:
     """
     from deepfere.evaluation.evaluate import load_evaluation
     from deepfere.evaluation.report import write_report
-    from deepfere.places import place
-    from deepfere.reconstruction.result import beside
+    from deepfere.places import beside, place
     from deepfere.reconstruction.result import open as open_result
 
     opened = open_result(result)
@@ -76,7 +75,7 @@ def evaluate(
     )
     from deepfere.evaluation.report import write_report
     from deepfere.evaluation.scores_page import write_scores_page
-    from deepfere.reconstruction.result import beside
+    from deepfere.places import beside
     from deepfere.reconstruction.result import open as open_result
 
     opened = open_result(result)

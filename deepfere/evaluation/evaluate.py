@@ -25,8 +25,8 @@ from deepfere.evaluation.trust import evidence_of, nested_medians
 from deepfere.evaluation.wald import METHODS, coverage, ion_scores, wald
 from deepfere.pipeline.fuse import quiet
 from deepfere.pipeline.workspace import Progress, write_json
-from deepfere.places import Place
-from deepfere.reconstruction.result import Result, beside
+from deepfere.places import Place, beside
+from deepfere.reconstruction.result import Result
 from deepfere.remote import is_url
 
 __all__ = [

@@ -25,8 +25,7 @@ from deepfere.evaluation import report_pictures as pictures
 from deepfere.evaluation import report_tables as tables
 from deepfere.evaluation.report_alignment import alignment_section
 from deepfere.evaluation.report_modes import denoised_section, inferred_section
-from deepfere.places import Place, UrlPath, place, reading
-from deepfere.reconstruction.result import beside
+from deepfere.places import Place, UrlPath, beside, place, reading
 
 PANEL_SIDES_PX = (640, 440, 300)
 MAX_BYTES = 7_500_000

@@ -15,8 +15,8 @@ from deepfere.evaluation.report_modes import percent
 from deepfere.evaluation.report_pictures import data_uri
 from deepfere.evaluation.report_tables import METHODS, RANK, number, score_tables, small
 from deepfere.evaluation.trust import nested_medians
-from deepfere.places import Place
-from deepfere.reconstruction.result import Result, beside
+from deepfere.places import Place, beside
+from deepfere.reconstruction.result import Result
 
 SCORES = (("psnr", "PSNR, dB", ".2f"), ("pearson", "r", ".3f"), ("ssim", "SSIM", ".3f"), ("rmse", "RMSE", ".3g"))
 

@@ -25,6 +25,7 @@ from deepfere.model.fit import (
     tier_evidence,
 )
 from deepfere.model.fit import Evidence as Problem
+from deepfere.model.gate import Gate
 from deepfere.model.guide import GuideSpec
 from deepfere.model.network import FusionNetwork
 from deepfere.model.reduced import deep_detail, fit_deep, mixed_by_factor, ridge_detail
@@ -115,6 +116,30 @@ def without_guide(cube: NDArray[np.float32], mask: NDArray[np.bool_], factors: F
     return Learned("T0", Alignment.identity(), None, fit, {"tier": "T0"})
 
 
+def deep_gates(
+    problem: Problem,
+    basis: NDArray[np.float64],
+    closed: tuple[RidgeFit, list[NDArray[np.float64]]],
+    deep: tuple[RidgeFit, list[NDArray[np.float64]]],
+    rows: NDArray[np.bool_],
+) -> tuple[Gate, Gate]:
+    """Gates of the factors and of the ions where the network is used.
+
+    Only rows that training never saw can judge the network; but they are few, and no ion is opened further by them than
+    by what the closed form shows all over the section.
+
+    Args:
+        problem: The section's reduced-scale problem.
+        basis: (M, K) W.
+        closed: The closed form, and its null guides' held-out predictions.
+        deep: The same with the network.
+        rows: (R,) rows that training never saw.
+    """
+    _, shown = gate_ions(problem, basis, closed[0].predicted, closed[1])
+    factor, ion = gate_ions(problem, basis, deep[0].predicted, deep[1], rows)
+    return factor, replace(ion, gate=np.minimum(ion.gate, shown.gate))
+
+
 def choose(
     prep: Prepared,
     cube: NDArray[np.float32],
@@ -178,12 +203,8 @@ def choose(
                 alone = replace(fit, predicted=null)
                 both = fit_deep(network, problem, factors, alone, features)
                 null_rows.append(mixed_by_factor(alone, both, by_network).predicted)
-            # Only rows that training never saw can judge the network; but they are few, and no ion is opened further
-            # by them than by what the closed form shows all over the section.
-            _, shown = gate_ions(problem, factors.basis, fit.predicted, nulls)
+            factor_gate, ion_gate = deep_gates(problem, factors.basis, (fit, nulls), (mixed, null_rows), rows)
             fit = mixed
-            factor_gate, ion_gate = gate_ions(problem, factors.basis, fit.predicted, null_rows, rows)
-            ion_gate = replace(ion_gate, gate=np.minimum(ion_gate.gate, shown.gate))
     if tier == "T1":
         factor_gate, ion_gate = gate_ions(problem, factors.basis, fit.predicted, nulls)
     if config.model.tier == "T0" or not ion_gate.gate.any():

@@ -64,17 +64,6 @@ def sealing(path: str | Place) -> Iterator[None]:
         _decoder.cache_clear()
 
 
-def beside(path: str | Place, ending: str) -> Place:
-    """Where what belongs to a result lies: ``liver.zarr`` and ".html" give ``liver.html``, beside it.
-
-    Only a final ``.zarr`` is left out, so that ``liver.x4`` and ``liver.x8`` have a file each.
-    """
-    store = place(str(path).rstrip("/") if is_url(path) else path)
-    if isinstance(store, Path) and not store.name.strip("."):
-        store = store.resolve()
-    return store.with_name(store.name.removesuffix(".zarr") + ending)
-
-
 def _place(path: str | Place) -> str:
     """An absolute path, so that lazy arrays find their store after a change of folder; a URL as it is."""
     return str(path).rstrip("/") if is_url(path) else str(Path(str(path)).absolute())

@@ -1,0 +1,34 @@
+"""What is kept of learning: the gates where the network is used."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from deepfere.model.fit import fit_t1, gate_ions
+from deepfere.pipeline.choose import deep_gates
+from tests.test_ridge_gate import decide_for, section
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_the_network_opens_no_ion_further_than_the_whole_section_shows(share):
+    """A prediction that is right where it is judged, and there alone: lucky, as few blocks can be."""
+    features, cube, mask = section(1)
+    *_, problem, factors, _ = decide_for(features, cube, mask)
+    closed, nulls = fit_t1(problem, 8, 0)
+    names = np.unique(problem.blocks)
+    rows = np.isin(problem.rows.block, names[: max(2, round(share * len(names)))])
+    lucky = replace(closed, predicted=np.where(rows[:, None], problem.factor_rows, closed.predicted))
+    factor, ion = deep_gates(problem, factors.basis, (closed, nulls), (lucky, nulls), rows)
+    _, shown = gate_ions(problem, factors.basis, closed.predicted, nulls)
+    factor_alone, alone = gate_ions(problem, factors.basis, lucky.predicted, nulls, rows)
+    assert (alone.gate > shown.gate + 0.05).any()
+    np.testing.assert_array_equal(ion.gate, np.minimum(alone.gate, shown.gate))
+    np.testing.assert_array_equal(factor.gate, factor_alone.gate)
+    np.testing.assert_array_equal(ion.r2, alone.r2)
+    # What shuts the closed form's ions shuts all; what does not shut the network's leaves them as far as it shows.
+    nothing = replace(closed, predicted=np.zeros_like(closed.predicted))
+    assert not deep_gates(problem, factors.basis, (nothing, nulls), (lucky, nulls), rows)[1].gate.any()
+    assert not deep_gates(problem, factors.basis, (closed, nulls), (nothing, nulls), rows)[1].gate.any()
