@@ -9,6 +9,7 @@ The network is used whether or not it is the better model (`model.tier=T2`): it 
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ import torch
 import yaml
 from common import Row, chosen, finish, parser
 
+from deepfere.cluster import MEMORY
 from deepfere.model.detail import DetailModel
 from deepfere.phantom import PhantomSpec, write_phantom
 from deepfere.pipeline import deep, write
@@ -150,6 +152,9 @@ CASES = {"training": training, "reconstruction": reconstruction}
 def main(arguments: list[str] | None = None) -> int:
     """Run the cases; the exit code is 1 if a must is missed."""
     given = parser(__doc__.splitlines()[0], list(CASES)).parse_args(arguments)
+    if any(name not in os.environ for name in MEMORY):
+        # As the workers have it; it counts when a process begins.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MEMORY})
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="deepfere-distributed-") as scratch:
         manifest, work, settings = prepared(Path(scratch), given.quick)

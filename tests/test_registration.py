@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
 
 from deepfere.frame import Alignment, Displacement, SectionGrid
-from deepfere.model.registration import Registration, bilinear, plane_window, sample_window
+from deepfere.model.registration import Registration, bilinear, mapped_grid, plane_window, sample_window
 from tests.test_frame import EXTENT, alignments, some_points
 
 quick = settings(max_examples=25, deadline=None)
@@ -55,6 +55,28 @@ def test_forward_equals_the_alignment_it_exports(knots, seed):
     assert np.abs(exported.map(points) - start.map(points)).max() > 1
     again = Alignment.from_dict(exported.to_dict())
     np.testing.assert_array_equal(again.map(points), exported.map(points))
+
+
+@pytest.mark.parametrize("knots", [None, (4, 5)])
+@quick
+@given(seed=st.integers(0, 100))
+def test_a_grid_equals_its_points(knots, seed):
+    """With gradients; also where it reaches beyond the knots, or lies beyond them."""
+    rng = np.random.default_rng(seed)
+    registration = moved(Registration(bent_start(seed), tuple(EXTENT), knots), seed)
+    low = rng.uniform(-1.5, 1.2, 2) * EXTENT
+    y, x = (torch.from_numpy(first + np.arange(n) * rng.uniform(1, 60)) for first, n in zip(low, (23, 17), strict=True))
+    points = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1)
+    whole = registration.grid(y, x)
+    one_by_one = registration(points.reshape(-1, 2)).reshape(points.shape)
+    np.testing.assert_allclose(whole.detach().numpy(), one_by_one.detach().numpy(), atol=1e-8)
+    alignment = registration.alignment()
+    np.testing.assert_allclose(mapped_grid(alignment, y, x).numpy(), alignment.map(points.numpy()), atol=1e-8)
+    weight = torch.from_numpy(rng.standard_normal(points.shape))
+    parameters = list(registration.parameters())
+    ours, theirs = (torch.autograd.grad((out * weight).sum(), parameters) for out in (whole, one_by_one))
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-9, atol=1e-7)
 
 
 def test_parameters_are_micrometres_about_the_centre():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deepfere.frame import Alignment, Points, SectionGrid
 from deepfere.model.features import FEATURES, smoothing_radius, stain_features
-from deepfere.model.registration import mapped, plane_window, sample_window
+from deepfere.model.registration import mapped_grid, plane_window, sample_window
 from deepfere.model.stain_types import StainTypes
 
 SUPERSAMPLE = 2
@@ -81,26 +81,30 @@ class GuideSpec:
             cells: Window of measured pixels; H, W = its size times the factor, plus twice the context.
             context_px: High-resolution pixels around the window that features are wanted for.
         """
-        return np.stack(np.meshgrid(*self._axes_um(cells, context_px), indexing="ij"), axis=-1)
+        return np.stack(np.meshgrid(*self.axes_um(cells, context_px), indexing="ij"), axis=-1)
 
     def slide_points_um(self, alignment: Alignment, cells: Cells, context_px: int, device: str = "cpu") -> Tensor:
         """Slide positions of `points_um`, computed on a device."""
-        axes = [torch.from_numpy(axis).to(device) for axis in self._axes_um(cells, context_px)]
-        return mapped(alignment, torch.stack(torch.meshgrid(*axes, indexing="ij"), -1))
+        y, x = (torch.from_numpy(axis).to(device) for axis in self.axes_um(cells, context_px))
+        return mapped_grid(alignment, y, x)
 
-    def _axes_um(self, cells: Cells, context_px: int) -> tuple[Points, Points]:
+    def axes_um(self, cells: Cells, context_px: int) -> tuple[Points, Points]:
+        """Of `points_um`, the rows' y and the columns' x."""
         s, margin = SUPERSAMPLE, context_px + self.radius_px
         origin = (cells.i0 * self.factor - margin, cells.j0 * self.factor - margin)
         shape = tuple(n * self.factor + 2 * margin for n in cells.shape)
         fine = self.grid.refine(self.factor * s)
         return fine.axes_um((origin[0] * s, origin[1] * s), (shape[0] * s, shape[1] * s))
 
-    def window(self, slide_um: Any, margin_px: int = 1) -> tuple[int, int, int, int]:
-        """Rows and columns of the plane grid that sampling at slide positions (H, W, 2) needs; NumPy or torch."""
-        edges = [slide_um[0], slide_um[-1], slide_um[:, 0], slide_um[:, -1]]
-        if isinstance(slide_um, Tensor):
-            edges = [torch.cat(edges).cpu().numpy()]
-        return plane_window(np.concatenate(edges), self.spacing_um, self.planes_shape, margin_px)
+    def window(
+        self, alignment: Alignment, cells: Cells, context_px: int, margin_px: int = 1
+    ) -> tuple[int, int, int, int]:
+        """Rows and columns of the plane grid that sampling at `slide_points_um` needs, by the edges of the window."""
+        y, x = self.axes_um(cells, context_px)
+        rows = [np.stack(np.broadcast_arrays(edge, x), axis=-1) for edge in (y[0], y[-1])]
+        columns = [np.stack(np.broadcast_arrays(y, edge), axis=-1) for edge in (x[0], x[-1])]
+        slide_um = alignment.map(np.concatenate([*rows, *columns]))
+        return plane_window(slide_um, self.spacing_um, self.planes_shape, margin_px)
 
     def features(self, planes: Tensor, origin_px: tuple[int, int], slide_um: Tensor) -> tuple[Tensor, Tensor]:
         """Features and cover of a window.
@@ -188,7 +192,7 @@ def sampled_of(
 ) -> tuple[Tensor, Tensor]:
     """`GuideSpec.sample` of a window; arguments as for `features_of`."""
     slide_um = spec.slide_points_um(alignment, cells, context_px, device)
-    r0, r1, c0, c1 = spec.window(slide_um)
+    r0, r1, c0, c1 = spec.window(alignment, cells, context_px)
     planes = torch.from_numpy(planes_at(r0, r1, c0, c1)).to(device)
     return spec.sample(planes.permute(1, 2, 0).contiguous().float(), (r0, c0), slide_um)
 

@@ -74,19 +74,45 @@ def spline(
     return out
 
 
-def displaced(displacement: Displacement, points_um: Tensor) -> Tensor:
-    """`Displacement.at` on the device of the points: (N, 2) -> (N, 2)."""
-    knots = torch.from_numpy(displacement.coefficients_um).to(points_um)
-    return spline(points_um, displacement.origin_um, displacement.spacing_um, knots)
+def spline_grid(
+    y_um: Tensor, x_um: Tensor, origin_um: tuple[float, float], spacing_um: tuple[float, float], knots_um: Tensor
+) -> Tensor:
+    """`spline` at all points of a grid: rows (H,), columns (W,) -> (H, W, 2).
+
+    Knots act along rows and columns separately, so that two products of small matrices do what takes sixteen knots at
+    every point.
+    """
+    (wy, rows), (wx, cols) = (
+        _weights(axis, origin_um[d], spacing_um[d], knots_um.shape[d]) for d, axis in enumerate((y_um, x_um))
+    )
+    near = knots_um[rows, cols]
+    across = torch.einsum("wj,ijc->icw", wx, near)
+    return torch.einsum("hi,icw->hwc", wy, across)
 
 
-def mapped(alignment: Alignment, points_um: Tensor) -> Tensor:
-    """`Alignment.map` on the device of the points: section micrometres (..., 2) float64 -> slide micrometres."""
-    flat = points_um.reshape(-1, 2)
-    out = flat @ torch.from_numpy(alignment.matrix).to(flat).T + torch.from_numpy(alignment.offset_um).to(flat)
-    if alignment.displacement is not None:
-        out = out + displaced(alignment.displacement, flat)
-    return out.reshape(points_um.shape)
+def _weights(axis_um: Tensor, origin_um: float, spacing_um: float, count: int) -> tuple[Tensor, slice]:
+    """Weights (N, n) of the n knots along one axis that act on some of its points, and which these are."""
+    rel = (axis_um - origin_um) / spacing_um
+    base = rel.floor()
+    first = base.long() - 1
+    knots = torch.arange(count, device=axis_um.device)
+    place = knots[None] - first[:, None]  # 0 to 3 where a knot acts
+    acts = (place >= 0) & (place < 4)
+    weights = _cubic_basis(rel - base).gather(1, place.clamp(0, 3)) * acts
+    used = acts.any(0).nonzero().flatten().tolist()
+    some = slice(used[0], used[-1] + 1) if used else slice(0, 0)
+    return weights[:, some], some
+
+
+def mapped_grid(alignment: Alignment, y_um: Tensor, x_um: Tensor) -> Tensor:
+    """`Alignment.map` of all points of a grid: rows (H,), columns (W,), float64, um -> slide um (H, W, 2)."""
+    matrix, offset = (torch.from_numpy(part).to(y_um) for part in (alignment.matrix, alignment.offset_um))
+    out = y_um[:, None, None] * matrix[:, 0] + x_um[None, :, None] * matrix[:, 1] + offset
+    bend = alignment.displacement
+    if bend is None:
+        return out
+    knots = torch.from_numpy(bend.coefficients_um).to(y_um)
+    return out + spline_grid(y_um, x_um, bend.origin_um, bend.spacing_um, knots)
 
 
 class Registration(nn.Module):
@@ -157,8 +183,22 @@ class Registration(nn.Module):
         if self.knots_um is not None:
             out = out + spline(points_um, self._origin, self._spacing, self.knots_um)
         elif self._fixed is not None:
-            out = out + displaced(self._fixed, points_um)
+            knots = torch.from_numpy(self._fixed.coefficients_um).to(points_um)
+            out = out + spline(points_um, self._fixed.origin_um, self._fixed.spacing_um, knots)
         return out
+
+    def grid(self, y_um: Tensor, x_um: Tensor) -> Tensor:
+        """`forward` of all points of a grid: rows (H,), columns (W,) -> (H, W, 2)."""
+        y, x = y_um[:, None, None], x_um[None, :, None]
+        out = y * self.matrix[:, 0] + x * self.matrix[:, 1] + self.offset_um
+        relative_y, relative_x = (y - self.centre_um[0]) / self.half_um, (x - self.centre_um[1]) / self.half_um
+        out = out + self.shift_um + relative_y * self.shear_um[:, 0] + relative_x * self.shear_um[:, 1]
+        if self.knots_um is not None:
+            return out + spline_grid(y_um, x_um, self._origin, self._spacing, self.knots_um)
+        if self._fixed is None:
+            return out
+        knots = torch.from_numpy(self._fixed.coefficients_um).to(y_um)
+        return out + spline_grid(y_um, x_um, self._fixed.origin_um, self._fixed.spacing_um, knots)
 
 
 def sample_window(

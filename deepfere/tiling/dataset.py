@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
@@ -12,6 +13,23 @@ from deepfere.tiling.patches import MIXED_GROUPS, PatchReader, PatchSource
 
 MOST_BLOCKS = 16384
 """Of a longer training steps share blocks, and several workers then mix their patches otherwise than one does."""
+
+
+STEP_S = 0.01
+"""Between two steps of Ray Data's executor. While its output is not wanted yet it finds finished tasks whose results it
+may not take, so it does not wait for any and turns in a loop, on a core that training could use."""
+
+
+def _paced(dataset: Any) -> Any:
+    """The dataset, its executor resting between steps. It deals with all that is there in one step, however many."""
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    class Rest(ExecutionCallback):
+        def on_execution_step(self, executor: Any) -> None:
+            time.sleep(STEP_S)
+
+    dataset.context.custom_execution_callback_classes.append(Rest)
+    return dataset
 
 
 class LoadPatches:
@@ -56,7 +74,7 @@ def patch_dataset(
     # One block for what one worker takes in one step: dealt out in turn, they give every step its own patches, however
     # many workers there are.
     dataset = ray.data.from_items(rows, override_num_blocks=max(1, min(MOST_BLOCKS, len(rows) // batch)))
-    return dataset.map_batches(
+    patches = dataset.map_batches(
         LoadPatches,
         fn_constructor_args=([asdict(s) for s in sources], patch_px, shape_px),
         batch_size=batch,
@@ -64,3 +82,4 @@ def patch_dataset(
         # They ask for no CPU: where training has taken them all, its own input would wait for ever.
         num_cpus=0,
     )
+    return _paced(patches)

@@ -154,7 +154,7 @@ def core_window(
     """Plane rows and columns (r0, r1, c0, c1) that a patch's core needs, with room for the registration."""
     (i0, j0), c = source.cells[patch], source.context_px
     core = Cells(i0 + c, i0 + patch_px - c, j0 + c, j0 + patch_px - c)
-    return spec.window(alignment.map(spec.points_um(core, source.radius_px)), source.margin_px)
+    return spec.window(alignment, core, source.radius_px, source.margin_px)
 
 
 def plane_shape(sources: list[PatchSource], patch_px: int) -> tuple[int, int]:

@@ -136,8 +136,8 @@ class JointModel(nn.Module):
         i0, j0 = batch["cell"][n]
         core = Cells(i0 + c, i0 + p - c, j0 + c, j0 + p - c)
         r = self.network.radius_px
-        points = torch.from_numpy(spec.points_um(core, r)).to(planes.device)
-        slide = self._registration(section)(points.reshape(-1, 2)).reshape(points.shape)
+        y, x = (torch.from_numpy(axis).to(planes.device) for axis in spec.axes_um(core, r))
+        slide = self._registration(section).grid(y, x)
         row, col = batch["origin"][n]
         features, cover = spec.features(planes.float(), (row, col), slide)
         inner = cover[r : cover.shape[0] - r, r : cover.shape[1] - r]
