@@ -11,7 +11,7 @@ import pytest
 
 from deepfere import rows as module
 from deepfere import schedule
-from deepfere.cluster import Journal
+from deepfere.cluster import MEMORY, THREADS, Journal
 from deepfere.errors import DeepfereError, InputError
 from deepfere.rows import Phase, RowWorker, Stream
 from deepfere.schedule import run_jobs, run_rows
@@ -147,6 +147,21 @@ def test_a_row_that_kills_its_actors_is_named(ray_session, tmp_path, monkeypatch
     with pytest.raises(DeepfereError, match=r"rows: 1 of 2 pieces failed; first 2: .* lost 3 times"):
         run_rows(rows, Noting, (str(tmp_path), "job"), what="rows")
     assert set(Journal(tmp_path / "job", "f").done()) == {"1"}
+
+
+class Environment(RowWorker):
+    """Tells what its process was begun with."""
+
+    def work(self, row):
+        return {name: os.environ.get(name) for name in (*THREADS, *MEMORY)}
+
+
+@pytest.mark.ray
+def test_workers_have_one_thread_and_keep_their_memory(ray_session):
+    found = []
+    run_rows([{"unit": "1"}], Environment, (), what="rows", on_done=found.append)
+    wanted = {**dict.fromkeys(THREADS, "1"), **MEMORY}
+    assert [{name: record[name] for name in wanted} for record in found] == [wanted]
 
 
 @pytest.mark.ray
