@@ -276,6 +276,25 @@ def test_loaders_hold_few_sections(source, monkeypatch):
     assert load._reader.cache_info().currsize == 2 * MIXED_GROUPS
 
 
+@pytest.mark.ray
+def test_the_executor_of_the_patches_rests_between_steps(ray_session, source):
+    """Once, however many datasets a process makes; other datasets have their own."""
+    import ray
+
+    from deepfere.tiling import dataset
+
+    patches, _, _ = source
+    rows = [{"section": 0, "patch": 0, "step": n, "flip_y": 0, "flip_x": 0} for n in range(4)]
+    shape = plane_shape([patches], 5)
+    for _ in range(2):
+        made = dataset.patch_dataset(rows, [patches], 5, shape, 2, 1)
+        (rest,) = made.context.custom_execution_callback_classes
+        assert rest().on_execution_step(None) is None
+        assert not ray.data.DataContext.get_current().custom_execution_callback_classes
+    batches = list(made.iter_batches(batch_size=2))
+    assert [batch["step"].tolist() for batch in batches] == [[0, 1], [2, 3]]
+
+
 @pytest.fixture
 def source(tmp_path):
     from deepfere.store import create_array, open_group

@@ -85,8 +85,8 @@ class GuideSpec:
 
     def slide_points_um(self, alignment: Alignment, cells: Cells, context_px: int, device: str = "cpu") -> Tensor:
         """Slide positions of `points_um`, computed on a device."""
-        y, x = (torch.from_numpy(axis).to(device) for axis in self.axes_um(cells, context_px))
-        return mapped_grid(alignment, y, x)
+        y, x = (torch.from_numpy(axis) for axis in self.axes_um(cells, context_px))
+        return mapped_grid(alignment, y, x, device)
 
     def axes_um(self, cells: Cells, context_px: int) -> tuple[Points, Points]:
         """Of `points_um`, the rows' y and the columns' x."""

@@ -80,14 +80,15 @@ def spline_grid(
     """`spline` at all points of a grid: rows (H,), columns (W,) -> (H, W, 2).
 
     Knots act along rows and columns separately, so that two products of small matrices do what takes sixteen knots at
-    every point.
+    every point. The axes are on the host, so that a device is not waited for to read them; the rest is where the knots
+    are.
     """
     (wy, rows), (wx, cols) = (
         _weights(axis, origin_um[d], spacing_um[d], knots_um.shape[d]) for d, axis in enumerate((y_um, x_um))
     )
     near = knots_um[rows, cols]
-    across = torch.einsum("wj,ijc->icw", wx, near)
-    return torch.einsum("hi,icw->hwc", wy, across)
+    across = torch.einsum("wj,ijc->icw", wx.to(near), near)
+    return torch.einsum("hi,icw->hwc", wy.to(near), across)
 
 
 def _weights(axis_um: Tensor, origin_um: float, spacing_um: float, count: int) -> tuple[Tensor, slice]:
@@ -95,8 +96,7 @@ def _weights(axis_um: Tensor, origin_um: float, spacing_um: float, count: int) -
     rel = (axis_um - origin_um) / spacing_um
     base = rel.floor()
     first = base.long() - 1
-    knots = torch.arange(count, device=axis_um.device)
-    place = knots[None] - first[:, None]  # 0 to 3 where a knot acts
+    place = torch.arange(count)[None] - first[:, None]  # 0 to 3 where a knot acts
     acts = (place >= 0) & (place < 4)
     weights = _cubic_basis(rel - base).gather(1, place.clamp(0, 3)) * acts
     used = acts.any(0).nonzero().flatten().tolist()
@@ -104,14 +104,24 @@ def _weights(axis_um: Tensor, origin_um: float, spacing_um: float, count: int) -
     return weights[:, some], some
 
 
-def mapped_grid(alignment: Alignment, y_um: Tensor, x_um: Tensor) -> Tensor:
-    """`Alignment.map` of all points of a grid: rows (H,), columns (W,), float64, um -> slide um (H, W, 2)."""
-    matrix, offset = (torch.from_numpy(part).to(y_um) for part in (alignment.matrix, alignment.offset_um))
-    out = y_um[:, None, None] * matrix[:, 0] + x_um[None, :, None] * matrix[:, 1] + offset
+def mapped_grid(alignment: Alignment, y_um: Tensor, x_um: Tensor, device: str = "cpu") -> Tensor:
+    """`Alignment.map` of all points of a grid, on a device.
+
+    Args:
+        alignment: Section to slide.
+        y_um: (H,) float64, of the rows, on the host.
+        x_um: (W,) of the columns.
+        device: Where the positions are computed, and stay.
+
+    Returns:
+        Slide micrometres (H, W, 2).
+    """
+    matrix, offset = (torch.from_numpy(part).to(device) for part in (alignment.matrix, alignment.offset_um))
+    out = y_um.to(device)[:, None, None] * matrix[:, 0] + x_um.to(device)[None, :, None] * matrix[:, 1] + offset
     bend = alignment.displacement
     if bend is None:
         return out
-    knots = torch.from_numpy(bend.coefficients_um).to(y_um)
+    knots = torch.from_numpy(bend.coefficients_um).to(device)
     return out + spline_grid(y_um, x_um, bend.origin_um, bend.spacing_um, knots)
 
 
@@ -188,8 +198,8 @@ class Registration(nn.Module):
         return out
 
     def grid(self, y_um: Tensor, x_um: Tensor) -> Tensor:
-        """`forward` of all points of a grid: rows (H,), columns (W,) -> (H, W, 2)."""
-        y, x = y_um[:, None, None], x_um[None, :, None]
+        """`forward` of all points of a grid: rows (H,), columns (W,), both on the host -> (H, W, 2)."""
+        y, x = y_um.to(self.matrix)[:, None, None], x_um.to(self.matrix)[None, :, None]
         out = y * self.matrix[:, 0] + x * self.matrix[:, 1] + self.offset_um
         relative_y, relative_x = (y - self.centre_um[0]) / self.half_um, (x - self.centre_um[1]) / self.half_um
         out = out + self.shift_um + relative_y * self.shear_um[:, 0] + relative_x * self.shear_um[:, 1]
@@ -197,7 +207,7 @@ class Registration(nn.Module):
             return out + spline_grid(y_um, x_um, self._origin, self._spacing, self.knots_um)
         if self._fixed is None:
             return out
-        knots = torch.from_numpy(self._fixed.coefficients_um).to(y_um)
+        knots = torch.from_numpy(self._fixed.coefficients_um).to(self.matrix)
         return out + spline_grid(y_um, x_um, self._fixed.origin_um, self._fixed.spacing_um, knots)
 
 

@@ -20,16 +20,16 @@ STEP_S = 0.01
 may not take, so it does not wait for any and turns in a loop, on a core that training could use."""
 
 
-def _paced(dataset: Any) -> Any:
-    """The dataset, its executor resting between steps. It deals with all that is there in one step, however many."""
+@lru_cache(maxsize=1)
+def _rest() -> Any:
+    """What has Ray Data's executor rest between steps. In one step it deals with all that is there, however much."""
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 
     class Rest(ExecutionCallback):
         def on_execution_step(self, executor: Any) -> None:
             time.sleep(STEP_S)
 
-    dataset.context.custom_execution_callback_classes.append(Rest)
-    return dataset
+    return Rest
 
 
 class LoadPatches:
@@ -82,4 +82,6 @@ def patch_dataset(
         # They ask for no CPU: where training has taken them all, its own input would wait for ever.
         num_cpus=0,
     )
-    return _paced(patches)
+    # A new list: the one that is there may be that of all datasets of this process.
+    patches.context.custom_execution_callback_classes = [_rest()]
+    return patches

@@ -136,7 +136,7 @@ class JointModel(nn.Module):
         i0, j0 = batch["cell"][n]
         core = Cells(i0 + c, i0 + p - c, j0 + c, j0 + p - c)
         r = self.network.radius_px
-        y, x = (torch.from_numpy(axis).to(planes.device) for axis in spec.axes_um(core, r))
+        y, x = (torch.from_numpy(axis) for axis in spec.axes_um(core, r))
         slide = self._registration(section).grid(y, x)
         row, col = batch["origin"][n]
         features, cover = spec.features(planes.float(), (row, col), slide)
