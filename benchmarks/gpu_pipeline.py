@@ -27,7 +27,6 @@ from safetensors.torch import save_file
 from deepfere.cluster import connect
 from deepfere.config import RaySettings, load_config
 from deepfere.frame import Alignment, SectionGrid
-from deepfere.model.detail import DetailModel
 from deepfere.model.features import FEATURES, PLANES, StainReference
 from deepfere.model.guide import GuideSpec
 from deepfere.model.network import FusionNetwork
@@ -116,26 +115,19 @@ def rate(folder: Path, section: SectionModel, shards: ShardGrid, device: str, pe
 
 def alone(folder: Path, section: SectionModel, shards: ShardGrid, device: str) -> tuple[float, float]:
     """Output Mpx/s of one worker in this process, and the share of its time in the model."""
-    out, window, model_s = folder / f"alone-{device}", DetailModel.with_stain, [0.0]
+    out = folder / f"alone-{device}"
     config = load_config(None, ["tracking.uri=none"])
     write._create(place(out), shards, [shards.shape_px], FACTORS, config, "benchmark")
     worker = DetailWorker(section, str(out), shards, str(folder / "journal-alone"), "", [1.0] * FACTORS, device)
 
-    def timed(self: Any, *arguments: Any) -> Any:
-        began = time.perf_counter()
-        try:
-            return window(self, *arguments)
-        finally:
-            model_s[0] += time.perf_counter() - began
-
     rows = [{"unit": str(n), "row": r, "col": c} for n, (r, c) in enumerate(np.ndindex(*shards.shards))][:4]
     worker.work(rows[0])
-    with mock.patch.object(DetailModel, "with_stain", timed):
+    with distributed.time_in_model() as model_s:
         began = time.perf_counter()
         for row in rows:
             worker.work(row)
         took = time.perf_counter() - began
-    return len(rows) * shards.shard_px**2 / took / 1e6, model_s[0] / took
+    return len(rows) * shards.shard_px**2 / took / 1e6, sum(model_s) / took
 
 
 def reconstruction(scratch: Path, quick: bool, gpu: bool, rows: list[Row]) -> None:

@@ -172,7 +172,7 @@ class GuideSpec:
 
 
 def features_of(
-    spec: GuideSpec, planes_at: Any, alignment: Alignment, cells: Cells, context_px: int = 0, device: str = "cpu"
+    spec: GuideSpec, planes_at: Any, alignment: Alignment, cells: Cells, context_px: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Features (F, H, W) and cover (H, W) of a window, planes fetched as needed.
 
@@ -182,15 +182,14 @@ def features_of(
         alignment: Section to slide.
         cells: Window of measured pixels.
         context_px: High-resolution context around it.
-        device: Where they are computed, and stay.
     """
-    return spec.features_at(*sampled_of(spec, planes_at, alignment, cells, context_px, device))
+    return spec.features_at(*sampled_of(spec, planes_at, alignment, cells, context_px))
 
 
 def sampled_of(
     spec: GuideSpec, planes_at: Any, alignment: Alignment, cells: Cells, context_px: int = 0, device: str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """`GuideSpec.sample` of a window; arguments as for `features_of`."""
+    """`GuideSpec.sample` of a window; arguments as for `features_of`, and the device where it is computed and stays."""
     slide_um = spec.slide_points_um(alignment, cells, context_px, device)
     r0, r1, c0, c1 = spec.window(alignment, cells, context_px)
     planes = torch.from_numpy(planes_at(r0, r1, c0, c1)).to(device)

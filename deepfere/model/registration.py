@@ -190,12 +190,8 @@ class Registration(nn.Module):
         out = points_um @ self.matrix.T + self.offset_um
         relative = (points_um - self.centre_um) / self.half_um
         out = out + self.shift_um + relative @ self.shear_um.T
-        if self.knots_um is not None:
-            out = out + spline(points_um, self._origin, self._spacing, self.knots_um)
-        elif self._fixed is not None:
-            knots = torch.from_numpy(self._fixed.coefficients_um).to(points_um)
-            out = out + spline(points_um, self._fixed.origin_um, self._fixed.spacing_um, knots)
-        return out
+        bend = self._bend()
+        return out if bend is None else out + spline(points_um, *bend)
 
     def grid(self, y_um: Tensor, x_um: Tensor) -> Tensor:
         """`forward` of all points of a grid: rows (H,), columns (W,), both on the host -> (H, W, 2)."""
@@ -203,12 +199,17 @@ class Registration(nn.Module):
         out = y * self.matrix[:, 0] + x * self.matrix[:, 1] + self.offset_um
         relative_y, relative_x = (y - self.centre_um[0]) / self.half_um, (x - self.centre_um[1]) / self.half_um
         out = out + self.shift_um + relative_y * self.shear_um[:, 0] + relative_x * self.shear_um[:, 1]
+        bend = self._bend()
+        return out if bend is None else out + spline_grid(y_um, x_um, *bend)
+
+    def _bend(self) -> tuple[tuple[float, float], tuple[float, float], Tensor] | None:
+        """The spline's origin, spacing and knots, trainable or as they were at the start."""
         if self.knots_um is not None:
-            return out + spline_grid(y_um, x_um, self._origin, self._spacing, self.knots_um)
+            return self._origin, self._spacing, self.knots_um
         if self._fixed is None:
-            return out
+            return None
         knots = torch.from_numpy(self._fixed.coefficients_um).to(self.matrix)
-        return out + spline_grid(y_um, x_um, self._fixed.origin_um, self._fixed.spacing_um, knots)
+        return self._fixed.origin_um, self._fixed.spacing_um, knots
 
 
 def sample_window(
