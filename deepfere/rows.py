@@ -10,6 +10,7 @@ holds a few jobs for each actor, however many there are.
 
 from __future__ import annotations
 
+import traceback
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -19,7 +20,7 @@ from typing import Any
 
 from deepfere.cluster import Journal
 from deepfere.errors import DeepfereError, InputError, system_text
-from deepfere.stopping import requested
+from deepfere.stopping import Stopped, following, requested
 
 Row = dict[str, Any]
 Record = dict[str, Any]
@@ -62,7 +63,10 @@ class RowWorker(ABC):
                 out.append({"unit": row["unit"], "stopped": True})
                 continue
             try:
-                done[row["unit"]] = self.work(row)
+                with following(stop):
+                    done[row["unit"]] = self.work(row)
+            except Stopped:
+                out.append({"unit": row["unit"], "stopped": True})
             except Exception as error:
                 out.append({"unit": row["unit"], **told(error)})
         if self.journal is not None and done:
@@ -80,10 +84,12 @@ def told(error: Exception) -> Record:
         parts = {"what": error.what, "where": error.where and str(error.where), "remedy": error.remedy}
         return {"error": str(error), "input": parts}
     if isinstance(error, OSError) and error.errno is not None:
-        return {"error": system_text(error)}
-    if isinstance(error, DeepfereError):
-        return {"error": str(error)}
-    return {"error": f"{type(error).__name__}: {error}"}
+        text = system_text(error)
+    elif isinstance(error, MemoryError):
+        text = "the memory does not suffice"
+    else:
+        text = str(error) if isinstance(error, DeepfereError) else f"{type(error).__name__}: {error}"
+    return {"error": text, "trace": "".join(traceback.format_exception(error))}
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ class Phase:
     """Rows that one kind of worker carries out, in any order.
 
     Attributes:
-        what: Name of the work for messages.
+        what: Name of the work for messages; nothing where its only row needs none.
         worker: Built with ``arguments`` in every actor that takes part.
         arguments: Plain, small values and paths.
         rows: Taken when there is an actor for them.
@@ -253,8 +259,12 @@ class Stream:
 def _failure(phase: Phase, failed: list[Record]) -> DeepfereError:
     """What the failures of a phase's rows amount to."""
     first = failed[0]
-    pieces = f"{len(failed)} of {phase.count} pieces failed"
+    pieces = f"{phase.what}: {len(failed)} of {phase.count} pieces failed"
     if all("input" in record for record in failed):
         parts = first["input"]
-        return InputError(f"{parts['what']} ({phase.what}: {pieces})", where=parts["where"], remedy=parts["remedy"])
-    return DeepfereError(f"{phase.what}: {pieces}; first {first['unit']}: {first['error']}")
+        what = f"{parts['what']} ({pieces})" if phase.what else parts["what"]
+        return InputError(what, where=parts["where"], remedy=parts["remedy"])
+    failure = DeepfereError(f"{pieces}; first {first['unit']}: {first['error']}" if phase.what else first["error"])
+    if "trace" in first:
+        failure.add_note(f"In the worker:\n{first['trace']}")  # for the failure's log
+    return failure

@@ -162,6 +162,8 @@ class Pool:
     def _grow(self, stream: Stream) -> None:
         import ray
 
+        if not stream.fill(1):
+            return  # what has no rows for anybody is carried out without Ray
         if (now := time.monotonic()) - self._sized_s >= RESIZE_EVERY_S:
             self._sized_s = now
             have = ray.cluster_resources()
@@ -297,23 +299,11 @@ def run_jobs(
                 own.close()
 
 
-def run_rows(
-    rows: Iterable[Row],
-    worker: type[RowWorker],
-    arguments: tuple[Any, ...],
-    *,
-    what: str,
-    on_done: Callable[[Record], None] | None = None,
-    inline_up_to: int = 0,
-) -> None:
+def run_phase(phase: Phase, inline_up_to: int = 0) -> None:
     """Carry out rows of one kind: pixels stay in the workers, rows and records are small.
 
     Args:
-        rows: Plain dicts with a key ``unit``.
-        worker: A `RowWorker` class; built once per actor with ``arguments``.
-        arguments: Constructor arguments.
-        what: Name of the work for messages.
-        on_done: Called in the driver with each record as it arrives.
+        phase: The rows and who carries them out.
         inline_up_to: So few rows are carried out right here: starting actors would cost more.
 
     Raises:
@@ -321,7 +311,5 @@ def run_rows(
         DeepfereError: Some rows failed for another reason.
         Stopped: The run was asked to stop; rows that had been begun are done.
     """
-    todo = list(rows)
-    phase = Phase(what, worker, arguments, todo, len(todo), on_done)
-    if todo:
-        run_jobs([(what, (one for one in [phase]))], title=worker.__name__, here=len(todo) <= inline_up_to)
+    jobs = [(phase.what, (one for one in [phase]))]
+    run_jobs(jobs, title=phase.worker.__name__, here=phase.count <= inline_up_to)

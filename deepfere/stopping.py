@@ -165,6 +165,22 @@ def watched(
             file.unlink(missing_ok=True)
 
 
+@contextmanager
+def following(file: str) -> Iterator[None]:
+    """Be stopped by another process's file, as one of its workers is.
+
+    Args:
+        file: Of its run; nothing, if it has none.
+    """
+    global _current
+    outer = _current
+    _current = _Watch(place(file), lambda: None) if file else None
+    try:
+        yield
+    finally:
+        _current = outer
+
+
 def _out_of_time(file: Place, seconds: float) -> None:
     try:
         request(file, f"its time limit of {seconds:g} s is over")

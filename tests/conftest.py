@@ -19,6 +19,8 @@ import yaml
 from threadpoolctl import threadpool_limits
 
 from deepfere.config import RaySettings, load_config
+from deepfere.rows import Phase
+from deepfere.schedule import run_phase
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.pop("RAY_ADDRESS", None)
@@ -191,3 +193,9 @@ def footprint_means(image, factor: int):
     """Means over factor x factor pixels, in float64."""
     h, w = image.shape
     return np.asarray(image, np.float64).reshape(h // factor, factor, w // factor, factor).mean((1, 3))
+
+
+def run_rows(rows, worker, arguments, *, what, on_done=None, inline_up_to=0):
+    """Carry out rows as one phase."""
+    todo = list(rows)
+    run_phase(Phase(what, worker, arguments, todo, len(todo), on_done), inline_up_to)

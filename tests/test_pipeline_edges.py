@@ -15,8 +15,7 @@ from deepfere.cluster import one_thread
 from deepfere.errors import DeepfereError, InputError
 from deepfere.pipeline import check, fuse, overview, seal, track
 from deepfere.rows import RowWorker
-from deepfere.schedule import run_rows
-from tests.conftest import FACTOR
+from tests.conftest import FACTOR, run_rows
 
 pytestmark = pytest.mark.ray
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from deepfere import schedule
 from deepfere.cluster import MEMORY, THREADS, Journal
 from deepfere.errors import DeepfereError, InputError
 from deepfere.rows import Phase, RowWorker, Stream
-from deepfere.schedule import run_jobs, run_rows
+from deepfere.schedule import run_jobs
+from deepfere.stopping import Stopped, look, watched
+from deepfere.stopping import request as ask
+from tests.conftest import run_rows
 
 
 class Noting(RowWorker):
@@ -177,3 +181,46 @@ def test_a_pool_is_kept_for_all_that_is_carried_out_inside(made, ray_session, tm
     records = [Journal(tmp_path / job, "f").done() for job in ("a", "b")]
     assert [set(done) for done in records] == [{"1", "2"}] * 2
     assert len({record["pid"] for record in records[0].values()}) <= 2
+
+
+class Following(RowWorker):
+    """Fails, or works until it is asked to stop."""
+
+    def work(self, row):
+        if row.get("broken"):
+            raise RuntimeError("the disk controller caught fire")
+        Path(row["begun"]).touch()
+        while True:
+            time.sleep(0.01)
+            look()
+
+
+@pytest.mark.parametrize("inline", [0, 9])
+def test_a_workers_own_traceback_is_kept_for_the_log(request, inline):
+    if not inline:
+        request.getfixturevalue("ray_session")
+    with pytest.raises(DeepfereError) as caught:
+        run_rows([{"unit": "1", "broken": True}], Following, (), what="", inline_up_to=inline)
+    assert str(caught.value) == "RuntimeError: the disk controller caught fire"
+    (note,) = caught.value.__notes__
+    assert "in work\n" in note and 'raise RuntimeError("the disk' in note
+
+
+@pytest.mark.parametrize("inline", [0, 9])
+def test_a_long_row_that_looks_is_stopped_within(request, tmp_path, inline):
+    if not inline:
+        request.getfixturevalue("ray_session")
+    told = []
+
+    def stop() -> None:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        ask(tmp_path / "stop", "enough")
+
+    asking = threading.Thread(target=stop)
+    with pytest.raises(Stopped, match="enough"), watched(tmp_path):
+        asking.start()
+        row = {"unit": "1", "begun": str(tmp_path / "begun")}
+        run_rows([row], Following, (), what="rows", on_done=told.append, inline_up_to=inline)
+    asking.join()
+    assert told == []

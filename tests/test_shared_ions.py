@@ -265,7 +265,7 @@ def test_axes_that_agree_are_kept_and_others_become_peaks(study):
 
 
 def test_failures_of_the_machine_and_of_the_input_are_told_apart(study, monkeypatch):
-    import deepfere.pipeline.study as module
+    import deepfere.pipeline.sections as module
 
     study.write(a=of(spectra(COMMON, seed=1)), b=of(spectra(COMMON, seed=2)), c=of(spectra(COMMON, seed=3)))
     ingest = module.ingest_stage

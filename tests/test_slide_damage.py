@@ -22,10 +22,10 @@ from deepfere.model.features import StainReference
 from deepfere.pipeline.tile import native_tiles
 from deepfere.readers.slide import Reading, open_slide, opened
 from deepfere.reconstruction.shards import CacheWorker
-from deepfere.schedule import run_rows
 from deepfere.store import shard_object
 from deepfere.tiling.cache import CacheSpec, create_cache, distinct_native_tiles
 from deepfere.tiling.plan import SHARD_PX, PlaneGrid, group_shards
+from tests.conftest import run_rows
 
 from .test_reader_tiff import picture, write_jpeg_tiff
 

@@ -21,9 +21,8 @@ from deepfere.errors import InputError
 from deepfere.pipeline.workspace import Workspace
 from deepfere.pipeline.write import shard_phases
 from deepfere.rows import RowWorker
-from deepfere.schedule import run_rows
 from deepfere.training import trainer
-from tests.conftest import FACTOR, contents
+from tests.conftest import FACTOR, contents, run_rows
 
 ARRAYS = ("basis", "denoised", "detail", "measured", "overview", "stain", "uncertainty")
 

@@ -10,13 +10,14 @@ import yaml
 
 from deepfere.errors import InputError, SectionFailures
 from deepfere.frame import Alignment
+from deepfere.measured.store import open_measured
 from deepfere.pipeline.study import run_stage
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
-def study(phantom, tmp_path, cli):
+def study(phantom, tmp_path, cli, ray_session):
     """A phantom four times, placed by hand: one on a damaged slide, one placed beside its slide."""
     truth = Alignment.load(phantom.truth / "alignment.json")
     truth.save(tmp_path / "right.json")
@@ -74,25 +75,25 @@ def test_all_missing_files_are_told_before_anything_is_begun(study):
     assert "2 of 3 sections failed; nothing was begun" in done.err
 
 
-def test_a_failure_that_is_not_the_inputs_makes_it_exit_1(study, monkeypatch):
-    import deepfere.pipeline.study as module
-
+def test_a_failure_that_is_not_the_inputs_makes_it_exit_1(study):
+    """One section's work cannot be written: something stands where its folder is to be."""
     study.write(a={}, b={"slide": "damaged.tiff"}, c={})
-    ingest = module.ingest_stage
-
-    def full(section, *rest):
-        if section.name == "c":
-            raise OSError(28, "No space left on device", "/somewhere")
-        ingest(section, *rest)
-
-    monkeypatch.setattr(module, "ingest_stage", full)
+    assert study.run("ingest").code == 2
+    ions = f"ingest.mz={open_measured(study.work / 'sections' / 'a' / 'measured.zarr').mz[:2].tolist()}"
+    shutil.rmtree(study.work)
+    assert study.run("ingest", ions).code == 2 and study.made("ingest") == ["a", "c"]
+    folder = study.work / "sections" / "c"
+    shutil.rmtree(folder)
+    folder.write_text("in the way")
+    (study.work / "done" / "ingest-c.json").unlink()
     with pytest.raises(SectionFailures) as caught:
-        run_stage("ingest", study.manifest, study.work, overrides=["tracking.uri=none"], progress=lambda *_: None)
+        settings = ["tracking.uri=none", ions]
+        run_stage("ingest", study.manifest, study.work, overrides=settings, factor=4, progress=lambda *_: None)
     assert not caught.value.all_input and [f[0] for f in caught.value.found] == ["b", "c"]
     assert isinstance(caught.value.found[0][2], InputError)
-    assert "/somewhere: No space left on device" in caught.value.lines[1]
+    assert "section c, ingest: " in caught.value.lines[1] and "Not a directory" in caught.value.lines[1]
     assert json.loads((study.work / "identity.json").read_text())["failed"] == ["b", "c"]
-    done = study.run("ingest")
+    done = study.run("ingest", ions)
     assert done.code == 1 and done.err.count("failed: ") == 1 and done.err.count("error: ") == 1
 
 
@@ -101,5 +102,5 @@ def test_a_study_that_can_do_nothing_leaves_nothing(study, tmp_path):
         shutil.copy(study.whole["msi"], tmp_path / f"{name}.imzML")
         (tmp_path / f"{name}.ibd").write_bytes(b"not much")
     study.write(a={"msi": "one.imzML"}, b={"msi": "two.imzML"})
-    done = study.run("ingest", "ingest.mz=[700.5]")
+    done = study.run("ingest")
     assert done.code == 2 and done.err.count("error: section ") == 2 and not study.work.exists()

@@ -13,15 +13,16 @@ class Failures:
     """What failed so far in a study.
 
     Args:
-        sections: How many the study has; one alone fails as it does, and is not collected.
+        sections: Names of all that the study has; one alone fails as it does, and is not collected.
         work: Keeps the details of failures that are not the input's.
 
     Attributes:
-        found: (section, stage, error) of each failure.
+        found: (section, stage, error) of each failure, in the order of the sections.
     """
 
-    def __init__(self, sections: int, work: Workspace) -> None:
-        self.sections, self.work = sections, work
+    def __init__(self, sections: list[str], work: Workspace) -> None:
+        self.sections, self.work = len(sections), work
+        self._order = {name: n for n, name in enumerate(sections)}
         self.found: list[tuple[str, str, DeepfereError]] = []
 
     def of(self, section: str, stage: str, do: Callable[[], Any]) -> bool:
@@ -38,6 +39,7 @@ class Failures:
                 do()
         except DeepfereError as error:
             self.found.append((section, stage, error))
+            self.found.sort(key=lambda failure: self._order[failure[0]])
             return False
         return True
 

@@ -18,6 +18,7 @@ from deepfere.measured.sampled import PeakSpec, Sample, load_sample, save_sample
 from deepfere.measured.store import open_measured
 from deepfere.pipeline.failures import Failures
 from deepfere.pipeline.prepare import is_ingested, treatment_of
+from deepfere.pipeline.side_by_side import SectionWorker, SideBySide
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.places import reading, writing
 from deepfere.section import Section
@@ -30,10 +31,12 @@ def shared_ions(
     config: Config,
     progress: Progress,
     failures: Failures,
+    beside: SideBySide,
 ) -> SharedIons | None:
     """Ions for all sections, where not every one of them brings the same already.
 
-    A section's spectra are sampled once, and what they show is kept with its work: one sample is held at a time.
+    A section's spectra are sampled once, by whichever worker is free, and what they show is kept with its work: one
+    sample is held at a time.
 
     Args:
         sections: Of the study.
@@ -42,6 +45,7 @@ def shared_ions(
         config: Settings.
         progress: Called with (stage, share).
         failures: Gets the sections that cannot be used.
+        beside: Looks at them.
 
     Returns:
         The ions; None where a list is given, where there is one section, or where the sections share their axis.
@@ -53,13 +57,13 @@ def shared_ions(
     if config.ingest.mz is not None or len(sections) < 2:
         return None
     looked = [_Look(section, digests, work, config) for section, digests in zip(sections, inputs, strict=True)]
-    usable = [look for look in looked if failures.of(look.section.name, "look", look.run)]
+    beside.each(LookWorker, ((look.section, look.inputs) for look in looked), partial(progress, "look"))
+    broken = set(failures.names)
+    usable = [look for look in looked if look.section.name not in broken]
     if _one_axis(usable):
         return None
     _refuse_mixtures(usable)
-    for n, look in enumerate(usable):
-        progress("sample", n / len(usable))
-        failures.of(look.section.name, "sample", look.sample)
+    beside.each(SampleWorker, ((look.section, look.inputs) for look in usable), partial(progress, "sample"))
     failures.stop("the ions are common to all sections: none is ingested before all can be sampled")
     # In an order of their own: the manifest's must not change a digit.
     usable.sort(key=lambda look: look.key)
@@ -175,6 +179,26 @@ class _Look:
                 remedy="say in the manifest which range was scanned (mz_range: [100, 1000]): ions in it are then zero; "
                 "or leave such ions out of the study (ingest.mz_range=[100,1000])",
             )
+
+
+class LookWorker(SectionWorker):
+    """Notes what the files say."""
+
+    stage = "look"
+
+    def do(self, section: Section, inputs: dict[str, str], progress: Progress) -> None:
+        """See `SectionWorker`."""
+        _Look(section, inputs, self.folder, self.config).run()
+
+
+class SampleWorker(SectionWorker):
+    """Looks at a sample of the spectra."""
+
+    stage = "sample"
+
+    def do(self, section: Section, inputs: dict[str, str], progress: Progress) -> None:
+        """See `SectionWorker`."""
+        _Look(section, inputs, self.folder, self.config).sample()
 
 
 def _one_axis(looks: list[_Look]) -> bool:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from deepfere.cluster import one_thread
+from deepfere.cluster import connect, one_thread
 from deepfere.config import Config, digest, load_config
 from deepfere.errors import DeepfereError, InputError, SectionFailures
-from deepfere.measured.peaks import SharedIons
 from deepfere.measured.raster import plan_raster
 from deepfere.measured.regions import find_regions
 from deepfere.model.network import network_from_config
 from deepfere.pipeline.deep import check_patches
 from deepfere.pipeline.failures import Failures
 from deepfere.pipeline.fuse import (
-    check_files,
     check_output,
     check_resources,
     input_digests,
@@ -27,12 +25,12 @@ from deepfere.pipeline.fuse import (
     with_teaching_points,
 )
 from deepfere.pipeline.given import GivenModel
-from deepfere.pipeline.ions import shared_ions
 from deepfere.pipeline.job import Job
-from deepfere.pipeline.learn import learn_stage, same_ions
-from deepfere.pipeline.prepare import Prepared, align_stage, ingest_stage, is_ingested, load_alignment, prepared
+from deepfere.pipeline.learn import learn_stage
+from deepfere.pipeline.prepare import is_ingested, prepared
 from deepfere.pipeline.seal import Outcome
-from deepfere.pipeline.tile import tile_stage
+from deepfere.pipeline.sections import prepare_sections
+from deepfere.pipeline.side_by_side import Together
 from deepfere.pipeline.track import Run, tracked
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.pipeline.write import reconstruct_phases
@@ -186,12 +184,14 @@ def run_stage(
     with work.locked() as check, watched(work.root, settings.run.time_limit_s, check):
         if job.depth >= 2:
             check_resources(settings, settings.guide, stage == "reconstruct")
+        elif settings.guide and len(sections) > 1:
+            connect(settings.ray)
         resumed = work.claim(whose, overwrite, parts=parts)
-        failures = Failures(len(sections), work)
+        failures = Failures([s.name for s in sections], work)
         try:
             with work.failures(), one_thread():
                 with pool("prepare"):
-                    lines = _prepare_all(job, work, failures, progress)
+                    lines = prepare_sections(job, work, failures, progress)
                 if job.depth >= 3:
                     lines = _learn_and_write(job, work, failures, progress)
                 failures.stop()
@@ -228,66 +228,13 @@ def _all_digests(sections: list[Section], config: Config) -> list[dict[str, str]
     return out
 
 
-def _prepare_all(job: Job, work: Workspace, failures: Failures, progress: Progress) -> list[str]:
-    """Ingest, align and tile what the stage needs, section by section; memory is that of one."""
-    shared = shared_ions(job.sections, job.inputs, work, job.config, progress, failures)
-    lines: list[str] = []
-    first: Prepared | None = None
-    differ = False
-    broken = set(failures.names)
-    for section, digests in zip(job.sections, job.inputs, strict=True):
-        if section.name in broken:
-            continue
-        prep = _prepare(job, section, digests, shared, work, failures, progress)
-        if prep is not None:
-            first = first or prep
-            differ = differ or not same_ions(first, prep)
-            lines.append(_line(job.stage, prep))
-    if job.depth >= 3:
-        failures.stop("the others are prepared, but learning takes all of them: mend or remove these")
-    if differ:
-        lines.append("note: the sections have different ions; train needs one list for all (ingest.mz)")
-    return lines
-
-
-def _prepare(
-    job: Job,
-    section: Section,
-    digests: dict[str, str],
-    shared: SharedIons | None,
-    work: Workspace,
-    failures: Failures,
-    progress: Progress,
-) -> Prepared | None:
-    """One section up to the job's stage; None where it failed."""
-    config, name = job.config, section.name
-    tell = _labelled(progress, name if len(job.sections) > 1 else "")
-    made: list[Prepared] = []
-
-    def ingested() -> None:
-        check_files(section, config)
-        ingest_stage(section, digests, work, config, tell, shared)
-        made.append(prepared(section, work, config))
-
-    if not failures.of(name, "ingest", ingested):
-        return None
-    (prep,) = made
-    todo: dict[str, Callable[[], None]] = {}
-    if config.guide and job.depth >= 1:
-        todo["align"] = partial(align_stage, prep, digests, work, config, tell)
-    if config.guide and job.depth >= 2:
-        reach = job.given.network.settings["depth"] if job.given else None
-        todo["tile"] = partial(tile_stage, prep, digests, work, config, tell, reach)
-    return prep if all(failures.of(name, stage, do) for stage, do in todo.items()) else None
-
-
 def _learn_and_write(job: Job, work: Workspace, failures: Failures, progress: Progress) -> list[str]:
     with tracked(work, job.sections, job.inputs, job.config, job.target.name) as run:
         registered = _learn(job, work, run, progress)
         if job.stage == "train":
             where = f" (registered as {registered['name']} {registered['version']})" if registered else ""
             return [f"{section.name}: fitted{where}" for section in job.sections]
-        tell = _Together(progress, len(job.sections))
+        tell = Together(progress, len(job.sections))
         sections = ((s.name, _write(job, n, work, run, registered, tell)) for n, s in enumerate(job.sections))
         run_jobs(
             sections,
@@ -309,7 +256,7 @@ def _learn(job: Job, work: Workspace, run: Run, progress: Progress) -> dict[str,
     return job.named or run.log_learning(preps, job.inputs, history, timing)
 
 
-def _write(job: Job, n: int, work: Workspace, run: Run, registered: dict[str, str], tell: _Together) -> Phases:
+def _write(job: Job, n: int, work: Workspace, run: Run, registered: dict[str, str], tell: Together) -> Phases:
     """One section, from level 0 to the result in its place."""
     if not job.finished(n):
         section, out = job.sections[n], job.result(n)
@@ -326,38 +273,3 @@ def _failed(failures: Failures, name: str, error: Exception) -> None:
         raise error
 
     failures.of(name, "reconstruct", fail)
-
-
-class _Together:
-    """Progress of sections that are worked on at the same time."""
-
-    def __init__(self, progress: Progress, sections: int) -> None:
-        self._progress, self._sections, self._ended = progress, sections, 0
-        self._shares: dict[str, float] = {}
-
-    def of(self, section: str) -> Progress:
-        """What one of them tells."""
-
-        def tell(stage: str, share: float) -> None:
-            self._shares[section] = share
-            self._progress(stage, (self._ended + sum(self._shares.values())) / self._sections)
-
-        return tell
-
-    def end(self, section: str) -> None:
-        """It is done."""
-        self._shares.pop(section, None)
-        self._ended += 1
-
-
-def _labelled(progress: Progress, name: str) -> Progress:
-    return (lambda stage, share: progress(f"{stage} {name}", share)) if name else progress
-
-
-def _line(stage: str, prep: Prepared) -> str:
-    ny, nx = prep.measured.grid.shape_px
-    text = f"{prep.section.name}: {len(prep.measured.mz)} ions, {ny} x {nx} pixels"
-    if stage == "align":
-        evidence = load_alignment(prep.folder).evidence
-        text += f"; flip {evidence['flip']}, rotation {evidence['rotation_deg']} degrees, from {evidence['source']}"
-    return text

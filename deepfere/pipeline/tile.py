@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deepfere.cluster import Journal, connect
+from deepfere.cluster import Journal
 from deepfere.config import Config, digest
 from deepfere.frame import Alignment
 from deepfere.model.artefacts import Artefacts
@@ -24,7 +24,8 @@ from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace, writ
 from deepfere.places import Place, reading
 from deepfere.readers.slide import Reading
 from deepfere.reconstruction.shards import CacheWorker, PoolWorker
-from deepfere.schedule import run_rows
+from deepfere.rows import Phase, Phases
+from deepfere.schedule import run_jobs, run_phase
 from deepfere.store import create_array, open_group
 from deepfere.tiling.cache import CacheSpec, create_cache, distinct_native_tiles, is_cache
 from deepfere.tiling.plan import group_shards, needed_shards, plan_planes, plan_windows
@@ -70,7 +71,20 @@ def tile_stage(
     progress: Progress,
     depth: int | None = None,
 ) -> None:
-    """Plan, then decode the slide once into the plane cache (on Ray), then average over footprints.
+    """One section's `tile_phases`, carried out."""
+    name = prep.section.name
+    run_jobs([(name, tile_phases(prep, inputs, work, config, progress, depth))], title="tile")
+
+
+def tile_phases(
+    prep: Prepared,
+    inputs: dict[str, str],
+    work: Workspace,
+    config: Config,
+    progress: Progress,
+    depth: int | None = None,
+) -> Phases:
+    """Plan, then decode the slide once into the plane cache, then average over footprints.
 
     Args:
         prep: The section, aligned.
@@ -99,17 +113,12 @@ def tile_stage(
             create_cache(cache)
         finished = journal.done()
         todo = shards[np.array(["{}/{}".format(*shard) not in finished for shard in shards.tolist()], bool)]
-        rows = [{"unit": f"{group[0, 0]}/{group[0, 1]}", "shards": group.tolist()} for group in group_shards(todo)]
-        connect(config.ray)
+        groups = group_shards(todo)
+        rows = ({"unit": f"{group[0, 0]}/{group[0, 1]}", "shards": group.tolist()} for group in groups)
         counter = _Counter(progress, "tile", len(shards), len(shards) - len(todo), 0.0, 0.7)
-        run_rows(
-            rows,
-            CacheWorker,
-            (cache, str(journal.folder), cache.fingerprint),
-            what=f"tiling {name}",
-            on_done=counter.step,
-        )
-        pool(prep, spec, alignment, progress, folder.pooled, smoothings_pitch(config))
+        arguments = (cache, str(journal.folder), cache.fingerprint)
+        yield Phase(f"tiling {name}", CacheWorker, arguments, rows, len(groups), counter.step)
+        yield pool_phase(prep, spec, alignment, progress, folder.pooled, smoothings_pitch(config))
         facts["shards"] = len(shards)
         facts["slide"] = asdict(cache.reading) | {"native_tiles": native_tiles(cache, shards, journal.done())}
         if config.slide.icc != cache.reading.icc:
@@ -160,6 +169,18 @@ def pool(
     out: Place,
     smoothings: tuple[float, ...],
 ) -> None:
+    """One `pool_phase`, carried out; a small one right here."""
+    run_phase(pool_phase(prep, spec, alignment, progress, out, smoothings), inline_up_to=2)
+
+
+def pool_phase(
+    prep: Prepared,
+    spec: GuideSpec,
+    alignment: Alignment,
+    progress: Progress,
+    out: Place,
+    smoothings: tuple[float, ...],
+) -> Phase:
     """Footprint averages of the stain features, types included, under an alignment -> ``out`` (S F + 1, ny, nx)."""
     folder, grid = prep.folder, prep.measured.grid
     side = max(1, POOL_PX // spec.factor)
@@ -178,8 +199,7 @@ def pool(
     rows = [{"unit": f"{c.i0}/{c.j0}", "cells": [c.i0, c.i1, c.j0, c.j1]} for c in windows]
     arguments = (spec.to_dict(), alignment.to_dict(), str(folder.planes), str(out), list(smoothings))
     counter = _Counter(progress, "tile", len(rows), 0, 0.7, 1.0)
-    what = f"averaging {prep.section.name}"
-    run_rows(rows, PoolWorker, arguments, what=what, on_done=counter.step, inline_up_to=2)
+    return Phase(f"averaging {prep.section.name}", PoolWorker, arguments, rows, len(rows), counter.step)
 
 
 def read_pooled(path: Place, smoothings: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
