@@ -6,11 +6,15 @@ and spectrum commute, so whatever agrees with the measurement for the factors do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+BLOCK_PX = 8192
+"""Measured pixels that are looked at together."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,135 @@ def noise_sd(cube: NDArray[np.floating], mask: NDArray[np.bool_]) -> NDArray[np.
     return out
 
 
+@dataclass(frozen=True)
+class Moments:
+    """What factors need to know of a section's ions; of several sections they add up.
+
+    Attributes:
+        pixels: Measured pixels.
+        mean: (M,) of each ion over them.
+        products: (M, M) sum over the pixels of the products of deviations from the mean.
+        noise_sd: (M,) noise s.d. of each ion.
+    """
+
+    pixels: int
+    mean: NDArray[np.float64]
+    products: NDArray[np.float64]
+    noise_sd: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, cube: NDArray[np.floating], mask: NDArray[np.bool_]) -> Moments:
+        """Of one section; memory is that of the cube and of a block of pixels.
+
+        Args:
+            cube: (M, ny, nx) intensities, values outside the mask ignored.
+            mask: (ny, nx) True where measured.
+        """
+        mean = sum(part.sum(1) for _, part in _blocks(cube, mask)) / max(1, int(mask.sum()))
+        products = np.zeros((len(cube), len(cube)))
+        for _, part in _blocks(cube, mask):
+            part -= np.reshape(mean, (-1, 1))
+            products += part @ part.T
+        return cls(int(mask.sum()), np.broadcast_to(mean, len(cube)).copy(), products, noise_sd(cube, mask))
+
+    @classmethod
+    def sum(cls, parts: Iterable[Moments]) -> Moments:
+        """Of sections together, in the order in which they come (Chan, Golub & LeVeque, Am. Stat. 1983, eq. 2.1)."""
+        total: Moments | None = None
+        for one in parts:
+            if total is None:
+                total = one
+                continue
+            pixels = total.pixels + one.pixels
+            apart, share = one.mean - total.mean, one.pixels / pixels
+            between = total.pixels * share * np.outer(apart, apart)
+            noise = np.sqrt((1 - share) * total.noise_sd**2 + share * one.noise_sd**2)
+            total = cls(pixels, total.mean + share * apart, total.products + one.products + between, noise)
+        if total is None:
+            raise ValueError("no sections")
+        return total
+
+
+@dataclass(frozen=True)
+class Factoring:
+    """How ions become factors: `images` = projection^T (ions - mean).
+
+    Attributes:
+        mean: (M,) of each ion.
+        projection: (M, K).
+        basis: (M, K): W, in intensity per unit factor.
+        noise_sd: (M,) noise s.d. of each ion used for weighting.
+        explained: (M,) share of each ion's variance that the factors carry, in [0, 1].
+    """
+
+    mean: NDArray[np.float64]
+    projection: NDArray[np.float64]
+    basis: NDArray[np.float64]
+    noise_sd: NDArray[np.float64]
+    explained: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, moments: Moments, max_factors: int) -> Factoring:
+        """Noise-weighted truncated SVD, from the eigenvectors of the weighted products.
+
+        Args:
+            moments: Of all sections together.
+            max_factors: Upper bound of K; also bounded by M and a tenth of the measured pixels.
+        """
+        pixels, ions, sd = moments.pixels, len(moments.mean), moments.noise_sd
+        variance = np.diag(moments.products) / pixels
+        # What a constant ion varies by is rounding.
+        varies = variance > (1e-12 * np.abs(moments.mean)) ** 2
+        weight = 1.0 / np.where(varies, np.maximum(sd, np.maximum(1e-3 * np.sqrt(variance), 1e-30)), np.inf)
+        count = max(1, min(max_factors, ions, pixels // 10))
+        values, vectors = np.linalg.eigh(weight[:, None] * moments.products * weight)
+        order = np.argsort(values)[::-1][:count]
+        keep = order[values[order] > 1e-12 * max(values.max(), 1e-300)]
+        if len(keep) == 0:
+            keep = order[:1]
+        vectors = vectors[:, keep]
+        vectors = vectors * np.where(vectors[np.abs(vectors).argmax(0), np.arange(len(keep))] < 0, -1.0, 1.0)
+        scale = np.sqrt(np.maximum(values[keep], 0.0) / pixels)
+        projection = weight[:, None] * vectors / np.where(scale > 0, scale, 1.0)
+        # Factors are uncorrelated and of unit variance: loadings by least squares are covariances with them.
+        basis = moments.products @ projection / pixels
+        explained = np.where(varies, (basis**2).sum(1) / np.where(varies, variance, 1.0), 0.0)
+        return cls(moments.mean, projection, basis, sd, np.clip(explained, 0.0, 1.0))
+
+    def factors(self, cube: NDArray[np.floating], mask: NDArray[np.bool_]) -> Factors:
+        """The factors of one section.
+
+        Args:
+            cube: (M, ny, nx) intensities, values outside the mask ignored.
+            mask: (ny, nx) True where measured.
+        """
+        images = np.zeros((self.basis.shape[1], *mask.shape))
+        flat = images.reshape(len(images), -1)
+        for index, part in _blocks(cube, mask):
+            flat[:, index] = self.projection.T @ (part - self.mean[:, None])
+        return Factors(images, self.basis, self.noise_sd, self.explained)
+
+    def save(self, path: Any) -> None:
+        """Write all arrays to one .npz."""
+        np.savez(path, **{f.name: getattr(self, f.name) for f in fields(self)})
+
+    @classmethod
+    def load(cls, path: Any) -> Factoring:
+        """Read what `save` wrote."""
+        with np.load(path) as data:
+            return cls(**{f.name: data[f.name] for f in fields(cls)})
+
+
+def _blocks(
+    cube: NDArray[np.floating], mask: NDArray[np.bool_]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+    """Measured pixels, some at a time: their flat indices, and a copy of their ions (M, n)."""
+    flat, measured = np.reshape(cube, (len(cube), -1)), np.flatnonzero(mask)
+    for start in range(0, len(measured), BLOCK_PX):
+        index = measured[start : start + BLOCK_PX]
+        yield index, np.asarray(flat[:, index], np.float64)
+
+
 def factorise(
     cubes: Sequence[NDArray[np.floating]], masks: Sequence[NDArray[np.bool_]], max_factors: int = 32
 ) -> list[Factors]:
@@ -65,40 +198,9 @@ def factorise(
     Returns:
         One `Factors` per section, with one basis for all. Signs are fixed (largest loading positive).
     """
-    tables = [np.asarray(cube[:, mask], np.float64).T for cube, mask in zip(cubes, masks, strict=True)]
-    table = np.concatenate(tables)
-    pixels, ions = table.shape
-    centred = table - table.mean(0)
-    variance = centred.var(0)
-    counts = np.array([mask.sum() for mask in masks], np.float64)
-    per_section = np.stack([noise_sd(cube, mask) for cube, mask in zip(cubes, masks, strict=True)])
-    sd = np.sqrt((counts[:, None] * per_section**2).sum(0) / counts.sum())
-    floor = 1e-3 * np.sqrt(variance)
-    weight = 1.0 / np.where(variance > 0, np.maximum(sd, np.maximum(floor, 1e-30)), np.inf)
-    count = max(1, min(max_factors, ions, pixels // 10))
-    gram = (centred * weight).T @ (centred * weight)
-    values, vectors = np.linalg.eigh(gram)
-    order = np.argsort(values)[::-1][:count]
-    keep = order[values[order] > 1e-12 * max(values.max(), 1e-300)]
-    if len(keep) == 0:
-        keep = order[:1]
-    vectors = vectors[:, keep]
-    vectors = vectors * np.where(vectors[np.abs(vectors).argmax(0), np.arange(len(keep))] < 0, -1.0, 1.0)
-    scores = (centred * weight) @ vectors
-    scale = scores.std(0)
-    scale[scale == 0] = 1.0
-    scores = scores / scale
-    # Loadings by least squares on the (uncorrelated) scores.
-    basis = centred.T @ scores / np.maximum((scores**2).sum(0), 1e-300)
-    residual = (centred - scores @ basis.T).var(0)
-    explained = np.where(variance > 0, 1.0 - residual / np.where(variance > 0, variance, 1.0), 0.0)
-    out, start = [], 0
-    for mask in masks:
-        images = np.zeros((len(keep), *mask.shape))
-        images[:, mask] = scores[start : start + int(mask.sum())].T
-        start += int(mask.sum())
-        out.append(Factors(images, basis, sd, np.clip(explained, 0.0, 1.0)))
-    return out
+    together = Moments.sum(Moments.of(cube, mask) for cube, mask in zip(cubes, masks, strict=True))
+    factoring = Factoring.of(together, max_factors)
+    return [factoring.factors(cube, mask) for cube, mask in zip(cubes, masks, strict=True)]
 
 
 def factor_weight(factors: Factors) -> NDArray[np.float64]:
