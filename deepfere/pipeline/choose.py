@@ -87,13 +87,6 @@ def section_problem(
     return evidence(features, smoothings, prep.measured.mask, covered, cube, factors, choice)
 
 
-def feature_scale(problems: list[Problem], count: int | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and s.d. (F,) of the first ``count`` features over all sections' tissue; 1 for a constant feature."""
-    rows = np.concatenate([p.features[:count, p.mask].T for p in problems])
-    sd = rows.std(0)
-    return rows.mean(0), np.where(sd > 1e-6, sd, 1.0)
-
-
 def without_guide(cube: NDArray[np.float32], mask: NDArray[np.bool_], factors: Factors) -> Learned:
     """T0: no stain at all; only the positivity steps are selected."""
     ions, count = len(cube), factors.basis.shape[1]
@@ -148,13 +141,28 @@ def choose(
     guide: GuideSpec,
     closed: tuple[RidgeFit, list[NDArray[np.float64]]],
     held: NDArray[np.bool_],
-    joint: tuple[FusionNetwork, list[Alignment]] | None,
-    number: int,
+    joint: tuple[FusionNetwork, Alignment] | None,
     config: Config,
     progress: Progress,
     moved: bool,
+    spread: bool,
 ) -> Learned:
-    """Decide alignment and tier by held-out blocks, then gates, positivity and uncertainty."""
+    """Decide alignment and tier by held-out blocks, then gates, positivity and uncertainty.
+
+    Args:
+        prep: The section.
+        cube: (M, ny, nx) ions.
+        factors: Its factors.
+        problem: Its reduced-scale problem.
+        guide: The stain as the model sees it.
+        closed: The closed form, and its null guides' held-out predictions.
+        held: By number, the blocks that the network never saw.
+        joint: The network, and the section's alignment after training; None where there is no network.
+        config: Settings.
+        progress: Called with ("learn", share).
+        moved: Whether training may have moved the alignment.
+        spread: The workers of a pool may be asked for help: this is none of them.
+    """
     weight = factor_weight(factors) ** 2
     everywhere = np.ones(len(problem.rows.block), bool)
     alignment = load_alignment(prep.folder)
@@ -164,10 +172,10 @@ def choose(
     free = prep.section.alignment is None and prep.section.landmarks is None
     if joint is not None and moved and free:
         # The jointly refined registration stays only if the closed form, refitted with it, says so.
-        trial = joint[1][number]
+        trial = joint[1]
         choice = problem.choice
         kept_smoothing = (choice.smoothing_pitch,)
-        pool(prep, guide, trial, lambda *_: None, prep.folder.pooled_joint, kept_smoothing)
+        pool(prep, guide, trial, lambda *_: None, prep.folder.pooled_joint, kept_smoothing, spread)
         other = section_problem(prep, cube, factors, prep.folder.pooled_joint, kept_smoothing, choice)
         refit = fit_t1(other, config.model.null_guides, config.seed)
         left = tier_error(other, weight, refit[0].predicted, np.ones(len(other.rows.block), bool))
@@ -221,7 +229,8 @@ def choose(
         return raw * factor_gate.gate[:, None, None]
 
     steps, uncertainty = select_positivity(cube, prep.measured.mask, detail_at, loadings)
-    mean, sd = feature_scale([problem])
+    shown = problem.features[:, problem.mask].T
+    sd = shown.std(0)
     section = SectionFit(
         fit.weights,
         factors.basis,
@@ -233,8 +242,8 @@ def choose(
         ion_gate.null_mean,
         steps,
         uncertainty,
-        mean,
-        sd,
+        shown.mean(0),
+        np.where(sd > 1e-6, sd, 1.0),
     )
     notes["tier"] = tier
     notes["ratio"] = RATIO

@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from deepfere.cluster import one_thread
 from deepfere.config import Config
 from deepfere.errors import InputError
+from deepfere.measured.factors import Factoring, Moments
 from deepfere.model import gate as gates
 from deepfere.model.fit import Evidence as Problem
 from deepfere.model.reduced import fit_deep
 from deepfere.model.ridge import fit_average
 from deepfere.pipeline.choose import section_problem
-from deepfere.pipeline.deep import held_out_blocks
+from deepfere.pipeline.fit import held_out_blocks
 from deepfere.pipeline.fuse import input_digests
-from deepfere.pipeline.given import GivenModel, given_factors
-from deepfere.pipeline.learn import study_factors
+from deepfere.pipeline.given import GivenModel, given_factoring
 from deepfere.pipeline.prepare import Prepared, prepared
 from deepfere.pipeline.study import each_region, given_model, study_sections
 from deepfere.pipeline.tile import smoothings_pitch
@@ -90,7 +90,8 @@ def _judge(prep: Prepared, digest: str, models: list[GivenModel], scores: list[S
     """Add one section's figures to all scores."""
     cube = prep.cube(config)
     smoothings = smoothings_pitch(config)
-    factors = study_factors([prep], [cube], config)[0]
+    moments = Moments.of(cube, prep.measured.mask)
+    factors = Factoring.of(moments, config.model.max_factors).factors(cube, prep.measured.mask)
     problem = section_problem(prep, cube, factors, prep.folder.pooled, smoothings)
     held = np.ones(int(problem.blocks.max()) + 1, bool)
     for model in models:
@@ -106,7 +107,8 @@ def _judge(prep: Prepared, digest: str, models: list[GivenModel], scores: list[S
     judging = len(np.unique(problem.rows.block[rows]))
     predictions = [(problem, factors.basis, fit_average(problem.rows, problem.factor_rows).predicted)]
     for model in models:
-        own = given_factors(prep, cube, model)
+        axis = (prep.measured.mz, prep.measured.tolerance_ppm)
+        own = given_factoring(model, moments, *axis, prep.section.msi).factors(cube, prep.measured.mask)
         posed = section_problem(prep, cube, own, prep.folder.pooled, smoothings, problem.choice)
         closed = fit_average(posed.rows, posed.factor_rows)
         predictions.append((posed, own.basis, fit_deep(model.network, posed, own, closed).predicted))

@@ -14,6 +14,7 @@ from deepfere.errors import InputError
 from deepfere.frame import Alignment
 from deepfere.pipeline.claim import claim_result
 from deepfere.pipeline.deep import check_patches
+from deepfere.pipeline.failures import Failures
 from deepfere.pipeline.learn import learn_stage
 from deepfere.pipeline.overview import section_pieces
 from deepfere.pipeline.prepare import align_stage, ingest_stage, msi_input_digest, prepared
@@ -326,8 +327,9 @@ def _run(
             align_stage(prep, inputs, work, config, progress)
             tile_stage(prep, inputs, work, config, progress)
         with tracked(work, [section], [inputs], config, target.name) as run:
-            history = learn_stage([prep], [inputs], work, config, progress, f"run-{identity[:12]}")
-            model = run.log_learning([prep], [inputs], history, work.facts("learn").get("timing", {}))
+            alone, name = Failures([section.name], work), f"run-{identity[:12]}"
+            history = learn_stage([section], [inputs], work, config, progress, name, alone)
+            model = run.log_learning([section], [inputs], history, work.facts("learn").get("timing", {}))
             outcome = Outcome(identity, inputs, run.describe(), model, [])
             phases = reconstruct_phases(prep, target, [inputs, config.digest()], outcome, work, config, progress)
             run_jobs([(section.name, phases)], title="reconstruct", here=not config.guide, per_gpu=per_gpu(config))

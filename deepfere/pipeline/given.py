@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
-from deepfere.measured.factors import Factors
+from deepfere.measured.factors import Factoring, Moments
 from deepfere.model.network import FusionNetwork
-from deepfere.pipeline.prepare import Prepared
 
 
 @dataclass(frozen=True)
@@ -38,24 +37,31 @@ class GivenModel:
     digest: str
 
 
-def given_factors(prep: Prepared, cube: NDArray[np.float32], model: GivenModel) -> Factors:
-    """The section's images of a model's factors: noise-weighted least squares on its basis.
+def given_factoring(
+    model: GivenModel, moments: Moments, mz: NDArray[np.float64], tolerance_ppm: float, where: str
+) -> Factoring:
+    """How a section's ions become a model's factors: noise-weighted least squares on its basis.
+
+    Args:
+        model: The model.
+        moments: Of the section.
+        mz: (M,) its ions.
+        tolerance_ppm: Half-width of their windows.
+        where: The measurement, for a refusal.
 
     Raises:
         InputError: The section has other ions than the model.
     """
-    axis, tolerance = prep.measured.mz, prep.measured.tolerance_ppm
-    if len(axis) != len(model.mz) or (np.abs(axis - model.mz) > axis * tolerance * 1e-6).any():
+    if len(mz) != len(model.mz) or (np.abs(mz - model.mz) > mz * tolerance_ppm * 1e-6).any():
         raise InputError(
-            f"the model knows {len(model.mz)} ions, the section has {len(axis)} others",
-            where=prep.section.msi,
+            f"the model knows {len(model.mz)} ions, the section has {len(mz)} others",
+            where=where,
             remedy="ingest with the model's list of m/z (--mz)",
         )
-    table = np.asarray(cube[:, prep.measured.mask], np.float64).T
     weight = 1.0 / np.maximum(model.noise_sd, 1e-6 * max(float(model.noise_sd.max()), 1e-300))
-    scores = np.linalg.lstsq(model.basis * weight[:, None], ((table - table.mean(0)) * weight).T, rcond=None)[0]
-    images = np.zeros((model.basis.shape[1], *prep.measured.mask.shape))
-    images[:, prep.measured.mask] = scores
-    residual = (table - table.mean(0) - scores.T @ model.basis.T).var(0)
-    variance = np.maximum(table.var(0), 1e-300)
-    return Factors(images, model.basis, model.noise_sd, np.clip(1 - residual / variance, 0, 1))
+    rcond = np.finfo(np.float64).eps * max(model.basis.shape)
+    projection = weight[:, None] * np.linalg.pinv(model.basis * weight[:, None], rcond=rcond).T
+    rest = np.eye(len(mz)) - model.basis @ projection.T
+    left = ((rest @ moments.products) * rest).sum(1)
+    total = np.maximum(np.diag(moments.products), 1e-300)
+    return Factoring(moments.mean, projection, model.basis, model.noise_sd, np.clip(1 - left / total, 0, 1))

@@ -1,164 +1,201 @@
-"""Learning: factors over the study, the closed form per section, the joint deep model, and what is kept."""
+"""Learning: factors over the study, the closed form per section, the joint deep model, and what is kept of it.
+
+Sections meet in two places only: their ions' moments add up to the factors, and their patches train one network. All
+else is done for one section at a time, by whichever worker is free; the driver holds small facts of each.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from deepfere.config import Config
-from deepfere.errors import InputError
-from deepfere.measured.factors import Factors, factorise
+from deepfere.config import Config, digest
+from deepfere.frame import Alignment
+from deepfere.measured.factors import Factors
 from deepfere.model.denoise import Denoised, denoise
-from deepfere.model.fit import Evidence as Problem
-from deepfere.model.fit import SectionFit, fit_t1
-from deepfere.model.guide import GuideSpec
+from deepfere.model.fit import SectionFit
 from deepfere.model.network import FusionNetwork
 from deepfere.model.ridge import DENSITIES
 from deepfere.model.transfer import LEAST_PX
-from deepfere.pipeline.choose import Learned, choose, section_problem, without_guide
-from deepfere.pipeline.deep import held_out_blocks, train_network
-from deepfere.pipeline.given import GivenModel, given_factors
-from deepfere.pipeline.ions import same_axis
+from deepfere.pipeline.choose import Learned, choose, without_guide
+from deepfere.pipeline.deep import train_network
+from deepfere.pipeline.failures import Failures
+from deepfere.pipeline.fit import (
+    Fitted,
+    FitWorker,
+    MomentsWorker,
+    fitted,
+    held_out_blocks,
+    section_factors,
+    study_factoring,
+)
+from deepfere.pipeline.given import GivenModel
 from deepfere.pipeline.paper import published
-from deepfere.pipeline.prepare import Prepared, load_alignment
-from deepfere.pipeline.tile import pool, smoothings_pitch
-from deepfere.pipeline.types import typed_spec
+from deepfere.pipeline.prepare import Prepared, load_alignment, prepared
+from deepfere.pipeline.side_by_side import SectionWorker, SideBySide, Together
 from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace, write_json
 from deepfere.places import reading, writing
-
-
-def same_ions(one: Prepared, other: Prepared) -> bool:
-    """Whether two sections have the same ions, within the tolerance that the second was ingested with."""
-    return same_axis(one.measured.mz, other.measured.mz, other.measured.tolerance_ppm)
-
-
-def study_factors(
-    preps: list[Prepared], cubes: list[NDArray[np.float32]], config: Config, most: int | None = None
-) -> list[Factors]:
-    """Factors that all sections share; as many as the settings say, or ``most``.
-
-    Raises:
-        InputError: The sections do not share their ions.
-    """
-    for prep in preps[1:]:
-        if not same_ions(preps[0], prep):
-            raise InputError(
-                f"section {prep.section.name} has other ions than {preps[0].section.name}",
-                where=prep.section.msi,
-                remedy="ingest the study with one target list (ingest.mz, or --mz)",
-            )
-    return factorise(cubes, [p.measured.mask for p in preps], most or config.model.max_factors)
+from deepfere.schedule import pool
+from deepfere.section import Section
 
 
 def learn_stage(
-    preps: list[Prepared],
+    sections: list[Section],
     inputs: list[dict[str, str]],
     work: Workspace,
     config: Config,
     progress: Progress,
     run_name: str,
+    failures: Failures,
     given: GivenModel | None = None,
 ) -> list[dict[str, float]]:
     """Fit every section; writes ``fit.npz``, ``arrays.npz``, ``denoised.npz`` and ``model.json`` per section.
 
     Returns:
         The training's history (empty where the deep tier was not trained).
+
+    Raises:
+        SectionFailures: Sections of several failed.
     """
-    made = [work.facts(stage, p.section.name).get("fingerprint") for p in preps for stage in ("ingest", "tile")]
+    made = [work.facts(stage, s.name).get("fingerprint") for s in sections for stage in ("ingest", "tile")]
     depends = [inputs, config.digest(), made, given.digest if given else None]
     with work.stage("learn", depends) as facts:
         if facts is None:
             return work.facts("learn").get("history", [])
-        cubes = [p.cube(config) for p in preps]
-        if given is None:
-            factors = study_factors(preps, cubes, config)
-        else:
-            factors = [given_factors(p, c, given) for p, c in zip(preps, cubes, strict=True)]
-        if not config.guide:
-            for prep, cube, factor in zip(preps, cubes, factors, strict=True):
-                _save(work, prep, factor, without_guide(cube, prep.measured.mask, factor), None)
-                _save_denoised(prep, denoise(cube, prep.measured.mask, None, config.seed))
-            facts["history"] = []
-            return []
-        if config.model.tier == "paper":
-            factors = study_factors(preps, cubes, config, config.paper.channels)
-            for n, (prep, cube, factor) in enumerate(zip(preps, cubes, factors, strict=True)):
-                tell = lambda share, n=n: progress("learn", (n + share) / len(preps))  # noqa: E731
-                _save(work, prep, factor, published(prep, cube, factor, config, tell), None)
-                _save_denoised(prep, denoise(cube, prep.measured.mask, None, config.seed))
-            facts["history"] = []
-            return []
-        smoothings = smoothings_pitch(config)
-        problems, guides = [], []
-        for prep, cube, factor in zip(preps, cubes, factors, strict=True):
-            problem, guide = _typed(prep, cube, factor, smoothings, config)
-            problems.append(problem)
-            guides.append(guide)
-        closed = [fit_t1(p, config.model.null_guides, config.seed) for p in problems]
-        progress("learn", 0.1)
-        trained, joint, held = None, None, [np.zeros(1, bool)] * len(preps)
-        if given is not None and config.model.tier in ("auto", "T2"):
-            joint = (given.network, [load_alignment(p.folder) for p in preps])
-            # A section that the model was trained on may only be judged on the blocks it did not see.
-            held = [
-                held_out_blocks(p, given.held_out, given.seed)
-                if digests["msi"] in given.seen
-                else np.ones(int(p.blocks.max()) + 1, bool)
-                for p, digests in zip(problems, inputs, strict=True)
-            ]
-        elif given is None and (
-            config.model.tier == "T2"
-            or (config.model.tier == "auto" and max(int(p.mask.sum()) for p in problems) >= LEAST_PX)
-        ):
-            held = [held_out_blocks(p, config.train.held_out, config.seed) for p in problems]
-            trained, joint = train_network(preps, problems, closed, factors, held, work, config, progress, run_name)
-        for n, prep in enumerate(preps):
-            learned = choose(
-                prep,
-                cubes[n],
-                factors[n],
-                problems[n],
-                guides[n],
-                closed[n],
-                held[n],
-                joint,
-                n,
-                config,
-                progress,
-                given is None,
+        study = digest(depends)
+        beside = SideBySide(work, config, failures, files=False)
+        alone = len(sections) == 1
+        kept: dict[str, Fitted] | None = {} if alone else None
+
+        def each(worker: type[SectionWorker], low: float, high: float, arguments: list[tuple[Any, ...]]) -> None:
+            """One step of all sections."""
+            together = Together(progress, len(sections))
+            tell = [progress if alone else _between(together.of(s.name), low, high) for s in sections]
+            beside.run(
+                (s.name, beside.stage(worker, s, inputs[n], tell[n], *arguments[n])) for n, s in enumerate(sections)
             )
-            _save(work, prep, factors[n], learned, joint[0] if joint else None)
-            # The features are filled in where the slide shows nothing.
-            _save_denoised(prep, denoise(cubes[n], prep.measured.mask, problems[n].features, config.seed))
+            failures.stop("learning takes all of them: mend or remove these")
+
+        known: list[dict[str, Any]] = []
+        with pool("learn"):
+            each(MomentsWorker, 0.0, 0.02, [()] * len(sections))
+            if given is None:
+                most = config.paper.channels if config.model.tier == "paper" else config.model.max_factors
+                factoring = study_factoring(sections, work, most)
+                with writing(work.factoring) as path:
+                    factoring.save(path)
+            if given is None and config.guide and config.model.tier in ("auto", "T2"):
+                each(FitWorker, 0.02, 0.1, [(study, kept)] * len(sections))
+                known = [work.facts("fit", s.name) for s in sections]
+        trained, joint = None, None
+        if known and (config.model.tier == "T2" or max(one["covered_px"] for one in known) >= LEAST_PX):
+            # The pool's workers are gone: training takes the processors.
+            trained, joint = train_network(known, work, config, progress, run_name)
+        networks = [(joint[0], alignment) for alignment in joint[1]] if joint else [None] * len(sections)
+        with pool("learn"):
+            each(ChooseWorker, 0.85, 1.0, [(study, given, network, kept) for network in networks])
         facts["history"] = trained.history if trained else []
         facts["timing"] = trained.timing if trained else {}
         progress("learn", 1.0)
         return facts["history"]
 
 
-def _typed(
-    prep: Prepared,
-    cube: NDArray[np.float32],
-    factors: Factors,
-    smoothings: tuple[float, ...],
-    config: Config,
-) -> tuple[Problem, GuideSpec]:
-    """A section's problem with its smoothing chosen and its stain types among the features, and its guide."""
-    folder = prep.folder
-    problem = section_problem(prep, cube, factors, folder.pooled, smoothings)
-    alignment = load_alignment(folder)
-    guide = typed_spec(prep, problem, alignment, config.seed)
-    if guide.types is not None:
-        kept = (guide.smoothing_pitch,)
-        pool(prep, guide, alignment, lambda *_: None, folder.pooled_typed, kept)
-        problem = section_problem(prep, cube, factors, folder.pooled_typed, kept, problem.choice)
-    return problem, guide
+def _between(tell: Progress, low: float, high: float) -> Progress:
+    return lambda stage, share: tell("learn", low + (high - low) * share)
 
 
-def _save(work: Workspace, prep: Prepared, factors: Factors, learned: Learned, network: FusionNetwork | None) -> None:
+class ChooseWorker(SectionWorker):
+    """What is kept of a section's learning: tier, gates, positivity, uncertainty, the denoised ions.
+
+    Args:
+        root: The study's folder or URL.
+        config: Settings.
+        study: What all of the study's learning depends on.
+        given: A registered model in the place of training.
+        trained: The network, and the section's alignment after training; None where there was none.
+        kept: Of the only section of a study: its closed form from the stage before.
+    """
+
+    stage = "learn"
+
+    def __init__(
+        self,
+        root: str,
+        config: Config,
+        study: str,
+        given: GivenModel | None,
+        trained: tuple[FusionNetwork, Alignment] | None,
+        kept: dict[str, Fitted] | None,
+    ) -> None:
+        super().__init__(root, config)
+        self.study, self.given, self.trained, self.kept = study, given, trained, kept
+
+    def do(self, section: Section, inputs: dict[str, str], progress: Progress) -> None:
+        """See `SectionWorker`."""
+        depends = [self.study, [_digest(self.trained[0]), self.trained[1].to_dict()] if self.trained else None]
+        with self.folder.stage("choose", depends, section.name) as facts:
+            if facts is None:
+                return
+            prep = prepared(section, self.folder, self.config)
+            if self.config.guide and self.config.model.tier != "paper":
+                self._fused(prep, inputs, progress)
+                return
+            cube, mask, config = prep.cube(self.config), prep.measured.mask, self.config
+            factors = section_factors(prep, cube, self.folder, self.given)
+            if config.guide:
+                tell = lambda share: progress("learn", share)  # noqa: E731
+                learned = published(prep, cube, factors, config, tell)
+            else:
+                learned = without_guide(cube, mask, factors)
+            _save(prep, factors, learned, None)
+            _save_denoised(prep, denoise(cube, mask, None, config.seed))
+
+    def _fused(self, prep: Prepared, inputs: dict[str, str], progress: Progress) -> None:
+        config, given, alone = self.config, self.given, self.kept is not None
+        fit = self.kept.pop(prep.section.name, None) if self.kept is not None else None
+        fit = fit or fitted(prep, self.folder, config, given, spread=alone)
+        problem, network, held = fit.problem, self.trained, np.zeros(1, bool)
+        if given is not None and config.model.tier in ("auto", "T2"):
+            network = (given.network, load_alignment(prep.folder))
+            # A section that the model was trained on may only be judged on the blocks it did not see.
+            seen = inputs["msi"] in given.seen
+            held = (
+                held_out_blocks(problem, given.held_out, given.seed)
+                if seen
+                else np.ones(int(problem.blocks.max()) + 1, bool)
+            )
+        elif network is not None:
+            held = held_out_blocks(problem, config.train.held_out, config.seed)
+        learned = choose(
+            prep,
+            fit.cube,
+            fit.factors,
+            problem,
+            fit.guide,
+            fit.closed,
+            held,
+            network,
+            config,
+            progress,
+            given is None,
+            spread=alone,
+        )
+        _save(prep, fit.factors, learned, network[0] if network else None)
+        # The features are filled in where the slide shows nothing.
+        _save_denoised(prep, denoise(fit.cube, prep.measured.mask, problem.features, config.seed))
+
+
+def _digest(network: FusionNetwork) -> str:
+    out = hashlib.sha256()
+    for value in network.state_dict().values():
+        out.update(value.contiguous().numpy().tobytes())
+    return out.hexdigest()
+
+
+def _save(prep: Prepared, factors: Factors, learned: Learned, network: FusionNetwork | None) -> None:
     folder = prep.folder
     with writing(folder.fit) as path:
         learned.fit.save(path)
@@ -204,6 +241,6 @@ def load_fit(folder: SectionFolder) -> SectionFit:
         return SectionFit.load(path)
 
 
-def read_model(prep: Prepared) -> dict[str, Any]:
+def read_model(folder: SectionFolder) -> dict[str, Any]:
     """What `learn_stage` decided for a section."""
-    return json.loads(prep.folder.model.read_text())
+    return json.loads(folder.model.read_text())

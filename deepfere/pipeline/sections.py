@@ -8,9 +8,8 @@ from deepfere.config import Config
 from deepfere.measured.peaks import SharedIons
 from deepfere.pipeline.failures import Failures
 from deepfere.pipeline.fuse import check_files
-from deepfere.pipeline.ions import shared_ions
+from deepfere.pipeline.ions import same_axis, shared_ions
 from deepfere.pipeline.job import Job
-from deepfere.pipeline.learn import same_ions
 from deepfere.pipeline.prepare import Prepared, align_stage, ingest_stage, load_alignment, prepared
 from deepfere.pipeline.side_by_side import SectionWorker, SideBySide, Together
 from deepfere.pipeline.tile import tile_phases
@@ -66,7 +65,7 @@ def prepare_sections(job: Job, work: Workspace, failures: Failures, progress: Pr
     def done(prep: Prepared) -> None:
         nonlocal first, differ
         first = first or prep
-        differ = differ or not same_ions(first, prep)
+        differ = differ or not same_axis(first.measured.mz, prep.measured.mz, prep.measured.tolerance_ppm)
         lines[prep.section.name] = _line(job.stage, prep)
         together.end(prep.section.name)
 

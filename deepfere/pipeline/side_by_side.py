@@ -56,11 +56,13 @@ class SideBySide:
         work: Unfinished work.
         config: Settings.
         failures: Gets the sections that fail.
+        files: Whether the stages read the user's files.
     """
 
-    def __init__(self, work: Workspace, config: Config, failures: Failures) -> None:
+    def __init__(self, work: Workspace, config: Config, failures: Failures, files: bool = True) -> None:
         self._work, self._config, self._failures = work, config, failures
-        self._here = not config.guide or failures.sections == 1 or isinstance(work.root, UrlPath)
+        apart = files and isinstance(work.root, UrlPath)
+        self._here = not config.guide or failures.sections == 1 or apart
         self._at: dict[str, str] = {}
 
     def stage(

@@ -230,7 +230,7 @@ def _all_digests(sections: list[Section], config: Config) -> list[dict[str, str]
 
 def _learn_and_write(job: Job, work: Workspace, failures: Failures, progress: Progress) -> list[str]:
     with tracked(work, job.sections, job.inputs, job.config, job.target.name) as run:
-        registered = _learn(job, work, run, progress)
+        registered = _learn(job, work, run, failures, progress)
         if job.stage == "train":
             where = f" (registered as {registered['name']} {registered['version']})" if registered else ""
             return [f"{section.name}: fitted{where}" for section in job.sections]
@@ -247,13 +247,12 @@ def _learn_and_write(job: Job, work: Workspace, failures: Failures, progress: Pr
     return [f"{s.name}: {open(str(job.result(n)))!r}" for n, s in enumerate(job.sections) if s.name not in broken]
 
 
-def _learn(job: Job, work: Workspace, run: Run, progress: Progress) -> dict[str, str]:
+def _learn(job: Job, work: Workspace, run: Run, failures: Failures, progress: Progress) -> dict[str, str]:
     """All sections together; name and version of the model that is registered, or was given."""
-    preps = [prepared(section, work, job.config) for section in job.sections]
     name = f"run-{job.identity[:12]}"
-    history = learn_stage(preps, job.inputs, work, job.config, progress, name, job.given)
+    history = learn_stage(job.sections, job.inputs, work, job.config, progress, name, failures, job.given)
     timing = work.facts("learn").get("timing", {})
-    return job.named or run.log_learning(preps, job.inputs, history, timing)
+    return job.named or run.log_learning(job.sections, job.inputs, history, timing)
 
 
 def _write(job: Job, n: int, work: Workspace, run: Run, registered: dict[str, str], tell: Together) -> Phases:

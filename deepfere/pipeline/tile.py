@@ -168,9 +168,11 @@ def pool(
     progress: Progress,
     out: Place,
     smoothings: tuple[float, ...],
+    spread: bool,
 ) -> None:
-    """One `pool_phase`, carried out; a small one right here."""
-    run_phase(pool_phase(prep, spec, alignment, progress, out, smoothings), inline_up_to=2)
+    """One `pool_phase`, carried out; right here if it is small, or is not to be spread."""
+    phase = pool_phase(prep, spec, alignment, progress, out, smoothings)
+    run_phase(phase, inline_up_to=2 if spread else phase.count)
 
 
 def pool_phase(

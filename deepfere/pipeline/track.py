@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +11,9 @@ import numpy as np
 from deepfere import __version__
 from deepfere.config import Config, digest
 from deepfere.errors import DeepfereError, InputError
-from deepfere.pipeline.learn import load_fit
-from deepfere.pipeline.prepare import Prepared
-from deepfere.pipeline.workspace import Workspace, write_json
+from deepfere.measured.store import open_measured
+from deepfere.pipeline.learn import load_fit, read_model
+from deepfere.pipeline.workspace import SectionFolder, Workspace, write_json
 from deepfere.places import reading
 from deepfere.reconstruction.result import Result
 from deepfere.section import Section
@@ -42,7 +41,7 @@ class Run:
 
     def log_learning(
         self,
-        preps: list[Prepared],
+        sections: list[Section],
         inputs: list[dict[str, str]],
         history: list[dict[str, float]],
         timing: dict[str, float],
@@ -50,9 +49,10 @@ class Run:
         """Losses, held-out scores, speed and the model; returns the registered model's name and version."""
         log_history(self._tracker, history)
         summary: dict[str, float] = {f"training_{name}": value for name, value in timing.items()}
-        for prep in preps:
-            fit = load_fit(prep.folder)
-            head = "" if len(preps) == 1 else f"{prep.section.name}."
+        for section in sections:
+            folder = self._work.section(section.name)
+            fit = load_fit(folder)
+            head = "" if len(sections) == 1 else f"{section.name}."
             informed = fit.informed()
             summary |= {
                 f"{head}held_out_r2_median": float(np.median(fit.ion_r2)),
@@ -61,14 +61,15 @@ class Run:
                 f"{head}ions_partly": informed.count("partly"),
                 f"{head}ions_smooth": informed.count("smooth"),
             }
-            notes = json.loads(prep.folder.model.read_text())["notes"]
+            notes = read_model(folder)["notes"]
             summary |= {f"{head}{k}": v for k, v in notes.items() if isinstance(v, int | float)}
             self._tracker.log_dict({**notes, "tier": notes.get("tier")}, f"{head}choice.json")
         self._tracker.log_metrics(summary)
-        return self._register(preps, inputs)
+        return self._register(self._work.section(sections[0].name), inputs)
 
-    def _register(self, preps: list[Prepared], inputs: list[dict[str, str]]) -> dict[str, str]:
-        model = json.loads(preps[0].folder.model.read_text())
+    def _register(self, folder: SectionFolder, inputs: list[dict[str, str]]) -> dict[str, str]:
+        """The study's network, with the basis that any of its sections keeps."""
+        model = read_model(folder)
         name = self._config.tracking.register_as
         if not self._tracker.run_id or name is None or model["state"] is None:
             return {}
@@ -77,15 +78,14 @@ class Run:
             return {"name": known["name"], "version": known["version"]}
         from deepfere.training.tracking import register_model
 
-        fit = load_fit(preps[0].folder)
         settings = {
             "network": model["network"],
             "tier": model["tier"],
             "deepfere": __version__,
             "config": self._config.resolved(),
-            "mz": preps[0].measured.mz.tolist(),
-            "basis": fit.basis.tolist(),
-            "noise_sd": json.loads(preps[0].folder.model.read_text())["noise_sd"],
+            "mz": open_measured(str(folder.measured)).mz.tolist(),
+            "basis": load_fit(folder).basis.tolist(),
+            "noise_sd": model["noise_sd"],
             "seen": [digests["msi"] for digests in inputs],
         }
         with reading(model["state"]) as path:

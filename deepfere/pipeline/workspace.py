@@ -28,7 +28,7 @@ STAGES = ("look", "sample", "ions", "ingest", "align", "tile", "learn", "reconst
 """Names of the markers, in the order in which the stages are done."""
 
 IDENTITY, LOCK = "identity.json", "lock"
-OURS = ("done", "sections", "training", "failure.log", STOP, IDENTITY)
+OURS = ("done", "sections", "training", "factoring.npz", "failure.log", STOP, IDENTITY)
 """What a workspace owns in its folder. A study's results lie beside these and are no work."""
 
 
@@ -72,6 +72,7 @@ class SectionFolder:
         self.pooled = root / "pooled.zarr"
         self.pooled_typed = root / "pooled-typed.zarr"
         self.pooled_joint = root / "pooled-joint.zarr"
+        self.moments = root / "moments.npz"
         self.arrays = root / "arrays.npz"
         self.fit = root / "fit.npz"
         self.denoised = root / "denoised.npz"
@@ -91,6 +92,7 @@ class Workspace:
     def __init__(self, root: str | Place) -> None:
         self.root: Place = place(root).resolve()
         self.training = self.root / "training"
+        self.factoring = self.root / "factoring.npz"
 
     def section(self, name: str) -> SectionFolder:
         """One section's folder."""
