@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -36,6 +37,8 @@ RAY_INFORMATION = re.compile(rb"\[[^]]* I \d+ \d+\] (\([^)]*\) )?\w+\.cc:\d+: ")
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(64 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(512 * 2**20)}
 """What glibc's allocator keeps of what a worker gives back. Tensors of some megabytes come and go with every layer;
 asked of the system each time, their pages took a fifth of a window's time."""
+ANSWER_S = 10.0
+"""So long may the address of a cluster take to answer."""
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -65,9 +68,10 @@ def connect(settings: RaySettings) -> None:
     }
     with keep_signals(), _without_ray_chatter():
         if address:
+            _check_address(address)
             try:
                 ray.init(address=address, **options)
-            except ConnectionError as error:
+            except (ConnectionError, ValueError) as error:
                 raise InputError(
                     f"no Ray cluster answers ({error})", where=address, remedy="check ray.address, or leave it out"
                 ) from error
@@ -83,6 +87,29 @@ def connect(settings: RaySettings) -> None:
             except (ConnectionError, OSError, RuntimeError, ValueError) as error:
                 raise DeepfereError(f"Ray does not start: {last_line(error)}") from error
     _quiet_ray_data()
+
+
+def _check_address(address: str) -> None:
+    """Ask the address for an answer before Ray does, which takes a quarter of an hour to give up.
+
+    Raises:
+        InputError: It is none, or nobody listens there.
+    """
+    if address in ("auto", "local"):
+        return
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and host and port.isdigit()):
+        raise InputError(
+            "is no address of a cluster", where=address, remedy="give ray.address=HOST:PORT, or leave it out"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"no Ray cluster answers ({error})",
+            where=address,
+            remedy="check ray.address or RAY_ADDRESS, or leave it out",
+        ) from error
 
 
 @contextmanager

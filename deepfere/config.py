@@ -287,27 +287,37 @@ def load_config(
         if loaded is not None and not isinstance(loaded, dict):
             raise InputError("does not hold key: value pairs", where=file, remedy="give a YAML mapping")
         _lay_over(values, loaded or {})
-    for text in overrides:
+    given_by: dict[str, str | None] = {}
+    for text in [overrides] if isinstance(overrides, str) else overrides:
         key, equals, raw = text.partition("=")
         if not equals or not key:
             raise InputError(f"{text!r} is not a setting", remedy="write key=value, for example train.steps=200")
         try:
             _assign(values, key, yaml.safe_load(raw), text)
+            given_by[key] = text
         except yaml.YAMLError as error:
             raise InputError(f"the value of {text!r} cannot be read ({error})") from error
     for key, value in given.items():
         if value is not None:
             _assign(values, key.replace("__", "."), value, key)
+            given_by[key.replace("__", ".")] = None
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
+        # Of what the file does not say it is not the fault.
+        by = [
+            text
+            for key, text in given_by.items()
+            if f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}.")
+        ]
+        where = file if not by else next((text for text in by if text), None)
         if first["type"] == "extra_forbidden":
             known = ", ".join(_known_keys(first["loc"][:-1]))
-            raise InputError(f"unknown setting {name!r}", where=file, remedy=f"known here: {known}") from error
+            raise InputError(f"unknown setting {name!r}", where=where, remedy=f"known here: {known}") from error
         text = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"setting {name!r}: {text}", where=file, remedy="correct its value") from error
+        raise InputError(f"setting {name!r}: {text}", where=where, remedy="correct its value") from error
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

@@ -9,6 +9,7 @@ local copy: `reading`, `writing`.
 from __future__ import annotations
 
 import fnmatch
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
+from deepfere.errors import InputError
 from deepfere.remote import TRIES, answered, filesystem, is_url
 
 Answer = TypeVar("Answer")
@@ -156,10 +158,16 @@ Place = Path | UrlPath
 
 
 def place(given: object) -> Place:
-    """A path, or what stands for one where a URL is given."""
+    """A path, or what stands for one where a URL is given.
+
+    Raises:
+        InputError: It is neither.
+    """
     if isinstance(given, Path | UrlPath):
         return given
-    return UrlPath(given) if is_url(given) else Path(str(given))
+    if not isinstance(given, str | os.PathLike):
+        raise InputError("is no path", where=repr(given), remedy="give a path or a URL")
+    return UrlPath(given) if is_url(given) else Path(given)
 
 
 @contextmanager
@@ -208,6 +216,18 @@ def texts(folder: Place, pattern: str) -> Iterator[str]:
             # Asked again one by one: of many objects one would fail in every try, where one request in some does.
             told = content[key]
             yield told.decode() if isinstance(told, bytes) else (folder / key.rpartition("/")[2]).read_text()
+
+
+def check_outside_stores(target: Place) -> None:
+    """Refuse a file inside a Zarr store: whoever reads the store would find it there.
+
+    Raises:
+        InputError: It is to be in one.
+    """
+    if isinstance(target, Path):
+        for folder in target.resolve().parents:
+            if (folder / "zarr.json").exists() or (folder / ".zgroup").exists():
+                raise InputError(f"lies inside the store {folder}", where=target, remedy="give a path outside of it")
 
 
 def remove_tree(target: Place, but: Place | None = None) -> None:

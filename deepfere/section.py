@@ -75,7 +75,7 @@ class Section(BaseModel):
     @classmethod
     def _positive(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
         if value is not None and not all(0 < v < 1e5 for v in value):
-            raise ValueError("must be positive micrometres")
+            raise ValueError(f"{value[0]:g} x {value[1]:g} is no size: it must be positive micrometres, below 100 000")
         return value
 
 
@@ -126,6 +126,19 @@ def _rows(table: csv.DictReader[str], path: Path) -> list[dict[str, str]]:
     Raises:
         InputError: A field stands under no column: an unquoted 50,40 would else lose its 40 without a word.
     """
+    names = table.fieldnames or []
+    twice = sorted({name for name in names if name and list(names).count(name) > 1})
+    if twice:
+        raise InputError(f"has several columns {', '.join(twice)}", where=path, remedy="keep one of each")
+    unknown = [name for name in names if name and name not in Section.model_fields]
+    if unknown or "name" not in names:
+        raise InputError(
+            f"has no column name; its first line is {','.join(names)!r}"
+            if "name" not in names
+            else f"has the unknown columns {', '.join(unknown)}",
+            where=path,
+            remedy=f"give columns, separated by commas, among {', '.join(Section.model_fields)}",
+        )
     out = []
     for row in table:
         beyond: Any = row.get(None, [])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tifffile
 
+from deepfere.measured.ingest import ingest
 from deepfere.readers.slide import open_slide, read_area
 from tests.conftest import FACTOR, SETTINGS
 
@@ -118,6 +119,37 @@ def test_ions_that_are_all_zero(refused, phantom, tmp_path):
 def test_intensities_that_are_not_numbers(refused, phantom, tmp_path):
     msi = raster(tmp_path / "nan.imzML", values=lambda i, j: [1.0, float("nan") if i == j == 3 else 2.0, 3.0])
     refused(msi, phantom.slide, words=("nan.ibd", "x 4, y 4", "finite"), factor=2)
+
+
+def test_intensities_whose_squares_are_not_numbers(refused, phantom, tmp_path):
+    msi = raster(tmp_path / "r.imzML", values=lambda i, j: [1.0, 2.0, 3e38 if (i, j) == (3, 4) else 3.0])
+    words = ("the spectrum at x 5, y 4 has intensities", "beyond 1e+18")
+    refused(msi, phantom.slide, words=words, factor=None)
+
+
+def test_an_empty_imzml(refused, phantom, tmp_path):
+    (tmp_path / "empty.imzML").write_bytes(b"")
+    refused(tmp_path / "empty.imzML", phantom.slide, words=("empty.imzML: is empty",))
+
+
+@pytest.mark.parametrize("name", ["", "/", " "])
+def test_an_output_without_a_name(refused, phantom, name):
+    refused(phantom.imzml, phantom.slide, words=("is no name for an output",), out=name)
+
+
+def test_a_page_of_somebody_else_beside_the_output(refused, phantom, tmp_path):
+    (tmp_path / "mine.html").write_text("mine")
+    words = ("mine.html: is no report of deepfere", "stays as it is")
+    refused(phantom.imzml, phantom.slide, words=words, out=tmp_path / "mine.zarr")
+    assert (tmp_path / "mine.html").read_text() == "mine" and not (tmp_path / "mine.zarr.work").exists()
+
+
+def test_an_output_inside_the_input(refused, phantom, tmp_path):
+    cube = tmp_path / "cube.zarr"
+    ingest(phantom.imzml, cube)
+    before = sorted(cube.rglob("*"))
+    refused(cube, phantom.slide, words=("lies inside the input", "choose another output"), out=cube / "x.zarr")
+    assert sorted(cube.rglob("*")) == before
 
 
 def test_one_measured_pixel(refused, phantom, tmp_path):

@@ -110,6 +110,13 @@ def test_options_of_evaluate_that_would_do_nothing_are_refused(cli, monkeypatch)
         assert done.code == 2 and len(done.errors) == 1 and told in done.errors[0], done
 
 
+def test_choices_are_told_in_one_line_and_a_group_alone_shows_its_help(cli):
+    done = cli("submit", "ingest", "s.yaml", "-o", "w")
+    assert done.code == 2 and done.err.count("\n") == 1 and "local, ray, kuberay, slurm" in done.err
+    done = cli("models")
+    assert done.code == 2 and done.err.startswith("Usage:") and "promote" in done.err
+
+
 @pytest.mark.parametrize("command", ["info", "report", "evaluate"])
 def test_names_that_no_file_can_have(cli, command):
     done = cli(command, "n" * 300)

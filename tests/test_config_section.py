@@ -54,6 +54,24 @@ def test_wrong_settings_are_refused(overrides, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_is_not_blamed_for_what_was_given_beside_it(tmp_path):
+    file = tmp_path / "s.yaml"
+    file.write_text("train: {steps: 5}\n")
+    for overrides, given, where in (
+        (["train.steps=-1"], {}, "train.steps=-1: setting 'train.steps'"),
+        ("train.steps=-1", {}, "train.steps=-1: setting 'train.steps'"),
+        (["foo.bar=1"], {}, "foo.bar=1: unknown setting 'foo'"),
+        ([], {"ingest__tolerance_ppm": 0.0}, "setting 'ingest.tolerance_ppm'"),
+        ([], {"ingest__normalisation": "reference"}, "setting 'ingest'"),
+    ):
+        with pytest.raises(InputError) as caught:
+            load_config(file, overrides, **given)
+        assert str(caught.value).startswith(where), caught.value
+    file.write_text("train: {steps: -1}\n")
+    with pytest.raises(InputError, match=f"^{file}: setting 'train.steps'"):
+        load_config(file, ["seed=3"], ingest__tolerance_ppm=5.0)
+
+
 def test_target_lists_are_sorted_and_each_ion_is_in_them_once():
     config = load_config(None, ["ingest.mz=[600.2, 500.1, 600.2]"])
     assert config.ingest.mz == [500.1, 600.2]
@@ -193,6 +211,15 @@ def test_pitches_are_read_as_y_then_x(given, expected):
         ("s.csv", "name,msi,pitch_um\na,x,50\nb,y,50,40\n", r'line 3 \(b\) has more fields.*quote.*"50,40"'),
         ("s.csv", "name,msi,pitch_um,\na,x,50,40\n", r"line 2 \(a\) has more fields.*name every column"),
         ("s.csv", "name,msi\n", "sections"),
+        ("s.csv", "name,msi,pitch_um\na,x,1e9\n", "1e.09 x 1e.09 is no size.*below 100 000"),
+        (
+            "s.csv",
+            "nam,msi\na,x\n",
+            "has no column name; its first line is 'nam,msi'; give columns, separated by commas",
+        ),
+        ("s.csv", "name;msi\na;x\n", "has no column name; its first line is 'name;msi'; give columns, separated by"),
+        ("s.csv", "name,msi,name\na,x,b\n", "has several columns name"),
+        ("s.csv", "name,msi,stain\na,x,y\n", "has the unknown columns stain; give columns.*slide"),
     ],
 )
 def test_wrong_manifests_are_refused(tmp_path, name, text, message):

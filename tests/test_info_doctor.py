@@ -301,6 +301,25 @@ def test_unfinished_work(tmp_path):
     assert said["left-lobe"].startswith("ingest done in ") and "align" not in said["left-lobe"]
     assert "reconstruct begun, 3 pieces recorded" in said["left-lobe"]
     assert said["all sections"].startswith("learn done in ")
+    assert found.kind == "unfinished work of a result"
+
+
+def test_the_folder_of_a_study_is_finished_with_its_results(tmp_path):
+    from deepfere.pipeline.workspace import Workspace
+
+    work = Workspace(tmp_path / "work")
+    work.claim("abc", overwrite=False)
+    for name in ("a", "b"):
+        work.section(name).root.mkdir(parents=True)
+        with work.stage("reconstruct", 1, name):
+            pass
+    for count, name in enumerate(("a", "b"), 1):
+        assert describe(work.root).whole is False
+        (work.root / "results" / f"{name}.zarr").mkdir(parents=True)
+        (work.root / "results" / f"{name}.zarr" / "zarr.json").write_text("{}")
+        assert facts(describe(work.root))["results"].endswith(f"results: {count} store{'s' * (count > 1)}")
+    found = describe(work.root)
+    assert found.whole and not found.problems and found.kind == "folder of a study"
 
 
 def test_phantom(tmp_path):

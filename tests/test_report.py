@@ -204,6 +204,16 @@ def test_refuses_what_it_cannot_write(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         write_report(result, tmp_path / "file" / "report.html")
+    # What is not a report stays, and nothing is written into a store.
+    (tmp_path / "mine.html").write_text("<html>mine</html>")
+    with pytest.raises(InputError, match="is no report of deepfere"):
+        write_report(result, tmp_path / "mine.html")
+    assert (tmp_path / "mine.html").read_text() == "<html>mine</html>"
+    (tmp_path / "store.zarr" / "basis").mkdir(parents=True)
+    (tmp_path / "store.zarr" / "zarr.json").write_text("{}")
+    with pytest.raises(InputError, match="lies inside the store"):
+        write_report(result, tmp_path / "store.zarr" / "basis" / "report.html")
+    assert write_report(result, write_report(result, tmp_path / "r.html")).exists()
     result.ions = result.ions.iloc[:0]
     with pytest.raises(InputError, match="no ions"):
         write_report(result, tmp_path / "report.html")

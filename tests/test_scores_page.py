@@ -196,7 +196,11 @@ def test_json_is_strict_and_refused_early(tmp_path, capsys):
     for wrong in (tmp_path, tmp_path / "gone" / "s.json"):
         with pytest.raises(InputError, match="cannot be written"):
             check_json(str(wrong))
-    for right in (None, "-", str(tmp_path / "new.json")):
+    (tmp_path / "mine.json").write_text('{"ions": [1, 2]}')
+    with pytest.raises(InputError, match="holds no scores, and stays"):
+        check_json(str(tmp_path / "mine.json"))
+    (tmp_path / "scores.json").write_text('{"wald": [], "consistency": 0.0}')
+    for right in (None, "-", str(tmp_path / "new.json"), str(tmp_path / "scores.json")):
         check_json(right)
 
 

@@ -55,11 +55,18 @@ def fuse(msi: str, slide: str | None, overrides: tuple[str, ...], out: str, no_g
       deepfere fuse sample.imzML slide.svs -o result.zarr --factor 8
       deepfere fuse sample.imzML -o plain.zarr --no-guide
     """
+    from deepfere.evaluation.evaluate import load_evaluation
+    from deepfere.evaluation.report import check_page, report_identity, write_report
     from deepfere.pipeline import fuse as run
+    from deepfere.pipeline.fuse import output
+    from deepfere.places import beside
 
     # Of any length: Path.exists may raise. A URL may hold a "=", but none before its "://".
     if slide is not None and "=" in slide.partition("://")[0] and not os.path.exists(slide):  # noqa: PTH110
         overrides, slide = (slide, *overrides), None
+    page = beside(output(out), ".html")
+    if page.exists():
+        check_page(page)
     worked = False
     with progress_bar("fuse") as bar:
 
@@ -73,10 +80,6 @@ def fuse(msi: str, slide: str | None, overrides: tuple[str, ...], out: str, no_g
         )
     if not worked:
         click.echo(f"{out} is finished already: nothing was done")
-    from deepfere.evaluation.evaluate import load_evaluation
-    from deepfere.evaluation.report import report_identity, write_report
-    from deepfere.places import beside
-
     report = beside(out, ".html")
     # One may be there that another result, since removed, has left.
     if worked or report_identity(report) != result.provenance["identity"]:

@@ -73,13 +73,14 @@ def evaluate(
         render,
         write_scores,
     )
-    from deepfere.evaluation.report import write_report
+    from deepfere.evaluation.report import check_page, write_report
     from deepfere.evaluation.scores_page import write_scores_page
     from deepfere.places import beside
     from deepfere.reconstruction.result import open as open_result
 
     opened = open_result(result)
     check_json(json_path)
+    check_page(beside(result, ".html"))
     if against and labels is None:
         raise click.UsageError("--against compares with labels: give --labels too")
     if labels is not None and not ratios and (config is not None or overrides):

@@ -27,8 +27,11 @@ class _Commands(click.Group):
             sys.exit(stop.exit_code)
         except click.Abort as error:
             _stopped(error.__context__)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            sys.exit(2)
         except click.UsageError as error:
-            click.echo(f"error: {error.format_message()} (see {_program(error.ctx)} --help)", err=True)
+            click.echo(f"error: {_told(error)} (see {_program(error.ctx)} --help)", err=True)
             sys.exit(2)
         except InputError as error:
             click.echo(f"error: {error}", err=True)
@@ -49,6 +52,11 @@ class _Commands(click.Group):
         except KeyboardInterrupt as error:
             _stopped(error)
         sys.exit(0)
+
+
+def _told(error: click.UsageError) -> str:
+    """One line, where click writes a list of choices below one another."""
+    return " ".join(error.format_message().split())
 
 
 def _program(context: click.Context | None) -> str:

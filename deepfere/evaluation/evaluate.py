@@ -25,7 +25,7 @@ from deepfere.evaluation.trust import evidence_of, nested_medians
 from deepfere.evaluation.wald import METHODS, coverage, ion_scores, wald
 from deepfere.pipeline.fuse import quiet
 from deepfere.pipeline.workspace import Progress, write_json
-from deepfere.places import Place, beside
+from deepfere.places import Place, beside, check_outside_stores
 from deepfere.reconstruction.result import Result
 from deepfere.remote import is_url
 
@@ -192,13 +192,27 @@ def plain(values: Any) -> Any:
 
 
 def check_json(path: str | None) -> None:
-    """Refuse a file that scores cannot be written to, before work starts.
+    """Refuse a file that scores cannot be written to, before work starts; only scores are replaced.
 
     Raises:
         InputError: It is such a one.
     """
-    if path not in (None, "-") and (Path(path).is_dir() or not os.access(Path(path).resolve().parent, os.W_OK)):
+    if path is None or path == "-":
+        return
+    file = Path(path)
+    if file.is_dir() or not os.access(file.resolve().parent, os.W_OK):
         raise InputError("cannot be written", where=path, remedy="give a file in a folder that you may write to")
+    if file.exists() and not _holds_scores(file):
+        raise InputError("holds no scores, and stays as it is", where=path, remedy="give another file")
+    check_outside_stores(file)
+
+
+def _holds_scores(file: Path) -> bool:
+    try:
+        values = json.loads(file.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(values, dict) and bool({"wald", "boundaries"} & set(values))
 
 
 def write_scores(path: str, scores: dict[str, Any]) -> None:

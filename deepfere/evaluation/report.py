@@ -25,7 +25,7 @@ from deepfere.evaluation import report_pictures as pictures
 from deepfere.evaluation import report_tables as tables
 from deepfere.evaluation.report_alignment import alignment_section
 from deepfere.evaluation.report_modes import denoised_section, inferred_section
-from deepfere.places import Place, UrlPath, beside, place, reading
+from deepfere.places import Place, UrlPath, beside, check_outside_stores, place, reading
 
 PANEL_SIDES_PX = (640, 440, 300)
 MAX_BYTES = 7_500_000
@@ -45,8 +45,8 @@ def write_report(
 
     Args:
         result: An opened result (`deepfere.open`).
-        path: The HTML file to write, or its URL; its folder is made if needed, a file there is replaced at once
-            when the report is complete.
+        path: The HTML file to write, or its URL; its folder is made if needed, an earlier report there is replaced at
+            once when the new one is complete.
         evaluation: What `evaluate` found: ``wald`` (per ratio, rows of dB and r), ``truth`` (per kind
             of ion) and ``consistency``; its tables are left out without it.
         truth: Known high-resolution images by m/z, (H, W) on the result's grid, shown beside the ions.
@@ -55,13 +55,12 @@ def write_report(
         The path written.
 
     Raises:
-        InputError: The result holds no ions, or the path cannot be written.
+        InputError: The result holds no ions, or the path cannot be written or holds something else.
     """
     if not len(result.ions):
         raise InputError("the result holds no ions", where=result.path, remedy="reconstruct it first")
     target = place(path)
-    if isinstance(target, Path) and target.is_dir():
-        raise InputError("is a folder", where=path, remedy="give a path such as report.html")
+    check_page(target)
     scores = beside(result.path, ".evaluation.html")
     linked = scores.parent == target.resolve().parent and report_identity(scores) == result.provenance.get("identity")
     page = render_report(result, evaluation=evaluation, truth=truth, scores_page=scores.name if linked else None)
@@ -69,12 +68,27 @@ def write_report(
     return target
 
 
+def check_page(target: Place) -> None:
+    """Refuse a place that a page is not to be written to: what stands there and is no page of deepfere stays.
+
+    Raises:
+        InputError: It is a folder, another file, or lies inside a store.
+    """
+    remedy = "give a path such as report.html"
+    if isinstance(target, Path) and target.is_dir():
+        raise InputError("is a folder", where=target, remedy=remedy)
+    if target.exists() and report_identity(target) is None:
+        raise InputError("is no report of deepfere, and stays as it is", where=target, remedy=remedy)
+    check_outside_stores(target)
+
+
 def write_page(target: Place, page: str) -> None:
     """Write a page, at once when it is complete.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: It cannot be written, or something else is there.
     """
+    check_page(target)
     if isinstance(target, UrlPath):
         target.write_text(page)
         return

@@ -81,7 +81,7 @@ def _file(path: Path) -> Description:
         return files.alignment(path)
     if suffix == ".csv":
         first = head.decode("utf-8-sig", "replace").partition("\n")[0]
-        if set(LANDMARK_COLUMNS) <= {name.strip() for name in first.split(",")}:
+        if any(name in first for name in LANDMARK_COLUMNS):
             return files.landmarks(path)
         return files.study(path)
     if suffix == ".mis":

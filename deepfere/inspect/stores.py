@@ -263,8 +263,14 @@ def work(path: Place) -> Description:
     if isinstance(path, Path):
         used = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         notes.add("on disk", f"{used / 2**20:,.1f} MiB")
-    notes.problem("unfinished: run the same command again, and it goes on from here")
-    return notes.done(path, "unfinished work of a result")
+    results = path / "results"
+    finished = bool(names) and all((results / f"{name}.zarr" / "zarr.json").exists() for name in names)
+    study = (path / "done").exists() and not path.name.endswith(".work")
+    if results.exists():
+        notes.add("results", f"{results}: {count_text(sum(1 for _ in results.glob('*.zarr')), 'store')}")
+    if not finished:
+        notes.problem("unfinished: run the same command again, and it goes on from here")
+    return notes.done(path, "folder of a study" if study else "unfinished work of a result")
 
 
 def _stages(root: Place, section: str | None, journals: Place | None, notes: Notes) -> str:

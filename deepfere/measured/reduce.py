@@ -17,6 +17,9 @@ from deepfere.measured.windows import Windows
 from deepfere.readers.imzml import ImzmlIndex
 from deepfere.readers.imzml_arrays import read_arrays, read_flat
 
+LARGEST = 1e18
+"""No intensity is larger: variances, their squares, are kept as float32, too."""
+
 Reduce = Callable[[NDArray[np.int64]], tuple[NDArray[np.float32], NDArray[np.float64], int]]
 """Some spectra to ions (n, M), factors (3, n), a fourth for a reference, and the number of negative intensities."""
 
@@ -76,7 +79,8 @@ def refuse_twice(axis: NDArray[np.float64], where: object) -> None:
 def refuse_values(index: ImzmlIndex, i: int) -> None:
     """Refuse the intensities of spectrum ``i``."""
     raise InputError(
-        f"the spectrum at x {index.x[i]}, y {index.y[i]} has intensities that are not finite numbers",
+        f"the spectrum at x {index.x[i]}, y {index.y[i]} has intensities that are not finite numbers, or beyond "
+        f"{LARGEST:.0e}, whose squares are none",
         where=index.ibd_path,
         remedy="export it again or leave that pixel out",
     )
@@ -193,8 +197,8 @@ class Reducer:
         if not len(values):
             return values, 0
         least, most = values.min(), values.max()  # not a number wherever one of them is none
-        if not (least > -np.inf and most < np.inf):
-            first = int(np.isfinite(values).argmin())
+        if not (least > -LARGEST and most < LARGEST):
+            first = int((np.abs(values) < LARGEST).argmin())
             refuse_values(self.index, int(rows[int(np.searchsorted(np.cumsum(lengths), first, side="right"))]))
         if least >= 0:
             return values, 0

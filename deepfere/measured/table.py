@@ -15,7 +15,7 @@ from deepfere.errors import InputError
 from deepfere.measured.normalise import ragged_factors
 from deepfere.measured.peaks import SharedIons, found_ions
 from deepfere.measured.raster import Raster, batches, evenly
-from deepfere.measured.reduce import refuse_twice
+from deepfere.measured.reduce import LARGEST, refuse_twice
 from deepfere.measured.sampled import PeakSpec, Sample, sample_centroids, sample_profiles, sample_rows
 from deepfere.measured.windows import Windows
 from deepfere.readers.table import RowReader, Table
@@ -145,16 +145,17 @@ def _nearest(axis: NDArray[np.float64], mz: NDArray[np.float64]) -> str:
 def check_finite(
     table: Table, rows: NDArray[np.int64], values: NDArray[np.float32], lengths: NDArray[np.int64]
 ) -> None:
-    """Refuse values that are not finite numbers.
+    """Refuse values that are not finite numbers, or so large that their squares are none.
 
     Raises:
         InputError: There is one; names the pixel.
     """
-    if len(values) and not (values.min() > -np.inf and values.max() < np.inf):
-        first = int(np.isfinite(values).argmin())
+    if len(values) and not (values.min() > -LARGEST and values.max() < LARGEST):
+        first = int((np.abs(values) < LARGEST).argmin())
         i = int(rows[int(np.searchsorted(np.cumsum(lengths), first, side="right"))])
         raise InputError(
-            f"the spectrum at x {table.x[i]}, y {table.y[i]} has intensities that are not finite numbers",
+            f"the spectrum at x {table.x[i]}, y {table.y[i]} has intensities that are not finite numbers, or "
+            f"beyond {LARGEST:.0e}, whose squares are none",
             where=table.path,
             remedy="convert it again or leave that pixel out",
         )

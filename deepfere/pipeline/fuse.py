@@ -77,8 +77,17 @@ def identity_of(sections: list[Section], inputs: list[dict[str, str]], config: C
 
 
 def output(given: str | Path) -> Place:
-    """Where a command is to write: an absolute path, or a URL, with nothing at its end."""
-    return place(str(given).rstrip("/")).resolve()
+    """Where a command is to write: an absolute path, or a URL, with nothing at its end.
+
+    Raises:
+        InputError: It is no path, or has no name.
+    """
+    name = str(place(given)).rstrip("/")
+    if not str(given).strip() or not name:
+        raise InputError(
+            "is no name for an output", where=repr(str(given)), remedy="give -o a path or s3://BUCKET/NAME"
+        )
+    return place(name).resolve()
 
 
 def check_output(path: Place) -> None:
@@ -107,6 +116,20 @@ def check_output(path: Place) -> None:
         raise InputError("is a file", where=path, remedy="choose another output")
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError("cannot be written", where=path, remedy="choose an output in a folder that you may write to")
+
+
+def check_apart(target: Place, sections: Iterable[Section]) -> None:
+    """Refuse an output inside one of the inputs: it would become a part of what is read.
+
+    Raises:
+        InputError: It is to be in one.
+    """
+    for section in sections:
+        for given in (section.msi, section.slide):
+            if given is not None and not is_url(given) and isinstance(target, Path):
+                source = Path(given).resolve()
+                if target.is_relative_to(source):
+                    raise InputError(f"lies inside the input {source}", where=target, remedy="choose another output")
 
 
 def check_files(section: Section, config: Config) -> None:
@@ -237,6 +260,15 @@ def fuse(
         InputError: The input is wrong; nothing was left behind.
         DeepfereError: A stage failed; the same call resumes.
     """
+    for name, path in {
+        "msi": msi,
+        "slide": slide,
+        "config": config,
+        "landmarks": landmarks,
+        "alignment": alignment,
+    }.items():
+        if not isinstance(path, str | os.PathLike | Config | None):
+            raise InputError(f"{name}={path!r} is no path", remedy="give a path")
     targets, lock = _numbers("mz", mz), _numbers("lock_mass", lock_mass)
     settings = load_config(
         None if isinstance(config, Config) else config,
@@ -275,6 +307,7 @@ def fuse(
         raise InputError("both an alignment and landmarks are given", remedy="give one of them")
     section = with_teaching_points(section)
     target = output(out)
+    check_apart(target, [section])
     check_output(target)
     inputs = input_digests(section, settings)
     check_files(section, settings)

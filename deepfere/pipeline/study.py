@@ -17,6 +17,7 @@ from deepfere.model.network import network_from_config
 from deepfere.pipeline.deep import check_patches
 from deepfere.pipeline.failures import Failures
 from deepfere.pipeline.fuse import (
+    check_apart,
     check_output,
     check_resources,
     input_digests,
@@ -168,6 +169,7 @@ def run_stage(
     check_patches(settings)
     sections = each_region(study_sections(stage, study, settings), study)
     target = output(out)
+    check_apart(target, sections)
     check_output(target)
     sections = [with_teaching_points(s) for s in sections]
     inputs = _all_digests(sections, settings)

@@ -190,6 +190,8 @@ def msi_digest(path: str | Path) -> str:
     path = Path(path)
     if path.is_file() and path.suffix.lower() not in (".imzml", ".xml", ".ibd"):
         raise InputError("is no imzML", where=path, remedy="give the .imzML first, then the slide")
+    if path.is_file() and not path.stat().st_size:
+        raise InputError("is empty", where=path, remedy="export it again")
     parts = content_digest(path) + content_digest(_find_ibd(path))
     return hashlib.sha256(parts.encode()).hexdigest()
 

@@ -21,6 +21,7 @@ from deepfere.submit.templates import template
 
 FOLDER, FILE = "/etc/deepfere", "settings.yaml"
 LABEL = "deepfere/submission"
+IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*")
 
 
 class KubeJob(Job):
@@ -157,6 +158,9 @@ class KubeRay(Target):
             raise InputError(
                 "no image is given", where="--image", remedy="give the one that you built (docs/kubernetes.md)"
             )
+        for flag, name in (("--image", image), ("--gpu-image", gpu_image)):
+            if name is not None and not IMAGE.fullmatch(name):
+                raise InputError(f"{name!r} is no name of an image", where=flag, remedy="give REGISTRY/NAME:TAG")
         self.image, self.gpu_image, self.namespace = image, gpu_image, namespace
 
     def manifests(self, submission: Submission, name: str) -> list[dict[str, Any]]:
