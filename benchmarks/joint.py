@@ -86,10 +86,13 @@ def attempt(case: Case, target: Path, start: Alignment, step: float, more: list[
     assert result.alignment is not None
     off = [apart_px(found, case.alignment, result.grid, result.mask) for found in (start, result.alignment)]
     left, joint = notes["t1_left"], notes.get("t1_left_joint", notes["t1_left"])
-    return Trial(off[0], off[1], 1 - left, 1 - joint, _psnr(case, result), joint < left - choosing.ALIGNMENT_MARGIN)
+    return Trial(
+        off[0], off[1], 1 - left, 1 - joint, section_psnr(case, result), joint < left - choosing.ALIGNMENT_MARGIN
+    )
 
 
-def _psnr(case: Case, result: Result) -> NDArray[np.float64]:
+def section_psnr(case: Case, result: Result) -> NDArray[np.float64]:
+    """PSNR (M,) of every true ion, dB; NaN where the result does not hold it."""
     images = decode(case, result)
     return np.array(
         [

@@ -1,11 +1,11 @@
-"""Ingestion of a study as it grows: time per section, and memory of the process that drives it.
+"""Ingestion and learning of a study as it grows: time per section, and memory of the process that drives it.
 
     python benchmarks/many_sections.py [--quick] [--json FILE]
 
 Sections of 8 x 8 pixels with some 40 centroids each, written here. Every study is ingested by the command line without
 a target list, so that peaks are found over all of its sections. One section has a damaged .ibd and fails; it is mended,
-and the same command is run again. Memory is the sum of PSS over the process tree, sampled twice a second; what the
-interpreter and its libraries take is in it.
+and the same command is run again; then all of them are learned from together, without a stain. Memory is the sum of PSS
+over the process tree, sampled twice a second; what the interpreter and its libraries take is in it.
 """
 
 from __future__ import annotations
@@ -50,9 +50,19 @@ def write_study(folder: Path, sections: int) -> Path:
     return folder / "study.yaml"
 
 
-def run(manifest: Path, out: Path) -> tuple[int, float, int, str]:
-    """Ingest: exit code, seconds, peak PSS in bytes, what it printed."""
-    command = [sys.executable, "-m", "deepfere", "ingest", str(manifest), "-o", str(out), "--no-guide"]
+def run(stage: str, manifest: Path, out: Path) -> tuple[int, float, int, str]:
+    """Up to a stage: exit code, seconds, peak PSS in bytes, what it printed."""
+    command = [
+        sys.executable,
+        "-m",
+        "deepfere",
+        stage,
+        str(manifest),
+        "-o",
+        str(out),
+        "--no-guide",
+        "tracking.uri=none",
+    ]
     with tempfile.TemporaryFile("w+") as log:
         started, peak = time.perf_counter(), 0
         process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -66,19 +76,22 @@ def run(manifest: Path, out: Path) -> tuple[int, float, int, str]:
         return process.returncode, seconds, peak, log.read()
 
 
-def case(sections: int) -> tuple[list[Row], float, int]:
-    """Rows of a study of so many sections; seconds a section and peak PSS of its ingestion."""
+def case(sections: int) -> tuple[list[Row], dict[str, tuple[float, int]]]:
+    """Rows of a study of so many sections; of both stages, seconds a section and peak PSS."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         manifest, out = write_study(folder, sections), folder / "work"
         bad = folder / f"s{sections // 2:04d}.ibd"
         whole = bad.read_bytes()
         bad.write_bytes(whole[:-64])
-        code, sampled, _, printed = run(manifest, out)
+        code, sampled, _, printed = run("ingest", manifest, out)
         told = [line for line in printed.splitlines() if line.startswith("error: ")]
         bad.write_bytes(whole)
-        again, seconds, peak, printed = run(manifest, out)
+        again, seconds, peak, printed = run("ingest", manifest, out)
         if again:
+            sys.exit(printed[-3000:])
+        failed, learned, most, printed = run("train", manifest, out)
+        if failed:
             sys.exit(printed[-3000:])
         ions = json.loads((out / "done" / "ions.json").read_text())["mz"]
         over = f"{sections} sections"
@@ -88,25 +101,29 @@ def case(sections: int) -> tuple[list[Row], float, int]:
             Row.of(f"{over}: ions found, of {IONS}", len(ions), must=f">= {IONS}"),
             Row.of(f"{over}: sampled, s a section", sampled / sections),
             Row.of(f"{over}: ingested, s a section", seconds / sections),
-            Row.of(f"{over}: peak PSS, MiB", peak / 2**20),
+            Row.of(f"{over}: peak PSS of ingestion, MiB", peak / 2**20),
+            Row.of(f"{over}: learned, s a section", learned / sections),
+            Row.of(f"{over}: peak PSS of learning, MiB", most / 2**20),
         ]
-        return rows, seconds / sections, peak
+        return rows, {"ingestion": (seconds / sections, peak), "learning": (learned / sections, most)}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """All rows."""
-    options = parser("A study as it grows.", cases=("ingest",)).parse_args(arguments)
+    options = parser("A study as it grows.", cases=("study",)).parse_args(arguments)
     rows: list[Row] = []
-    took: list[tuple[float, int]] = []
+    took: list[dict[str, tuple[float, int]]] = []
     for sections in QUICK if options.quick else SIZES:
-        more, seconds, peak = case(sections)
+        more, figures = case(sections)
         rows += more
-        took.append((seconds, peak))
+        took.append(figures)
         for row in more:
             print(f"{row.what}: {row.value:.4g}", flush=True)
     must = "" if options.quick else "<= 1.2"
-    rows.append(Row.of("peak PSS grows by", took[1][1] / took[0][1], must=must))
-    rows.append(Row.of("time of a section grows by", took[1][0] / took[0][0], must=must))
+    for stage in took[0]:
+        (before_s, before), (after_s, after) = took[0][stage], took[1][stage]
+        rows.append(Row.of(f"peak PSS of {stage} grows by", after / before, must=must))
+        rows.append(Row.of(f"time of a section's {stage} grows by", after_s / before_s, must=must))
     return finish(rows, options.json)
 
 

@@ -266,6 +266,22 @@ def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path) -> None:
         assert (one.folder / name).read_bytes() != (other.folder / name).read_bytes(), name
 
 
+def test_one_chemistry_in_different_tissue(tmp_path: Path) -> None:
+    def made(seed: int, chemistry: int | None) -> Phantom:
+        shape = (12 + seed, 10)
+        spec = PhantomSpec(seed=seed, chemistry=chemistry, shape_px=shape, factor=2, slide_mpp_um=4.0)
+        return write_phantom(tmp_path / f"{seed}-{chemistry}", spec)
+
+    one, two, other = made(1, 5), made(2, 5), made(1, 6)
+    assert np.array_equal(one.mz(), two.mz()) and one.kinds() == two.kinds()
+    assert np.array_equal(one.amplitudes(), two.amplitudes())
+    assert not np.array_equal(one.mz(), other.mz())
+    # Tissue and placement are the seed's.
+    assert np.array_equal(one.labels(), other.labels())
+    assert one.alignment().to_dict() == other.alignment().to_dict()
+    assert not np.array_equal(one.labels()[:20, :20], two.labels()[:20, :20])
+
+
 def test_truth_does_not_depend_on_its_bands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = PhantomSpec(seed=5, shape_px=(9, 8), factor=4, slide_mpp_um=4.0)
     whole = write_phantom(tmp_path / "whole", small)

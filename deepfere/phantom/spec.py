@@ -32,6 +32,7 @@ class PhantomSpec:
 
     Attributes:
         seed: Names the tissue, its chemistry, its placement and its noise.
+        chemistry: Names the chemistry instead: sections of one number hold the same ions in different tissue.
         shape_px: Measured pixels (ny, nx), the margin around the tissue included.
         pitch_um: Distance between measured pixel centres, micrometres, the same in y and x.
         factor: The truth is stored on pixels of ``pitch_um / factor``.
@@ -52,6 +53,7 @@ class PhantomSpec:
     """
 
     seed: int = 0
+    chemistry: int | None = None
     shape_px: tuple[int, int] = (40, 36)
     pitch_um: float = 50.0
     factor: int = 8
@@ -73,6 +75,7 @@ class PhantomSpec:
         object.__setattr__(self, "shape_px", (int(self.shape_px[0]), int(self.shape_px[1])))
         object.__setattr__(self, "ions_per_kind", dict(self.ions_per_kind))
         self._check("seed", self.seed >= 0, "give an integer that is not negative")
+        self._check("chemistry", (self.chemistry or 0) >= 0, "give an integer that is not negative, or None")
         self._check("shape_px", min(self.shape_px) >= 4, "give at least 4 x 4 pixels")
         self._check("pitch_um", 0 < self.pitch_um < math.inf, "give a positive size in micrometres")
         self._check("factor", self.factor >= 1, "give a whole number from 1")
