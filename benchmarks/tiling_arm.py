@@ -55,6 +55,8 @@ def ours(path: str, side: int, mpp: float, seconds: float) -> dict[str, Any]:
 def ours_ray(path: str, side: int, mpp: float, repeat: int) -> dict[str, Any]:
     import ray
 
+    from deepfere.cluster import connect
+    from deepfere.config import RaySettings
     from deepfere.readers.slide import open_slide
     from deepfere.tiling.tile_source import tile_dataset
     from deepfere.tiling.tiles import TileSpec, plan_tiles
@@ -68,7 +70,8 @@ def ours_ray(path: str, side: int, mpp: float, repeat: int) -> dict[str, Any]:
         rows = tile_dataset([plan] * times).map_batches(sums, batch_size=None).take_all()
         return time.perf_counter() - started, rows
 
-    _quiet(ray)
+    connect(RaySettings(num_cpus=1))
+    ray.data.DataContext.get_current().enable_progress_bars = False
     job(1)  # workers started, modules imported
     took, rows = job(repeat)
     total = sum(int(row["sum"]) for row in rows)

@@ -58,12 +58,13 @@ def fuse(msi: str, slide: str | None, overrides: tuple[str, ...], out: str, no_g
     from deepfere.evaluation.evaluate import load_evaluation
     from deepfere.evaluation.report import check_page, report_identity, write_report
     from deepfere.pipeline import fuse as run
-    from deepfere.pipeline.fuse import output
+    from deepfere.pipeline.fuse import check_output, output
     from deepfere.places import beside
 
     # Of any length: Path.exists may raise. A URL may hold a "=", but none before its "://".
     if slide is not None and "=" in slide.partition("://")[0] and not os.path.exists(slide):  # noqa: PTH110
         overrides, slide = (slide, *overrides), None
+    check_output(output(out))
     page = beside(output(out), ".html")
     if page.exists():
         check_page(page)

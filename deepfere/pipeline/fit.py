@@ -117,7 +117,14 @@ def section_factors(prep: Prepared, cube: NDArray[np.float32], work: Workspace, 
     return factoring.factors(cube, prep.measured.mask)
 
 
-def fitted(prep: Prepared, work: Workspace, config: Config, given: GivenModel | None, spread: bool) -> Fitted:
+def fitted(
+    prep: Prepared,
+    work: Workspace,
+    config: Config,
+    given: GivenModel | None,
+    spread: bool,
+    choice: SmoothingChoice | None = None,
+) -> Fitted:
     """The closed form of a section.
 
     Args:
@@ -126,13 +133,11 @@ def fitted(prep: Prepared, work: Workspace, config: Config, given: GivenModel | 
         config: Settings.
         given: A registered model in the place of training.
         spread: The workers of a pool may be asked for help: this is none of them.
+        choice: Smoothing; None lets the data choose.
     """
     cube = prep.cube(config)
     factors = section_factors(prep, cube, work, given)
-    known = work.facts("fit", prep.section.name).get("choice")
-    problem = section_problem(
-        prep, cube, factors, prep.folder.pooled, smoothings_pitch(config), SmoothingChoice(**known) if known else None
-    )
+    problem = section_problem(prep, cube, factors, prep.folder.pooled, smoothings_pitch(config), choice)
     alignment = load_alignment(prep.folder)
     guide = typed_spec(prep, problem, alignment, config.seed)
     if guide.types is not None:

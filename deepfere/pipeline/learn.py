@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from deepfere.model.denoise import Denoised, denoise
 from deepfere.model.fit import SectionFit
 from deepfere.model.network import FusionNetwork
 from deepfere.model.ridge import DENSITIES
-from deepfere.model.transfer import LEAST_PX
+from deepfere.model.transfer import LEAST_PX, SmoothingChoice
 from deepfere.pipeline.choose import Learned, choose, without_guide
 from deepfere.pipeline.deep import train_network
 from deepfere.pipeline.failures import Failures
@@ -35,7 +36,7 @@ from deepfere.pipeline.fit import (
 from deepfere.pipeline.given import GivenModel
 from deepfere.pipeline.paper import published
 from deepfere.pipeline.prepare import Prepared, load_alignment, prepared
-from deepfere.pipeline.side_by_side import SectionWorker, SideBySide, Together
+from deepfere.pipeline.side_by_side import SectionWorker, SideBySide
 from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace, write_json
 from deepfere.places import reading, writing
 from deepfere.schedule import pool
@@ -70,41 +71,36 @@ def learn_stage(
         alone = len(sections) == 1
         kept: dict[str, Fitted] | None = {} if alone else None
 
-        def each(worker: type[SectionWorker], low: float, high: float, arguments: list[tuple[Any, ...]]) -> None:
-            """One step of all sections."""
-            together = Together(progress, len(sections))
-            tell = [progress if alone else _between(together.of(s.name), low, high) for s in sections]
-            beside.run(
-                (s.name, beside.stage(worker, s, inputs[n], tell[n], *arguments[n])) for n, s in enumerate(sections)
-            )
+        def each(
+            worker: type[SectionWorker], low: float, high: float, arguments: Callable[[int], tuple[Any, ...]]
+        ) -> None:
+            """One step of all sections; the only one tells on the way how far it is."""
+            both = zip(sections, inputs, strict=True)
+            tell = progress if alone else lambda *_: None
+            beside.each(worker, both, lambda share: progress("learn", low + (high - low) * share), arguments, tell)
             failures.stop("learning takes all of them: mend or remove these")
 
         known: list[dict[str, Any]] = []
         with pool("learn"):
-            each(MomentsWorker, 0.0, 0.02, [()] * len(sections))
+            each(MomentsWorker, 0.0, 0.02, lambda n: ())
             if given is None:
                 most = config.paper.channels if config.model.tier == "paper" else config.model.max_factors
                 factoring = study_factoring(sections, work, most)
                 with writing(work.factoring) as path:
                     factoring.save(path)
             if given is None and config.guide and config.model.tier in ("auto", "T2"):
-                each(FitWorker, 0.02, 0.1, [(study, kept)] * len(sections))
+                each(FitWorker, 0.02, 0.1, lambda n: (study, kept))
                 known = [work.facts("fit", s.name) for s in sections]
         trained, joint = None, None
         if known and (config.model.tier == "T2" or max(one["covered_px"] for one in known) >= LEAST_PX):
             # The pool's workers are gone: training takes the processors.
             trained, joint = train_network(known, work, config, progress, run_name)
-        networks = [(joint[0], alignment) for alignment in joint[1]] if joint else [None] * len(sections)
         with pool("learn"):
-            each(ChooseWorker, 0.85, 1.0, [(study, given, network, kept) for network in networks])
+            each(ChooseWorker, 0.85, 1.0, lambda n: (study, given, joint and (joint[0], joint[1][n]), kept))
         facts["history"] = trained.history if trained else []
         facts["timing"] = trained.timing if trained else {}
         progress("learn", 1.0)
         return facts["history"]
-
-
-def _between(tell: Progress, low: float, high: float) -> Progress:
-    return lambda stage, share: tell("learn", low + (high - low) * share)
 
 
 class ChooseWorker(SectionWorker):
@@ -156,7 +152,10 @@ class ChooseWorker(SectionWorker):
     def _fused(self, prep: Prepared, inputs: dict[str, str], progress: Progress) -> None:
         config, given, alone = self.config, self.given, self.kept is not None
         fit = self.kept.pop(prep.section.name, None) if self.kept is not None else None
-        fit = fit or fitted(prep, self.folder, config, given, spread=alone)
+        # The smoothing that training took, of these inputs and settings and no others.
+        known = (self.folder.done("fit", digest(self.study), prep.section.name) or {}).get("choice")
+        choice = SmoothingChoice(**known) if known else None
+        fit = fit or fitted(prep, self.folder, config, given, alone, choice)
         problem, network, held = fit.problem, self.trained, np.zeros(1, bool)
         if given is not None and config.model.tier in ("auto", "T2"):
             network = (given.network, load_alignment(prep.folder))

@@ -95,19 +95,29 @@ class SideBySide:
         self,
         worker: type[SectionWorker],
         sections: Iterable[tuple[Section, dict[str, str]]],
-        progress: Callable[[float], None],
+        done: Callable[[float], None],
+        arguments: Callable[[int], tuple[Any, ...]] = lambda n: (),
+        progress: Progress = lambda *_: None,
     ) -> None:
-        """One stage of all of them; ``progress`` is called with the share that is done."""
+        """One stage of all of them.
+
+        Args:
+            worker: Of the stage.
+            sections: Each with the digests of what the user gave for it.
+            done: Called with the share of them that is done.
+            arguments: What else the worker of the n-th one is built with.
+            progress: See `stage`.
+        """
         todo = list(sections)
-        done = 0
+        count = 0
 
-        def only(section: Section, inputs: dict[str, str]) -> Phases:
-            nonlocal done
-            yield from self.stage(worker, section, inputs, lambda *_: None)
-            done += 1
-            progress(done / len(todo))
+        def only(n: int, section: Section, inputs: dict[str, str]) -> Phases:
+            nonlocal count
+            yield from self.stage(worker, section, inputs, progress, *arguments(n))
+            count += 1
+            done(count / len(todo))
 
-        self.run((section.name, only(section, inputs)) for section, inputs in todo)
+        self.run((section.name, only(n, section, inputs)) for n, (section, inputs) in enumerate(todo))
 
     def _failed(self, name: str, error: Exception) -> None:
         def fail() -> None:
