@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deepfere.measured.factors import factor_weight, factorise, noise_sd
+from deepfere.errors import InputError
+from deepfere.measured.factors import Moments, factor_weight, factorise, noise_sd
+from deepfere.pipeline.given import GivenModel, given_factoring
 
 
 def section(seed, ions=6, shape=(14, 15), rank=3, noise=0.0):
@@ -116,3 +118,30 @@ def test_noise_of_a_sparse_ion_is_not_zero():
     # Fewer than three rows: only the other axis can tell.
     thin = np.random.default_rng(0).standard_normal((1, 2, 4000))
     assert noise_sd(thin, np.ones((2, 4000), bool))[0] == pytest.approx(1.0, rel=0.06)
+
+
+def test_moments_of_parts_add_up_to_those_of_the_whole():
+    cube, mask = section(9, noise=0.3, shape=(120, 110))
+    upper = mask & (np.arange(120)[:, None] < 37)
+    whole = Moments.of(cube, mask)
+    parts = Moments.sum([Moments.of(cube, upper), Moments.of(cube, mask & ~upper)])
+    table = cube[:, mask]
+    assert whole.pixels == parts.pixels == mask.sum()
+    for found in (whole, parts):
+        np.testing.assert_allclose(found.mean, table.mean(1), rtol=1e-12)
+        np.testing.assert_allclose(found.products, np.cov(table, ddof=0) * mask.sum(), rtol=1e-9)
+
+
+def test_factors_of_a_given_basis_are_noise_weighted_least_squares():
+    cube, mask = section(10, noise=0.3)
+    (own,) = factorise([cube], [mask], 2)
+    model = GivenModel(None, np.arange(6.0) + 500, own.basis, own.noise_sd, [], 0, 0.2, "")  # type: ignore[arg-type]
+    moments = Moments.of(cube, mask)
+    found = given_factoring(model, moments, model.mz, 5.0, "here").factors(cube, mask)
+    table = (cube[:, mask] - cube[:, mask].mean(1, keepdims=True)) / own.noise_sd[:, None]
+    scores = np.linalg.lstsq(own.basis / own.noise_sd[:, None], table, rcond=None)[0]
+    np.testing.assert_allclose(found.images[:, mask], scores, atol=1e-9)
+    left = (table - own.basis / own.noise_sd[:, None] @ scores).var(1) / table.var(1)
+    np.testing.assert_allclose(found.explained, 1 - left, atol=1e-9)
+    with pytest.raises(InputError, match="the model knows 6 ions, the section has 6 others"):
+        given_factoring(model, moments, model.mz + 0.1, 5.0, "here")
