@@ -1,6 +1,6 @@
 """One arm of the tiling benchmark in a process of its own; prints one line of JSON.
 
-    python benchmarks/tiling_arm.py {ours|ours-ray|ratiopath|openslide|tiffslide} SLIDE [--side 512] [--repeat N] ...
+    python benchmarks/tiling_arm.py {ours|ours-ray|ours-rows|ratiopath|openslide|tiffslide} SLIDE [--repeat N] ...
 
 Every arm ends in the same checksum of the same tiles, taken where the tile was read. It runs with what it needs alone:
 `ratiopath` and `tiffslide` in an environment of their own.
@@ -78,6 +78,46 @@ def ours_ray(path: str, side: int, mpp: float, repeat: int) -> dict[str, Any]:
     return {"seconds": took, "tiles": sum(row["n"] for row in rows), "checksum": total & MASK}
 
 
+def ours_rows(path: str, side: int, mpp: float, repeat: int) -> dict[str, Any]:
+    """On the pool of Ray's actors that `deepfere fuse` and `deepfere tile` decode slides with."""
+    from deepfere.cluster import connect
+    from deepfere.config import RaySettings
+    from deepfere.readers.slide import open_slide
+    from deepfere.rows import Phase, RowWorker
+    from deepfere.schedule import pool, run_phase
+    from deepfere.tiling.groups import TileReader, group_tiles
+    from deepfere.tiling.tiles import TileSpec, plan_tiles
+
+    class Sums(RowWorker):
+        def __init__(self) -> None:
+            slide = open_slide(path)
+            self.plan = plan_tiles(slide, TileSpec(side, mpp))
+            self.groups, self.reader = group_tiles(self.plan), TileReader(self.plan, slide)
+            self.out = np.empty((max(len(g.tiles) for g in self.groups), side, side, 3), np.uint8)
+
+        def work(self, row: dict[str, Any]) -> dict[str, Any]:
+            group = self.groups[row["group"]]
+            pixels, _ = self.reader.read(group, self.out[: len(group.tiles)])
+            return {"sum": checksum(pixels, *self.plan.corner_px[group.tiles].T), "n": len(group.tiles)}
+
+    found: list[dict[str, Any]] = []
+
+    def job(times: int) -> float:
+        found.clear()
+        started = time.perf_counter()
+        count = len(group_tiles(plan_tiles(open_slide(path), TileSpec(side, mpp))))
+        rows = ({"unit": f"{k}/{group}", "group": group} for k in range(times) for group in range(count))
+        run_phase(Phase("tiles", Sums, (), rows, times * count, found.append))
+        return time.perf_counter() - started
+
+    connect(RaySettings(num_cpus=1))
+    with pool("tiles"):
+        job(1)  # workers started, modules imported
+        took = job(repeat)
+    total = sum(record["sum"] for record in found)
+    return {"seconds": took, "tiles": sum(record["n"] for record in found), "checksum": total & MASK}
+
+
 def ratiopath(path: str, side: int) -> dict[str, Any]:
     """Its own pipeline: read_slides, grid_tiles, repartition(128 rows), read_slide_tiles."""
     import ray
@@ -136,7 +176,7 @@ def _quiet(ray: Any) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("arm", choices=["ours", "ours-ray", "ratiopath", "openslide", "tiffslide"])
+    parser.add_argument("arm", choices=["ours", "ours-ray", "ours-rows", "ratiopath", "openslide", "tiffslide"])
     parser.add_argument("slide")
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--mpp", type=float, default=0.5)
@@ -150,6 +190,8 @@ if __name__ == "__main__":
         found = ours(given.slide, given.side, given.mpp, given.seconds)
     elif given.arm == "ours-ray":
         found = ours_ray(given.slide, given.side, given.mpp, given.repeat)
+    elif given.arm == "ours-rows":
+        found = ours_rows(given.slide, given.side, given.mpp, given.repeat)
     elif given.arm == "ratiopath":
         found = ratiopath(given.slide, given.side)
     else:
