@@ -122,7 +122,6 @@ def _nuclear_density(
 
 def draw_ions(spec: PhantomSpec, tissue: Tissue) -> list[Ion]:
     """The phantom's ions in order of m/z; kinds are mixed along the m/z axis."""
-    own = spec.chemistry is None
     rng = spec.rng(3) if spec.chemistry is None else np.random.default_rng([spec.chemistry, 3])
     kinds = [kind for kind in KINDS for _ in range(spec.ions_per_kind.get(kind, 0))]
     kinds = [kinds[i] for i in rng.permutation(len(kinds))]
@@ -136,7 +135,7 @@ def draw_ions(spec: PhantomSpec, tissue: Tissue) -> list[Ion]:
         levels = _draw_levels(rng, kind, seen[kind])
         spots = np.zeros((0, 2))
         if kind == "hotspot":
-            spots = _draw_spots(rng if own else spec.rng(7, index), spec, tissue)
+            spots = _draw_spots(rng if spec.chemistry is None else spec.rng(7, index), spec, tissue)
         sigma = rng.uniform(0.45, 0.85, len(spots)) * spec.pitch_um
         phase = (float(rng.uniform(0, 2 * np.pi)), float(rng.uniform(0, 2 * np.pi)))
         base = float(rng.uniform(0.02, 0.12))

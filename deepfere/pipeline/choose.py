@@ -32,9 +32,10 @@ from deepfere.model.reduced import deep_detail, fit_deep, mixed_by_factor, ridge
 from deepfere.model.ridge import RidgeFit, null_guides
 from deepfere.model.transfer import LEAST_PX, SmoothingChoice
 from deepfere.pipeline.prepare import Prepared, load_alignment
-from deepfere.pipeline.tile import pool, read_pooled
+from deepfere.pipeline.tile import FEW, pool, read_pooled
 from deepfere.pipeline.workspace import Progress
 from deepfere.places import Place
+from deepfere.schedule import run_phase
 
 TIER_EVIDENCE = 1.0
 """Standard errors over spatial blocks by which the network must be ahead (one-standard-error rule, Breiman et al.,
@@ -175,7 +176,8 @@ def choose(
         trial = joint[1]
         choice = problem.choice
         kept_smoothing = (choice.smoothing_pitch,)
-        pool(prep, guide, trial, lambda *_: None, prep.folder.pooled_joint, kept_smoothing, spread)
+        averages = pool(prep, guide, trial, lambda *_: None, prep.folder.pooled_joint, kept_smoothing)
+        run_phase(averages, inline_up_to=FEW if spread else averages.count)
         other = section_problem(prep, cube, factors, prep.folder.pooled_joint, kept_smoothing, choice)
         refit = fit_t1(other, config.model.null_guides, config.seed)
         left = tier_error(other, weight, refit[0].predicted, np.ones(len(other.rows.block), bool))

@@ -23,10 +23,11 @@ from deepfere.pipeline.given import GivenModel, given_factoring
 from deepfere.pipeline.ions import same_axis
 from deepfere.pipeline.prepare import Prepared, load_alignment, prepared
 from deepfere.pipeline.side_by_side import SectionWorker
-from deepfere.pipeline.tile import load_plan, pool, smoothings_pitch
+from deepfere.pipeline.tile import FEW, load_plan, pool, smoothings_pitch
 from deepfere.pipeline.types import typed_spec
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.places import reading, writing
+from deepfere.schedule import run_phase
 from deepfere.section import Section
 from deepfere.tiling.patches import PatchSource
 from deepfere.tiling.plan import plan_patches
@@ -142,7 +143,8 @@ def fitted(
     guide = typed_spec(prep, problem, alignment, config.seed)
     if guide.types is not None:
         kept = (guide.smoothing_pitch,)
-        pool(prep, guide, alignment, lambda *_: None, prep.folder.pooled_typed, kept, spread)
+        averages = pool(prep, guide, alignment, lambda *_: None, prep.folder.pooled_typed, kept)
+        run_phase(averages, inline_up_to=FEW if spread else averages.count)
         problem = section_problem(prep, cube, factors, prep.folder.pooled_typed, kept, problem.choice)
     return Fitted(prep, cube, factors, problem, guide, fit_t1(problem, config.model.null_guides, config.seed))
 

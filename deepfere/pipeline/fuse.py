@@ -19,7 +19,7 @@ from deepfere.pipeline.learn import learn_stage
 from deepfere.pipeline.overview import section_pieces
 from deepfere.pipeline.prepare import align_stage, ingest_stage, msi_input_digest, prepared
 from deepfere.pipeline.seal import Outcome
-from deepfere.pipeline.tile import tile_stage
+from deepfere.pipeline.tile import tile_phases
 from deepfere.pipeline.track import check_tracking, tracked
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.pipeline.write import reconstruct_phases
@@ -260,18 +260,14 @@ def fuse(
         InputError: The input is wrong; nothing was left behind.
         DeepfereError: A stage failed; the same call resumes.
     """
-    for name, path in {
-        "msi": msi,
-        "slide": slide,
-        "config": config,
-        "landmarks": landmarks,
-        "alignment": alignment,
-    }.items():
-        if not isinstance(path, str | os.PathLike | Config | None):
+    file = None if isinstance(config, Config) else config
+    paths = {"msi": msi, "slide": slide, "config": file, "landmarks": landmarks, "alignment": alignment}
+    for name, path in paths.items():
+        if not isinstance(path, str | os.PathLike | None):
             raise InputError(f"{name}={path!r} is no path", remedy="give a path")
     targets, lock = _numbers("mz", mz), _numbers("lock_mass", lock_mass)
     settings = load_config(
-        None if isinstance(config, Config) else config,
+        file,
         overrides,
         base=config if isinstance(config, Config) else None,
         factor=factor,
@@ -358,7 +354,7 @@ def _run(
         prep = prepared(section, work, config)
         if config.guide:
             align_stage(prep, inputs, work, config, progress)
-            tile_stage(prep, inputs, work, config, progress)
+            run_jobs([(section.name, tile_phases(prep, inputs, work, config, progress))], title="tile")
         with tracked(work, [section], [inputs], config, target.name) as run:
             alone, name = Failures([section.name], work), f"run-{identity[:12]}"
             history = learn_stage([section], [inputs], work, config, progress, name, alone)

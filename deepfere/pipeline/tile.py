@@ -25,12 +25,13 @@ from deepfere.places import Place, reading
 from deepfere.readers.slide import Reading
 from deepfere.reconstruction.shards import CacheWorker, PoolWorker
 from deepfere.rows import Phase, Phases
-from deepfere.schedule import run_jobs, run_phase
 from deepfere.store import create_array, open_group
 from deepfere.tiling.cache import CacheSpec, create_cache, distinct_native_tiles, is_cache
 from deepfere.tiling.plan import group_shards, needed_shards, plan_planes, plan_windows
 
 POOL_PX = 1024
+FEW = 2
+"""So few windows are averaged in the process that asks: starting workers would cost more."""
 
 
 def guide_spec(prep: Prepared, inputs: dict[str, str], work: Workspace, config: Config) -> tuple[GuideSpec, CacheSpec]:
@@ -61,19 +62,6 @@ def guide_spec(prep: Prepared, inputs: dict[str, str], work: Workspace, config: 
         max(smoothings_pitch(config)),
     )
     return spec, cache
-
-
-def tile_stage(
-    prep: Prepared,
-    inputs: dict[str, str],
-    work: Workspace,
-    config: Config,
-    progress: Progress,
-    depth: int | None = None,
-) -> None:
-    """One section's `tile_phases`, carried out."""
-    name = prep.section.name
-    run_jobs([(name, tile_phases(prep, inputs, work, config, progress, depth))], title="tile")
 
 
 def tile_phases(
@@ -118,7 +106,7 @@ def tile_phases(
         counter = _Counter(progress, "tile", len(shards), len(shards) - len(todo), 0.0, 0.7)
         arguments = (cache, str(journal.folder), cache.fingerprint)
         yield Phase(f"tiling {name}", CacheWorker, arguments, rows, len(groups), counter.step)
-        yield pool_phase(prep, spec, alignment, progress, folder.pooled, smoothings_pitch(config))
+        yield pool(prep, spec, alignment, progress, folder.pooled, smoothings_pitch(config))
         facts["shards"] = len(shards)
         facts["slide"] = asdict(cache.reading) | {"native_tiles": native_tiles(cache, shards, journal.done())}
         if config.slide.icc != cache.reading.icc:
@@ -162,20 +150,6 @@ def smoothings_pitch(config: Config) -> tuple[float, ...]:
 
 
 def pool(
-    prep: Prepared,
-    spec: GuideSpec,
-    alignment: Alignment,
-    progress: Progress,
-    out: Place,
-    smoothings: tuple[float, ...],
-    spread: bool,
-) -> None:
-    """One `pool_phase`, carried out; right here if it is small, or is not to be spread."""
-    phase = pool_phase(prep, spec, alignment, progress, out, smoothings)
-    run_phase(phase, inline_up_to=2 if spread else phase.count)
-
-
-def pool_phase(
     prep: Prepared,
     spec: GuideSpec,
     alignment: Alignment,
