@@ -25,7 +25,8 @@ ABOUT = {
     "pixels.",
     "bladder": "A measurement with pixels of 10 µm, averaged to 80 µm (x8) and 160 µm (x16), and the slide of the same "
     "section. Scored on ions that are present in more than 30 % of the pixels. The truth has noise of its own: the "
-    "smoothed truth has less.",
+    "smoothed truth has less. Square roots of counts have the same noise everywhere, so that r of them is not that of "
+    "the few brightest pixels: the musts and the overview are of these.",
     "deepfere-example": "Wald's protocol: the published measurement (40 x 36 pixels, three embedding channels and one "
     "ion) averaged by 2 and by 4, reconstructed, and compared with itself on tissue.",
 }

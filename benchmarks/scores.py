@@ -26,7 +26,13 @@ AIMS = {2: 21.2, 4: 18.3}
 EXAMPLE_MUSTS_DB = {2: {"ion 505": 20.5, "embedding": 18.5}, 4: {"ion 505": 16.8, "embedding": 15.2}}
 """The same that it must reach, blind."""
 BLADDER_MUSTS_R = {8: 0.937, 16: 0.855}
-"""Median r of the run by default against the 3 x 3-smoothed truth."""
+"""Median r of the run by default against the 3 x 3-smoothed truth, of square roots (`STABLE`)."""
+BLADDER_GAIN = 0.3
+"""Share of the oracle's mean gain over the run without the stain that it must reach there."""
+STABLE = "3x3-smoothed square-root"
+"""The scale on which counting noise is alike everywhere, and on which the bars above were measured: OpenCV's cubic has
+.912 (x8) and .827 (x16) there."""
+AGAINST = ("raw", "3x3-smoothed", STABLE)
 WORST_R = -0.003
 """Change of any ion's r against the run without the stain, at least."""
 SHARE = 0.6
@@ -268,62 +274,76 @@ def phantom_summary(seeds: list[int], gains: list[Gains], ours: str) -> Scores:
 
 
 def bladder_scores(case: Case, runs: Runs) -> Scores:
-    """Pearson r per ion against the real 10 um image, raw and smoothed 3 x 3."""
-    names, present, off = runs.names(), present_ions(case), agreement(case, runs)
+    """Pearson r per ion against the real 10 um image: raw, smoothed 3 x 3, and of square roots, smoothed."""
+    present, off = present_ions(case), agreement(case, runs)
     chi_square = chi_square_row(case, runs.results[runs.ours], present)
     out = Scores([chi_square])
-    for kind in ("raw", "3x3-smoothed"):
-        truth = case.truth[present]
-        if kind != "raw":
-            truth = np.stack([uniform_filter(t, 3, mode="nearest") for t in truth])
-        r = {
-            name: np.array([pearson(t, e, case.inside) for t, e in zip(truth, runs.images[name][present], strict=True)])
-            for name in names
-        }
-        base, lines = r["no-guide"], []
-        for against in ("opencv", runs.ours):
-            bar, must = float(np.median(r[against])), ">= baseline" if kind != "raw" else ""
-            what = f"{case.name}: denoised, {kind}, median r"
-            out.rows.append(Row.of(what, float(np.median(r["denoised"])), against, bar, must))
-        ceiling = float((r["oracle"] - base).mean())
-        for name in names:
-            change = r[name] - base
-            if name == "no-guide":
-                lines.append([name, f"{np.median(base):.4f}", *[""] * 5, f"{off[name]:.0e}"])
-                continue
-            # Where no run before differs, neither does this one: rounding is not a change.
-            better, worse = int((change > 1e-5).sum()), int((change < -1e-5).sum())
-            share = float(change.mean()) / ceiling if ceiling > 0 else float("nan")
-            spread = [signed(value, 4) for value in (change.mean(), change.min(), change.max())]
-            counts = [f"{better} / {worse} of {len(present)}", f"{100 * share:.0f} %", f"{off[name]:.0e}"]
-            lines.append([name, f"{np.median(r[name]):.4f}", *spread, *counts])
-            what = f"{case.name}: {name}, {kind}"
-            judged = kind != "raw" and name == runs.ours and case.factor in BLADDER_MUSTS_R
-            musts = (f">= {BLADDER_MUSTS_R[case.factor]}", f">= {WORST_R}") if judged else ("", "")
-            out.rows.append(Row.of(f"{what}, median r", np.median(r[name]), "no-guide", np.median(base), musts[0]))
-            out.rows.append(Row.of(f"{what}, worst ion's change of r (aim >= 0)", change.min(), must=musts[1]))
-            out.rows.append(Row.of(f"{what}, ions better than no-guide", better, "ions", len(present)))
-            aim = "mean change of r (aim 60 % of the oracle's)"
-            out.rows.append(Row.of(f"{what}, {aim}", change.mean(), "oracle", ceiling))
-            if kind != "raw":
-                column = out.overview.setdefault(f"{case.name}, mean r", {})
-                column[name] = float(change.mean())
-        mine = r[runs.ours] - base
-        reached = "reached" if ceiling > 0 and mine.mean() >= SHARE * ceiling else "missed"
-        notes = [
-            f"aim of {runs.ours}: {100 * SHARE:.0f} % of the oracle's mean gain: {reached}",
-            f"aim of {runs.ours}: no ion worse than without the stain: "
-            f"{'reached' if mine.min() >= -1e-5 else f'missed by {-mine.min():.4f}'}",
-        ]
-        header = ["", "median r", "mean change", "worst", "best", "better / worse", "of oracle's gain"]
-        title = f"{case.name}: r against the {kind} truth, {len(present)} ions; changes from no-guide"
-        out.tables.append(Table(title, [*header, "off the measurement"], lines, notes))
-        if kind == "raw":
-            lines = [[f"{case.mz[m]:.3f}", *[f"{r[name][n]:.3f}" for name in names]] for n, m in enumerate(present)]
-            out.tables.append(Table(f"{case.name}: r of every ion, raw", ["m/z", *names], lines, long=True))
+    for kind in AGAINST:
+        out.add(_bladder_against(kind, case, runs, present, off))
     denoised = f"denoised: reduced chi-square {chi_square.value:.2f} (median over {len(present)} ions)"
     out.tables[-1].notes.extend([*runs.notes, denoised])
     out.rows += agreement_rows(case, runs, off)
+    return out
+
+
+def _bladder_against(kind: str, case: Case, runs: Runs, present: list[int], off: dict[str, float]) -> Scores:
+    """One of `AGAINST`: its table, its rows, and what it must meet."""
+    names, stable, smoothed = runs.names(), kind == STABLE, kind != "raw"
+
+    def scale(images: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.sqrt(np.maximum(images, 0)) if stable else images
+
+    truth = scale(case.truth[present])
+    if smoothed:
+        truth = np.stack([uniform_filter(t, 3, mode="nearest") for t in truth])
+    r = {
+        name: np.array(
+            [pearson(t, scale(runs.images[name][m]), case.inside) for t, m in zip(truth, present, strict=True)]
+        )
+        for name in names
+    }
+    base, lines, out = r["no-guide"], list[list[str]](), Scores()
+    for against in ("opencv", runs.ours):
+        bar, must = float(np.median(r[against])), ">= baseline" if smoothed else ""
+        what = f"{case.name}: denoised, {kind}, median r"
+        out.rows.append(Row.of(what, float(np.median(r["denoised"])), against, bar, must))
+    ceiling = float((r["oracle"] - base).mean())
+    for name in names:
+        change = r[name] - base
+        if name == "no-guide":
+            lines.append([name, f"{np.median(base):.4f}", *[""] * 5, f"{off[name]:.0e}"])
+            continue
+        # Where no run before differs, neither does this one: rounding is not a change.
+        better, worse = int((change > 1e-5).sum()), int((change < -1e-5).sum())
+        share = float(change.mean()) / ceiling if ceiling > 0 else float("nan")
+        spread = [signed(value, 4) for value in (change.mean(), change.min(), change.max())]
+        counts = [f"{better} / {worse} of {len(present)}", f"{100 * share:.0f} %", f"{off[name]:.0e}"]
+        lines.append([name, f"{np.median(r[name]):.4f}", *spread, *counts])
+        what, judged = f"{case.name}: {name}, {kind}", name == runs.ours and case.factor in BLADDER_MUSTS_R
+        must = f">= {BLADDER_MUSTS_R[case.factor]}" if judged and stable else ""
+        out.rows.append(Row.of(f"{what}, median r", np.median(r[name]), "no-guide", np.median(base), must))
+        must = f">= {WORST_R}" if judged and smoothed else ""
+        out.rows.append(Row.of(f"{what}, worst ion's change of r (aim >= 0)", change.min(), must=must))
+        out.rows.append(Row.of(f"{what}, ions better than no-guide", better, "ions", len(present)))
+        aim = "mean change of r (aim 60 % of the oracle's)"
+        must = f">= {BLADDER_GAIN * ceiling:.4f}" if judged and smoothed else ""
+        out.rows.append(Row.of(f"{what}, {aim}", change.mean(), "oracle", ceiling, must))
+        if stable:
+            column = out.overview.setdefault(f"{case.name}, mean r", {})
+            column[name] = float(change.mean())
+    mine = r[runs.ours] - base
+    reached = "reached" if ceiling > 0 and mine.mean() >= SHARE * ceiling else "missed"
+    notes = [
+        f"aim of {runs.ours}: {100 * SHARE:.0f} % of the oracle's mean gain: {reached}",
+        f"aim of {runs.ours}: no ion worse than without the stain: "
+        f"{'reached' if mine.min() >= -1e-5 else f'missed by {-mine.min():.4f}'}",
+    ]
+    header = ["", "median r", "mean change", "worst", "best", "better / worse", "of oracle's gain"]
+    title = f"{case.name}: r against the {kind} truth, {len(present)} ions; changes from no-guide"
+    out.tables.append(Table(title, [*header, "off the measurement"], lines, notes))
+    if not smoothed:
+        lines = [[f"{case.mz[m]:.3f}", *[f"{r[name][n]:.3f}" for name in names]] for n, m in enumerate(present)]
+        out.tables.append(Table(f"{case.name}: r of every ion, raw", ["m/z", *names], lines, long=True))
     return out
 
 

@@ -42,8 +42,17 @@ def test_positivity_keeps_every_mean(shape, factor, steps, seed):
 def test_a_cell_whose_estimate_vanished_is_filled_evenly():
     cells = np.array([[4.0, 0.0], [2.0, 1.0]])
     image = np.full((4, 4), -1.0)
-    out = positive(image, cells, 2, 3)
-    np.testing.assert_array_equal(out, np.repeat(np.repeat(cells, 2, 0), 2, 1))
+    np.testing.assert_array_equal(positive(image, cells, 2, 1), np.repeat(np.repeat(cells, 2, 0), 2, 1))
+    # Two steps: what is missing is first added with a slope towards the neighbours.
+    assert np.ptp(positive(image, cells, 2, 2)[:2, :2]) > 1
+
+
+def test_what_a_cell_lacks_is_added_smoothly_before_its_ratio_is_applied():
+    # One row of two cells; the first has a negative pixel, so that its mean is 1 too high once that is 0.
+    image, cells = np.array([[4.0, -2.0, 3.0, 3.0]] * 2), np.array([[1.0, 3.0]])
+    added = np.maximum(np.array([[4.0, 0.0, 3.0, 3.0]] * 2) + [-1.0, -0.75, -0.25, 0.0], 0)
+    by_ratio = added * np.repeat([1.0 / 1.5, 3.0 / 2.875], 2)
+    np.testing.assert_allclose(positive(image, cells, 2, 2), by_ratio)
 
 
 def test_no_steps_changes_nothing_and_positive_images_with_right_means_stay():

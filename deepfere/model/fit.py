@@ -37,8 +37,8 @@ from deepfere.model.uncertainty import NoiseModel, local_variance, variance_mode
 Array = NDArray[np.float64]
 RATIO = 2
 IONS_AT_ONCE = 32
-POSITIVITY = (1, 3, 5)
-"""Steps tried. At least one: below zero an intensity means nothing, and one step never cost accuracy."""
+POSITIVITY = (3, 4, 5)
+"""Steps tried. None is no choice: below zero an intensity means nothing, and the fewest never cost accuracy."""
 
 
 @dataclass(frozen=True)
