@@ -19,7 +19,7 @@ TRIES, FIRST_TRIES = 6, 3
 PAUSE_S = 0.4
 """Before the second try; doubled from try to try, 12 s in all."""
 
-INSTALL = {"s3": "pip install 'deepfere[s3]'", "s3a": "pip install 'deepfere[s3]'", "gs": "pip install gcsfs"}
+INSTALL = {"s3": "pip install 'deepfere[s3]'", "s3a": "pip install 'deepfere[s3]'", "gs": "pip install 'deepfere[gs]'"}
 AGAIN = (408, 425, 429)
 # Of aiohttp (HTTP, and what s3fs talks through) and botocore: the connection failed, not the request.
 BROKEN = (
