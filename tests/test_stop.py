@@ -166,7 +166,45 @@ def test_stop_of_what_is_no_run(cli, tmp_path, monkeypatch):
     assert "was submitted from here" in done.errors[0]
 
 
+def test_who_has_lost_the_run_does_not_wait_for_training(tmp_path):
+    (tmp_path / "step").write_text("3")
+
+    def on_step(step):
+        raise stopping.Stopped(f"another process has taken it over after step {step}")
+
+    began = time.monotonic()
+    with (
+        pytest.raises(stopping.Stopped, match="taken it over after step 3"),
+        trainer._watch(tmp_path / "step", on_step),
+    ):
+        time.sleep(60)
+    assert time.monotonic() - began < 30
+    assert (tmp_path / "step").exists(), "it is the other process's now"
+
+
 # A whole run, stopped in training and in reconstruction.
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+def test_a_run_that_another_took_over_leaves_ray_train_at_once(cli, phantom, place, fused, tmp_path, monkeypatch):
+    settings = [s for s in place.overrides if not s.startswith(("tracking", "train.steps"))]
+    out, plain = tmp_path / "result.zarr", trainer._watch
+
+    @contextmanager
+    def taken_over(file, on_step):
+        def tell(step):
+            on_step(step)
+            raise stopping.Stopped("another process has taken it over")
+
+        with plain(file, tell):
+            yield
+
+    monkeypatch.setattr(trainer, "_watch", taken_over)
+    steps = ["train.steps=100000", "train.report_every=100000", "tracking.uri=none"]
+    done = cli("fuse", phantom.imzml, phantom.slide, "-o", out, "--factor", FACTOR, *settings, *steps)
+    assert done.code == 1 and "stopped (another process has taken it over)" in done.err, done
+    assert not out.exists()
 
 
 @pytest.mark.cluster

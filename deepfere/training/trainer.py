@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -167,28 +169,47 @@ def train_joint(
 
 @contextmanager
 def _watch(file: Place, on_step: Callable[[int], None] | None) -> Iterator[None]:
-    """Tell ``on_step`` what the first worker last wrote to ``file``, every second or few."""
+    """Tell ``on_step`` what the first worker last wrote to ``file``, every second or few.
+
+    Raises:
+        Stopped: What ``on_step`` raises, because the run may not go on; waiting for training is interrupted.
+    """
     if on_step is None:
         yield
         return
-    stop = threading.Event()
+    stop, lost = threading.Event(), list[Stopped]()
+    waiting = threading.current_thread() is threading.main_thread()
 
     def poll() -> None:
         while not stop.wait(1.0 if isinstance(file, Path) else TELL_EVERY_S):
-            # What cannot be seen now is seen later; whether to go on, whoever waits for training finds out.
-            with suppress(FileNotFoundError, StorageError, Stopped):
-                if (text := file.read_text()).isdigit():
-                    on_step(int(text))
+            # What cannot be seen now is seen later.
+            with suppress(FileNotFoundError, StorageError):
+                try:
+                    if (text := file.read_text()).isdigit():
+                        on_step(int(text))
+                except Stopped as reason:
+                    lost.append(reason)
+                    # Only a signal reaches whoever waits for Ray.
+                    if waiting:
+                        os.kill(os.getpid(), signal.SIGINT)
+                    return
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()
     try:
         yield
+    except (KeyboardInterrupt, SystemExit):
+        if not lost:
+            raise
     finally:
         stop.set()
         thread.join()
-        with suppress(StorageError):
-            file.unlink(missing_ok=True)
+        # Of another run's, the file is not ours to remove.
+        if not lost:
+            with suppress(StorageError):
+                file.unlink(missing_ok=True)
+    if lost:
+        raise lost[0]
 
 
 def _why(error: BaseException) -> str:
