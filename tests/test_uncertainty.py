@@ -8,10 +8,14 @@ from scipy.ndimage import gaussian_filter
 
 from deepfere.measured.operator import cell_means
 from deepfere.model.uncertainty import (
+    MOST_SCALE,
+    NORMAL_80,
     NoiseModel,
+    common_scale,
     detectors_pulse,
     local_variance,
     noise_quantum,
+    scale_needed,
     single_pulse,
     variance_model,
 )
@@ -131,3 +135,27 @@ def test_an_ion_that_was_seldom_seen_may_turn_up_in_a_fine_pixel():
     # One fine pixel of one of the 3839 empty pixels, with all that such a pixel would hold.
     assert few.variance(0.0, 0.0, 4) == pytest.approx(6.0**2 * 16 / 3841)
     assert not NoiseModel.of(np.zeros(3), np.zeros((64, 60)), EVERYWHERE).row().any()
+
+
+def test_the_scale_is_what_80_percent_of_normal_errors_need():
+    rng = np.random.default_rng(3)
+    image = np.full(40_000, 50.0)
+    truth = image + 3.0 * rng.standard_normal(image.shape)
+    assert scale_needed(image, truth, np.full(image.shape, 4.0)) == pytest.approx(1.5, rel=0.02)
+
+
+def test_zeros_on_the_end_of_their_interval_count_half():
+    # Seven of ten are held at once, two zeros for one half each as soon as their interval ends at 0: 80 %.
+    truth = np.array([5.0] * 7 + [0.0, 0.0, 99.0])
+    image, variance = np.array([5.0] * 7 + [2 * NORMAL_80, NORMAL_80, 1.0]), np.ones(10)
+    assert scale_needed(image, truth, variance) == pytest.approx(2.0)
+    # With half of the pixels at zero no interval holds more than three quarters.
+    assert scale_needed(np.ones(10), np.repeat([0.0, 1.0], 5), variance) == np.inf
+
+
+def test_the_common_scale_is_of_ions_that_are_there_and_makes_no_error_small():
+    present = np.array([0.9, 0.8, 0.7, 0.1])
+    assert common_scale(np.array([1.2, 1.4, np.inf, 9.0]), present) == 1.4
+    assert common_scale(np.array([0.5, 0.6, 0.7, 9.0]), present) == 1.0
+    assert common_scale(np.array([np.inf, np.inf, 1.0, 1.0]), present) == MOST_SCALE
+    assert common_scale(np.array([5.0]), np.array([0.2])) == 1.0

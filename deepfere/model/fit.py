@@ -32,7 +32,7 @@ from deepfere.model.ridge import (
     usable,
 )
 from deepfere.model.transfer import SmoothingChoice, choose_smoothing
-from deepfere.model.uncertainty import NoiseModel, local_variance, variance_model
+from deepfere.model.uncertainty import NoiseModel, common_scale, local_variance, scale_needed, variance_model
 
 Array = NDArray[np.float64]
 RATIO = 2
@@ -283,6 +283,7 @@ def select_positivity(
             uncertainty[m] = NoiseModel.of(np.array([sd**2, 0.0, 1.0]), cell, mask).row()
         return steps_out, uncertainty
     detail = detail_at(RATIO) if detail_at is not None and loadings.any() else None
+    needed, present = np.ones(count), np.zeros(count)
     for m in range(count):
         cell = np.asarray(cube[m], np.float64)
         fine = fill_missing(cell, mask)[:ny, :nx]
@@ -299,6 +300,9 @@ def select_positivity(
         best = int(np.argmin(np.array(errors) * (1 + 1e-3 * np.arange(len(POSITIVITY)))))
         steps_out[m] = POSITIVITY[best]
         spread = np.repeat(np.repeat(local_variance(coarse), RATIO, 0), RATIO, 1)
-        coefficients = variance_model(images[best][inside], fine[inside], spread[inside])
+        image, truth, around = images[best][inside], fine[inside], spread[inside]
+        coefficients = variance_model(image, truth, around)
+        variance = coefficients @ np.stack([np.ones_like(image), np.maximum(image, 0), around])
+        needed[m], present[m] = scale_needed(image, truth, variance), (truth > 0).mean()
         uncertainty[m] = NoiseModel.of(coefficients, cell, mask).row()
-    return steps_out, uncertainty
+    return steps_out, uncertainty * common_scale(needed, present) ** 2
