@@ -179,6 +179,7 @@ class Interrupted:
         return {p.stem: p.stat().st_mtime_ns for p in (self.work / "done").glob("*.json")}
 
 
+@pytest.mark.cluster
 @pytest.mark.timeout(900)
 def test_interrupted_twice_and_the_same_bytes(fused, phantom, place, tmp_path, cli):
     """Stopped in training, killed in the reconstruction: nothing looks finished, the same command goes on."""

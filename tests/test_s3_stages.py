@@ -227,6 +227,7 @@ def test_a_store_without_conditions_is_refused(s3, monkeypatch):
     assert not s3.files.exists("bucket/old")
 
 
+@pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_fuse_to_a_url(s3, fused, phantom, place, cli):
