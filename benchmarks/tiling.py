@@ -202,7 +202,7 @@ def write_docs(command: str) -> None:
     """Put the tables between this program's own marks on the page; the rest of it stays."""
     about = machine()
     parts = [
-        f"Measured on {time.strftime('%Y-%m-%d')} with `{command}` on {about['cpu']}, other work running beside it: "
+        f"Measured on {time.strftime('%Y-%m-%d')} with `{command}` on {about['cpu']}, load {about['load_1min']:.1f}: "
         "ratios are of arms that alternate in one run, speeds are only for orientation.",
         *TABLES,
     ]
