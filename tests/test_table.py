@@ -17,7 +17,8 @@ from deepfere.errors import InputError
 from deepfere.inspect import describe
 from deepfere.measured.ingest import ingest
 from deepfere.pipeline.study import each_region
-from deepfere.readers.table import RowReader, is_table, open_table, table_digest
+from deepfere.readers.table import is_table, open_table, table_digest
+from deepfere.readers.table_rows import RowReader
 from deepfere.section import load_study
 
 from .imzml_bytes import write_pair
@@ -94,8 +95,8 @@ def assert_same(table, imzml, rms=True):
 def memory(request, monkeypatch):
     """Room for everything, or for next to nothing."""
     if request.param == "many passes":
-        monkeypatch.setattr("deepfere.readers.table.PIECE_VALUES", 14)
-        monkeypatch.setattr("deepfere.readers.table.BLOCK_VALUES", 20)
+        monkeypatch.setattr("deepfere.readers.table_rows.PIECE_VALUES", 14)
+        monkeypatch.setattr("deepfere.readers.table_rows.BLOCK_VALUES", 20)
         monkeypatch.setattr("deepfere.measured.raster.BATCH_VALUES", 25)
 
 

@@ -139,6 +139,7 @@ def ingest(
     Warns:
         UserWarning: Negative intensities were set to zero; what a lock mass did.
     """
+    _one_heap()
     source = open_source(msi_path, index_cache=index_cache)
     refuse_occupied(out_path, overwrite, storage_options)
     pitch = _choose_pitch(source, pitch_um)
@@ -275,6 +276,16 @@ def _whole_or_not(path: str | Path, storage_options: StorageOptions | None) -> I
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DeepfereError(f"{path}: {os.strerror(error.errno)}; make room and run it again") from error
         raise
+
+
+def _one_heap() -> None:
+    """Have the C library serve all threads from one heap, where that can be.
+
+    With one for each of the threads that write, what a band leaves free in one of them is of no use to the next band,
+    and the process grew by some 50 MB; as fast either way.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX
 
 
 def _give_back() -> None:

@@ -19,7 +19,8 @@ from deepfere.measured.reduce import Reduce, Reducer, put, shared_axis
 from deepfere.measured.table import TableReducer
 from deepfere.readers.imzml import read_index
 from deepfere.readers.imzml_arrays import spectrum
-from deepfere.readers.table import RowReader, Table, is_table, open_table
+from deepfere.readers.table import Table, is_table, open_table
+from deepfere.readers.table_rows import RowReader
 from deepfere.remote import is_url
 from deepfere.store import StorageOptions
 

@@ -18,7 +18,8 @@ from deepfere.measured.raster import Raster, batches, evenly
 from deepfere.measured.reduce import LARGEST, refuse_twice
 from deepfere.measured.sampled import PeakSpec, Sample, sample_centroids, sample_profiles, sample_rows
 from deepfere.measured.windows import Windows
-from deepfere.readers.table import RowReader, Table
+from deepfere.readers.table import Table
+from deepfere.readers.table_rows import RowReader
 
 MAX_VARIABLES = 5000
 """Up to so many variables are ions themselves; of more, peaks are found."""

@@ -1,15 +1,14 @@
 """A measurement as a table of pixels by m/z bins: AnnData in Zarr, alone or as a table of a SpatialData store.
 
 Converters of vendors' files write it (thyra does). ``open_table`` knows every pixel's place and how many values it
-has; ``RowReader`` gives the values of many pixels, whatever the encoding (by columns, by rows, dense), and passes over
-the store as rarely as its memory allows.
+has; `deepfere.readers.table_rows` reads them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,16 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from scipy import sparse
 
 from deepfere.errors import InputError
 from deepfere.readers.digest import tree_digest
+from deepfere.readers.table_rows import damaged, stored_lengths
 from deepfere.remote import is_url
 from deepfere.store import open_foreign
 
-PIECE_VALUES = 1 << 22
-BLOCK_VALUES = 1 << 26  # 8 bytes each
 ENCODINGS = {"csc_matrix": "csc", "csr_matrix": "csr", "array": "dense"}
 MICROMETRES = {*("micrometer", "micrometers", "micrometre", "micrometres"), *("micron", "microns", "um", "µm", "μm")}
 AGAIN = "convert it again"
-
-Piece = tuple[NDArray[Any], NDArray[Any], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,11 +125,11 @@ def open_table(path: str | Path) -> Table:
     if "obs/z" in group and len(np.unique(_numbers(group, "obs/z", shape[0], path, "z"))) > 1:
         raise InputError("holds several planes (obs/z)", where=path, remedy="convert each plane alone")
     try:
-        lengths = _lengths(group, encoding, shape)
+        lengths = stored_lengths(group, encoding, shape)
     except InputError:
         raise
     except Exception as error:  # a store that lost files, or holds nonsense, makes Zarr and numpy raise many things
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     rows = np.flatnonzero(lengths)
     pitch_um, problem = _pitch(attrs)
     if not len(rows):
@@ -155,64 +150,6 @@ def open_table(path: str | Path) -> Table:
         pitch_um=pitch_um,
         pitch_problem=problem,
     )
-
-
-class RowReader:
-    """The values of a table's pixels, asked for in an order that is known beforehand.
-
-    As many pixels as fit into memory are read in one pass over the table: a table by columns has a pixel's values all
-    over it.
-
-    Args:
-        table: Of the store.
-        order: Pixels (positions in ``table``, each once) in the order in which they will be asked for.
-    """
-
-    def __init__(self, table: Table, order: NDArray[np.int64]) -> None:
-        self.table, self.order = table, order
-        self._ends = np.cumsum(table.int_length[order])
-        self._at = np.empty(len(table), np.int64)  # of each pixel: its place in the order
-        self._at[order] = np.arange(len(order))
-        self._first = self._last = 0  # places in the order that are held
-        self._starts = np.zeros(1, np.int64)
-        self._columns, self._values = np.empty(0, np.int32), np.empty(0, np.float32)
-
-    def read(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int64]]:
-        """Variables, values and their number (n,) of some pixels, which are neighbours in the order.
-
-        Raises:
-            InputError: The table is damaged.
-        """
-        first, last = int(self._at[rows[0]]), int(self._at[rows[-1]]) + 1
-        if not self._first <= first < last <= self._last:
-            done = int(self._ends[first - 1]) if first else 0
-            self._load(first, max(last, int(np.searchsorted(self._ends, done + BLOCK_VALUES, side="right"))))
-        part = slice(*self._starts[[first - self._first, last - self._first]].tolist())
-        return self._columns[part], self._values[part], self.table.int_length[rows]
-
-    def _load(self, first: int, last: int) -> None:
-        held = self.order[first:last]
-        self._columns = self._values = np.empty(0, np.int32)  # room for the next ones
-        lengths = self.table.int_length[held]
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        columns, values = np.zeros(int(starts[-1]), np.int32), np.zeros(int(starts[-1]), np.float32)
-        place = np.full(self.table.shape[0], -1, np.int64)  # of each row of the table
-        place[self.table.rows[held]] = np.arange(len(held))
-        fill = starts[:-1].copy()
-        try:
-            for row, column, value in _pieces(self.table, place):
-                # By pixel; where each goes is behind what its pixel has already.
-                count = np.bincount(row, minlength=len(held))
-                begin = np.cumsum(count) - count
-                into = np.repeat(fill - begin, count) + np.arange(len(row))
-                order = _by_row(row, count)
-                columns[into], values[into] = column[order], value[order]
-                fill += count
-        except Exception as error:  # see `open_table`
-            raise _damaged(self.table.path, error) from error
-        if (fill != starts[1:]).any():
-            raise _damaged(self.table.path, "it changes while it is read")
-        self._columns, self._values, self._starts, self._first, self._last = columns, values, starts, first, last
 
 
 def _find(path: Path) -> tuple[zarr.Group, str, dict[str, Any]]:
@@ -270,7 +207,7 @@ def _numbers(group: zarr.Group, name: str, count: int, path: Path, what: str) ->
     try:
         values = np.asarray(column[:])
     except Exception as error:  # see `open_table`
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     if values.dtype.kind not in "iuf" or values.shape != (count,):
         raise InputError(
             f"{name} holds {values.dtype} of shape {values.shape}, not {count} numbers", where=path, remedy=AGAIN
@@ -309,96 +246,3 @@ def _pitch(attrs: Mapping[str, Any]) -> tuple[tuple[float, float] | None, str]:
     if len(source) == 2 and not np.allclose(source, (y, x), rtol=1e-6):
         return None, f"states pixels of {y:g} x {x:g} um, but its source's were {source[0]:g} x {source[1]:g} um"
     return (y, x), ""
-
-
-def _lengths(group: zarr.Group, encoding: str, shape: tuple[int, int]) -> NDArray[np.int64]:
-    """(rows,) stored values of each row of the table; dense: those that are not zero."""
-    if encoding == "dense":
-        lengths = np.zeros(shape[0], np.int64)
-        for rows, block, _ in _tiles(_array(group, "X"), np.ones(shape[0], bool)):
-            lengths[rows] += np.count_nonzero(block, axis=1)
-        return lengths
-    indptr = _indptr(group, encoding, shape)
-    if encoding == "csr":
-        return np.diff(indptr)
-    lengths = np.zeros(shape[0], np.int64)
-    indices = _array(group, "X/indices")
-    for begin, end in _cuts(int(indptr[-1]), indices):
-        lengths += np.bincount(indices[begin:end], minlength=shape[0])  # raises where an index is beyond the rows
-    return lengths
-
-
-def _indptr(group: zarr.Group, encoding: str, shape: tuple[int, int]) -> NDArray[np.int64]:
-    indptr = np.asarray(_array(group, "X/indptr")[:]).astype(np.int64)
-    stored = min(_array(group, f"X/{name}").shape[0] for name in ("data", "indices"))
-    if len(indptr) != shape[encoding == "csc"] + 1 or indptr[0] != 0 or (np.diff(indptr) < 0).any():
-        raise ValueError("X/indptr does not fit the shape")
-    if indptr[-1] > stored:
-        raise ValueError(f"X/indptr ends at {indptr[-1]} of {stored} values")
-    return indptr
-
-
-def _cuts(total: int, array: zarr.Array) -> list[tuple[int, int]]:
-    """Ranges of a flat array, whole chunks (or shards) each."""
-    unit = (array.shards or array.chunks)[0]
-    step = unit * max(1, PIECE_VALUES // unit)
-    if step > 4 * PIECE_VALUES:  # one chunk of everything is read in parts all the same
-        step = PIECE_VALUES
-    return [(k, min(k + step, total)) for k in range(0, total, step)]
-
-
-def _tiles(matrix: zarr.Array, wanted: NDArray[np.bool_]) -> Iterator[tuple[slice, NDArray[np.float32], int]]:
-    """Blocks of a dense matrix that hold wanted rows: which rows, the values, and the first variable."""
-    unit = matrix.shards or matrix.chunks
-    width = min(matrix.shape[1], unit[1] * max(1, PIECE_VALUES // (unit[0] * unit[1])))
-    height = unit[0] * max(1, PIECE_VALUES // (unit[0] * width))
-    for top in range(0, matrix.shape[0], height):
-        rows = slice(top, min(top + height, matrix.shape[0]))
-        if wanted[rows].any():
-            for left in range(0, matrix.shape[1], width):
-                yield rows, np.asarray(matrix[rows, left : left + width]), left
-
-
-def _pieces(table: Table, place: NDArray[np.int64]) -> Iterator[Piece]:
-    """Values of the rows whose place is not negative, in a few passes' pieces: place, variable, value."""
-    wanted = place >= 0
-    if table.encoding == "dense":
-        for rows, block, left in _tiles(_array(table.group, "X"), wanted):
-            row, column = np.nonzero((block != 0) & wanted[rows, None])
-            yield place[rows][row], (column + left).astype(np.int32), block[row, column].astype(np.float32)
-        return
-    indptr = _indptr(table.group, table.encoding, table.shape)
-    indices, data = _array(table.group, "X/indices"), _array(table.group, "X/data")
-    for begin, end in _cuts(int(indptr[-1]), indices):
-        # Which row (by columns: which variable) each value of the piece belongs to.
-        lines = np.arange(np.searchsorted(indptr, begin, "right") - 1, np.searchsorted(indptr, end, "left"))
-        if table.encoding == "csr" and not wanted[lines].any():
-            continue
-        count = np.minimum(indptr[lines + 1], end) - np.maximum(indptr[lines], begin)
-        line, index = np.repeat(lines, count), np.asarray(indices[begin:end]).astype(np.int64)
-        row, column = (line, index) if table.encoding == "csr" else (index, line)
-        kept = slice(None) if wanted.all() else np.flatnonzero(wanted[row])
-        if column.min(initial=0) < 0 or column.max(initial=0) >= table.shape[1]:
-            raise ValueError("X/indices point beyond the variables")
-        row, column = place[row[kept]], column[kept].astype(np.int32)
-        if len(row):
-            yield row, column, np.asarray(data[begin:end]).astype(np.float32, copy=False)[kept]
-
-
-def _by_row(row: NDArray[Any], count: NDArray[np.int64]) -> NDArray[Any] | slice:
-    """The order that sorts values by their row, stably; as scipy counts, several times faster than a sort."""
-    if len(row) < 2 or (row[1:] >= row[:-1]).all():
-        return slice(None)
-    each = sparse.coo_matrix((np.ones(len(row), np.int8), (row, np.arange(len(row)))), shape=(len(count), len(row)))
-    return np.asarray(each.tocsr().indices)
-
-
-def _array(group: zarr.Group, name: str) -> zarr.Array:
-    found = group[name]
-    assert isinstance(found, zarr.Array)
-    return found
-
-
-def _damaged(path: Path, error: object) -> InputError:
-    kind = type(error).__name__ + ": " if isinstance(error, Exception) else ""
-    return InputError(f"its table cannot be read ({kind}{error})", where=path, remedy="copy or convert it again")
