@@ -393,7 +393,7 @@ def test_sections_that_are_too_large_or_too_small_are_refused_before_they_are_al
 
 
 def test_a_registered_model_and_the_published_one_exclude_each_other():
-    from deepfere.pipeline.study import given_model
+    from deepfere.pipeline.given import given_model
 
     with pytest.raises(InputError, match="trained anew"):
         given_model("models:/deepfere@champion", load_config(None, SETTINGS))

@@ -192,6 +192,28 @@ def test_a_promoted_model_takes_the_place_of_training(stage, manifest, tracking)
     assert result.ions["consistency"].max() <= 1e-5
 
 
+def test_fuse_takes_a_promoted_model_and_its_ions(cli, stage, phantom, manifest, place, tracking, tmp_path):
+    settings = [s for s in place.overrides if not s.startswith("tracking")] + [f"tracking.uri={tracking}"]
+    given = ["--alignment", manifest.parent / "right.json", "--factor", FACTOR, *settings, "model.tier=T2"]
+    model = ["--model", "models:/deepfere@champion"]
+    out = tmp_path / "new.zarr"
+    done = cli("fuse", phantom.imzml, phantom.slide, "-o", out, *given, *model)
+    assert done.code == 0, done
+    result = deepfere.open(out)
+    told = result.provenance["model"]
+    assert (told["name"], told["version"], told["tier"]) == ("deepfere", "1", "T2")
+    study = deepfere.open(manifest.parent / "work" / "results" / "one.zarr")
+    np.testing.assert_allclose(result.ions["mz"], study.ions["mz"])
+    assert result.ions["consistency"].max() <= 1e-5
+    # The same command finds it; without the model, or without the stain, it would be another result.
+    again = cli("fuse", phantom.imzml, phantom.slide, "-o", out, *given, *model)
+    assert again.code == 0 and "finished already" in again.out
+    other = cli("fuse", phantom.imzml, phantom.slide, "-o", out, *given)
+    assert other.code == 2 and "other inputs or settings" in other.errors[0]
+    plain = cli("fuse", phantom.imzml, "-o", tmp_path / "p.zarr", "--no-guide", "--factor", FACTOR, *settings, *model)
+    assert plain.code == 2 and "about the stain" in plain.errors[0] and not (tmp_path / "p.zarr.work").exists()
+
+
 def test_a_promoted_model_brings_its_own_reach_and_may_be_left_aside(stage, manifest, monkeypatch):
     from deepfere.pipeline import tile
 

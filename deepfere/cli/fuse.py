@@ -43,6 +43,7 @@ from deepfere.cli.root import main
 @click.option("--region", callback=region, help="Of several measured regions: its number (see info), or all.")
 @click.option("--slide-region", callback=region, help="Of several pieces on the slide: its number, or all [default].")
 @click.option("--no-guide", is_flag=True, help="Without the stain: the baseline of everything.")
+@click.option("--model", help="Registered model instead of training: models:/NAME@ALIAS (with its m/z).")
 @CONFIG
 @OVERWRITE
 def fuse(msi: str, slide: str | None, overrides: tuple[str, ...], out: str, no_guide: bool, **given: Any) -> None:

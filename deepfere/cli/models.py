@@ -73,7 +73,8 @@ def compare(words: tuple[str, ...], study: str, out: str, config: str | None, fa
     """
     from deepfere.config import load_config
     from deepfere.pipeline.compare import compare_models
-    from deepfere.pipeline.study import given_model, run_stage
+    from deepfere.pipeline.given import given_model
+    from deepfere.pipeline.study import run_stage
 
     uris = [word for word in words if word.startswith(("models:/", "runs:/"))]
     overrides = [word for word in words if word not in uris]

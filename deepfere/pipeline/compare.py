@@ -20,9 +20,9 @@ from deepfere.model.ridge import fit_average
 from deepfere.pipeline.choose import section_problem
 from deepfere.pipeline.fit import held_out_blocks
 from deepfere.pipeline.fuse import input_digests
-from deepfere.pipeline.given import GivenModel, given_factoring
+from deepfere.pipeline.given import GivenModel, given_factoring, given_model
 from deepfere.pipeline.prepare import Prepared, prepared
-from deepfere.pipeline.study import each_region, given_model, study_sections
+from deepfere.pipeline.study import each_region, study_sections
 from deepfere.pipeline.tile import smoothings_pitch
 from deepfere.pipeline.workspace import Progress, Workspace
 

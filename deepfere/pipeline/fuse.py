@@ -15,9 +15,10 @@ from deepfere.frame import Alignment
 from deepfere.pipeline.claim import claim_result
 from deepfere.pipeline.deep import check_patches
 from deepfere.pipeline.failures import Failures
+from deepfere.pipeline.given import GivenModel, given_model
 from deepfere.pipeline.learn import learn_stage
 from deepfere.pipeline.overview import section_pieces
-from deepfere.pipeline.prepare import align_stage, ingest_stage, msi_input_digest, prepared
+from deepfere.pipeline.prepare import align_stage, ingest_stage, is_ingested, msi_input_digest, prepared
 from deepfere.pipeline.seal import Outcome
 from deepfere.pipeline.tile import tile_phases
 from deepfere.pipeline.track import check_tracking, tracked
@@ -218,6 +219,7 @@ def fuse(
     region: int | str | None = None,
     slide_region: int | str | None = None,
     guide: bool | None = None,
+    model: str | None = None,
     config: str | Path | Config | None = None,
     overrides: Iterable[str] = (),
     overwrite: bool = False,
@@ -248,6 +250,8 @@ def fuse(
         region: Which of the measurement's regions, from 1, or "all"; None where there is only one.
         slide_region: Which of the slide's pieces of tissue, from 1; None or "all" searches all of the slide.
         guide: False reconstructs without the stain: the baseline of everything.
+        model: Registered model in the place of training (``models:/NAME@ALIAS``, ``models:/NAME/VERSION``); its m/z are
+            the targets where none are given.
         config: Settings file (YAML) or object; what else is given here wins over it.
         overrides: ``section.key=value`` strings.
         overwrite: Replace a result or work of other inputs or settings, and begin anew with these.
@@ -286,6 +290,13 @@ def fuse(
     check_patches(settings)
     if settings.guide and slide is None:
         raise InputError("no slide is given", remedy="give the slide, or --no-guide")
+    named, trained = dict[str, str](), None
+    if model is not None:
+        if not settings.guide:
+            raise InputError("a model is about the stain", where=model, remedy="leave out the model, or --no-guide")
+        trained, named = given_model(model, settings)
+        if settings.ingest.mz is None and not is_ingested(str(msi)):
+            settings = load_config(None, (), base=settings, ingest__mz=trained.mz.tolist())
     section = make_section(
         name="section",
         msi=str(Path(msi).resolve()),
@@ -307,7 +318,7 @@ def fuse(
     check_output(target)
     inputs = input_digests(section, settings)
     check_files(section, settings)
-    identity = identity_of([section], [inputs], settings)
+    identity = identity_of([section], [inputs | {"model": str(named)} if named else inputs], settings)
     work = Workspace(target.with_name(target.name + ".work"))
     if claim_result(target, identity, overwrite):
         if work.belongs_to(identity):
@@ -321,7 +332,7 @@ def fuse(
         resumed = work.claim(identity, overwrite, anew=overwrite)
         try:
             with work.failures():
-                result = _run(section, inputs, identity, target, work, settings, looking(progress))
+                result = _run(section, inputs, identity, target, work, settings, looking(progress), trained, named)
         except InputError:
             # What can be wrong now is what the files hold: leave nothing behind that this call made.
             if not resumed:
@@ -348,6 +359,8 @@ def _run(
     work: Workspace,
     config: Config,
     progress: Progress,
+    given: GivenModel | None,
+    named: dict[str, str],
 ) -> Result:
     with one_thread():
         ingest_stage(section, inputs, work, config, progress)
@@ -357,10 +370,13 @@ def _run(
             run_jobs([(section.name, tile_phases(prep, inputs, work, config, progress))], title="tile")
         with tracked(work, [section], [inputs], config, target.name) as run:
             alone, name = Failures([section.name], work), f"run-{identity[:12]}"
-            history = learn_stage([section], [inputs], work, config, progress, name, alone)
-            model = run.log_learning([section], [inputs], history, work.facts("learn").get("timing", {}))
-            outcome = Outcome(identity, inputs, run.describe(), model, [])
-            phases = reconstruct_phases(prep, target, [inputs, config.digest()], outcome, work, config, progress)
+            history = learn_stage([section], [inputs], work, config, progress, name, alone, given)
+            timing = work.facts("learn").get("timing", {})
+            outcome = Outcome(
+                identity, inputs, run.describe(), named or run.log_learning([section], [inputs], history, timing), []
+            )
+            depends = [inputs, config.digest(), *([given.digest] if given else [])]
+            phases = reconstruct_phases(prep, target, depends, outcome, work, config, progress)
             run_jobs([(section.name, phases)], title="reconstruct", here=not config.guide, per_gpu=per_gpu(config))
             result = Result(str(target))
             run.log_result(result)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from deepfere.config import Config
 from deepfere.errors import InputError
 from deepfere.measured.factors import Factoring, Moments
-from deepfere.model.network import FusionNetwork
+from deepfere.model.network import FusionNetwork, network_from_config
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,44 @@ class GivenModel:
     seed: int
     held_out: float
     digest: str
+
+
+def given_model(uri: str, config: Config) -> tuple[GivenModel, dict[str, str]]:
+    """Load a registered model (``models:/NAME@ALIAS``, ``models:/NAME/VERSION``).
+
+    Returns:
+        The model, and its name and version for the provenance.
+
+    Raises:
+        InputError: There is no such model.
+    """
+    if config.model.tier == "paper":
+        raise InputError(
+            "a registered model takes the place of training, and the published model is trained anew",
+            where="model.tier=paper",
+            remedy="leave one of them out",
+        )
+    from safetensors.torch import load_file
+
+    from deepfere.training.tracking import load_registered
+
+    loaded = load_registered(uri, config.tracking.uri)
+    settings = loaded.config
+    network = network_from_config(settings["network"])
+    network.load_state_dict(load_file(str(loaded.weights_path)))
+    network.eval()
+    trained = settings["config"]
+    model = GivenModel(
+        network,
+        np.asarray(settings["mz"], np.float64),
+        np.asarray(settings["basis"], np.float64),
+        np.asarray(settings["noise_sd"], np.float64),
+        list(settings["seen"]),
+        int(trained["seed"]),
+        float(trained["train"]["held_out"]),
+        loaded.weights_sha256,
+    )
+    return model, {"name": loaded.name, "version": str(loaded.version)}
 
 
 def given_factoring(

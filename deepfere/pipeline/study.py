@@ -6,14 +6,11 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from deepfere.cluster import connect, one_thread
 from deepfere.config import Config, digest, load_config
 from deepfere.errors import DeepfereError, InputError, SectionFailures
 from deepfere.measured.raster import plan_raster
 from deepfere.measured.regions import find_regions
-from deepfere.model.network import network_from_config
 from deepfere.pipeline.deep import check_patches
 from deepfere.pipeline.failures import Failures
 from deepfere.pipeline.fuse import (
@@ -25,7 +22,7 @@ from deepfere.pipeline.fuse import (
     per_gpu,
     with_teaching_points,
 )
-from deepfere.pipeline.given import GivenModel
+from deepfere.pipeline.given import given_model
 from deepfere.pipeline.job import Job
 from deepfere.pipeline.learn import learn_stage
 from deepfere.pipeline.prepare import is_ingested, prepared
@@ -43,44 +40,6 @@ from deepfere.schedule import pool, run_jobs
 from deepfere.section import EACH, Section, Study, load_study, validated
 from deepfere.stopping import looking, watched
 from deepfere.tiling.plan import check_range
-
-
-def given_model(uri: str, config: Config) -> tuple[GivenModel, dict[str, str]]:
-    """Load a registered model (``models:/NAME@ALIAS``, ``models:/NAME/VERSION``).
-
-    Returns:
-        The model, and its name and version for the provenance.
-
-    Raises:
-        InputError: There is no such model.
-    """
-    if config.model.tier == "paper":
-        raise InputError(
-            "a registered model takes the place of training, and the published model is trained anew",
-            where="model.tier=paper",
-            remedy="leave one of them out",
-        )
-    from safetensors.torch import load_file
-
-    from deepfere.training.tracking import load_registered
-
-    loaded = load_registered(uri, config.tracking.uri)
-    settings = loaded.config
-    network = network_from_config(settings["network"])
-    network.load_state_dict(load_file(str(loaded.weights_path)))
-    network.eval()
-    trained = settings["config"]
-    model = GivenModel(
-        network,
-        np.asarray(settings["mz"], np.float64),
-        np.asarray(settings["basis"], np.float64),
-        np.asarray(settings["noise_sd"], np.float64),
-        list(settings["seen"]),
-        int(trained["seed"]),
-        float(trained["train"]["held_out"]),
-        loaded.weights_sha256,
-    )
-    return model, {"name": loaded.name, "version": str(loaded.version)}
 
 
 def each_region(sections: list[Section], study: str | Path) -> list[Section]:
