@@ -66,7 +66,7 @@ def connect(settings: RaySettings) -> None:
         "runtime_env": environment,
         "configure_logging": True,
     }
-    with keep_signals(), _without_ray_chatter():
+    with keep_signals(), _no_sigterm_of_rays(), _without_ray_chatter():
         if address:
             _check_address(address)
             try:
@@ -150,6 +150,22 @@ def keep_signals() -> Iterator[None]:
         for number, handler in kept.items():
             if handler is not None:
                 signal.signal(number, handler)
+
+
+@contextmanager
+def _no_sigterm_of_rays() -> Iterator[None]:
+    """While Ray starts, SIGTERM goes on to be ours: Ray's own handler would end the process without a word."""
+    from ray._private import utils
+
+    kept = getattr(utils, "set_sigterm_handler", None)
+    if kept is None:
+        yield
+        return
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = kept
 
 
 def last_line(error: BaseException) -> str:

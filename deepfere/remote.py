@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
+import os
 import random
 import re
 import time
@@ -50,11 +52,21 @@ def filesystem(url: str) -> tuple[Any, str]:
     """
     import fsspec
 
+    if _is_gs(url):
+        # It asks by gRPC of what kind a bucket is, for a minute where nobody answers; and what it logs at length,
+        # `refusal` tells in one line.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        for name in ("gcsfs", "google.auth"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         found, path = fsspec.core.url_to_fs(url, **OPTIONS)
     except Exception as error:  # every protocol has its own library
         raise refusal(url, error) from error
     return found, path
+
+
+def _is_gs(url: str) -> bool:
+    return url.lower().startswith(("gs://", "gcs://"))
 
 
 def holds(url: str, name: str) -> bool:
@@ -105,7 +117,8 @@ async def answered_later(url: str, ask: Callable[[], Awaitable[Answer]], tries: 
 
 def _pause_s(url: str, error: Exception, number: int, tries: int) -> float:
     """How long to wait before the next try; raises what there is to say where there is none."""
-    if number + 1 == tries or not is_passing(error):
+    # gcsfs has asked six times itself, for half a minute.
+    if number + 1 == tries or _is_gs(url) or not is_passing(error):
         raise refusal(url, error) from error
     # Many workers that were throttled together should not come back together.
     return PAUSE_S * 2**number * random.Random().uniform(0.7, 1.0)

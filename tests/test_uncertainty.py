@@ -159,3 +159,13 @@ def test_the_common_scale_is_of_ions_that_are_there_and_makes_no_error_small():
     assert common_scale(np.array([0.5, 0.6, 0.7, 9.0]), present) == 1.0
     assert common_scale(np.array([np.inf, np.inf, 1.0, 1.0]), present) == MOST_SCALE
     assert common_scale(np.array([5.0]), np.array([0.2])) == 1.0
+    assert common_scale(np.array([np.nan, 1.4, np.nan]), np.full(3, 0.9)) == 1.4
+    assert common_scale(np.full(2, np.nan), np.full(2, 0.9)) == 1.0
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1.0, 5e15])
+def test_an_ion_without_error_says_nothing_about_the_scale(unit):
+    flat = np.full(100, 5.0 * unit)
+    rounding = flat * (1 + 1e-15 * np.random.default_rng(0).standard_normal(100))
+    assert np.isnan(scale_needed(rounding, flat, (rounding - flat) ** 2 + 1e-32 * unit**2))
+    assert np.isnan(scale_needed(np.empty(0), np.empty(0), np.empty(0)))

@@ -67,6 +67,9 @@ def _stopped(error: BaseException | None) -> None:
     again = "the same command without --overwrite" if "--overwrite" in sys.argv else "the same command again"
     why = f" ({error})" if isinstance(error, Stopped) else ""
     click.echo(f"\nstopped{why}; {again} resumes", err=True)
+    # What is still put away at exit is no longer to be unwound: another signal ends it there and then.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     sys.exit(1)
 
 

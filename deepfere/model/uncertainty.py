@@ -25,6 +25,8 @@ NORMAL_80 = 1.2815515655446004
 PRESENT = 0.3
 """Ions in a smaller share of the pixels do not count when all are judged together: most of what they hold is zero."""
 MOST_SCALE = 2.0
+ROUNDING = 1e-6
+"""Errors up to this share of an ion's largest intensity are of the numbers, not of the tissue."""
 _CALIBRATED_BY = 50_000  # pixels of an ion that are looked at
 _LEVELS = 8
 _LEAST_PER_LEVEL = 50
@@ -99,8 +101,10 @@ def scale_needed(image: Array, truth: Array, variance: Array) -> float:
         variance: (N,) of their difference, as it is expected.
 
     Returns:
-        Infinite where half of the zeros is more than a fifth.
+        Infinite where half of the zeros is more than a fifth; not a number where there is no error but rounding.
     """
+    if not len(image) or (variance <= (ROUNDING * np.abs(truth).max()) ** 2).all():
+        return math.nan
     step = -(-len(image) // _CALIBRATED_BY)
     image, truth, variance = image[::step], truth[::step], variance[::step]
     away = np.abs(truth - image) / (NORMAL_80 * np.sqrt(np.maximum(variance, np.finfo(float).tiny)))
@@ -117,7 +121,7 @@ def common_scale(needed: Array, present: Array) -> float:
         needed: (M,) of each ion.
         present: (M,) share of the pixels in which it is.
     """
-    counting = needed[present > PRESENT]
+    counting = needed[(present > PRESENT) & ~np.isnan(needed)]
     return float(np.clip(np.median(counting), 1.0, MOST_SCALE)) if len(counting) else 1.0
 
 

@@ -57,7 +57,7 @@ def inferred_block(*, path: str, ion: int | None, block_info: Any = None) -> NDA
         energy = energy[top : top + cells.shape[0] * f, left : left + cells.shape[1] * f]
     else:
         energy = np.zeros((cells.shape[0] * f, cells.shape[1] * f))
-    return _hide(inferred_share(energy, around, cells, f), result, cells)
+    return _hide(inferred_share(energy, around, cells, f), result, cells).astype(np.float32)
 
 
 def detail_power(result: Result, chunk_px: int) -> Array:

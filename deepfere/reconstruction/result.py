@@ -233,8 +233,9 @@ class Result:
         """
         import dask.array as da
 
-        factor = self.factor / 2**level
-        return da.sqrt(self._lazy(self.index(mz, ppm), level, partial(_variance_block, factor=factor)))
+        decode = partial(_variance_block, level=level)
+        # The square of a small intensity is nothing in float32.
+        return da.sqrt(self._lazy(self.index(mz, ppm), level, decode, np.float64)).astype(np.float32)
 
     def inferred(self, mz: float | None = None, *, ppm: float | None = None, level: int = 0) -> dask.array.Array:
         """How much of the picture was inferred from the stain, 0 to 1 (H, W) float32; the rest was measured.
@@ -262,23 +263,21 @@ class Result:
         """Share of all ions' contrast, over the whole section, that was inferred from the stain."""
         return float(self._attrs["inferred_share"])
 
-    def _lazy(self, ion: int | None, level: int, decode: Any) -> dask.array.Array:
+    def _lazy(self, ion: int | None, level: int, decode: Any, dtype: type = np.float32) -> dask.array.Array:
         import dask.array as da
 
-        if level not in range(self.levels):
+        if not isinstance(level, int | np.integer) or level not in range(self.levels):
             raise InputError(f"level {level}", where=self.path, remedy=f"give 0 to {self.levels - 1}")
         chunk = int(self._attrs["chunk_px"])
         shape = [n * self.factor for n in self.grid.shape_px]
         chunks = tuple(tuple(min(chunk, n - k) for k in range(0, n, chunk)) for n in shape)
-        full = da.map_blocks(
-            decode, chunks=chunks, dtype=np.float32, meta=np.empty((0, 0), np.float32), path=self.path, ion=ion
-        )
+        full = da.map_blocks(decode, chunks=chunks, dtype=dtype, meta=np.empty((0, 0), dtype), path=self.path, ion=ion)
         if level == 0:
             return full
         side = 2**level
         padded = da.pad(full, [(0, -n % side) for n in shape], constant_values=np.nan)
         merged = padded.rechunk(tuple(max(1, chunk // side) * side for _ in shape))
-        return da.coarsen(_nanmean, merged, {0: side, 1: side}).astype(np.float32)
+        return da.coarsen(_nanmean, merged, {0: side, 1: side}).astype(dtype)
 
     def decoder(self, ion: int, denoised: bool = False) -> IonDecoder:
         """What decoding takes besides `detail`; it holds the measured image twice, in float64.
@@ -372,25 +371,25 @@ def _window(block_info: Any, factor: int) -> Cells:
     return Cells(y0 // factor, y1 // factor, x0 // factor, x1 // factor)
 
 
-def _hide(image: NDArray[np.float64], result: Result, cells: Cells) -> NDArray[np.float32]:
+def _hide(image: NDArray[np.float64], result: Result, cells: Cells) -> NDArray[np.float64]:
     f = result.factor
     mask = result.mask[cells.i0 : cells.i1, cells.j0 : cells.j1]
-    return np.where(np.repeat(np.repeat(mask, f, 0), f, 1), image, np.nan).astype(np.float32)
+    return np.where(np.repeat(np.repeat(mask, f, 0), f, 1), image, np.nan)
 
 
 def _ion_block(*, path: str, ion: int, denoised: bool, block_info: Any = None) -> NDArray[np.float32]:
     result = _at(path)
     cells = _window(block_info, result.factor)
     stamp = stamp_of(path)
-    return _hide(_decoder(path, stamp, ion, denoised).window(cells, result.detail), result, cells)
+    return _hide(_decoder(path, stamp, ion, denoised).window(cells, result.detail), result, cells).astype(np.float32)
 
 
-def _variance_block(*, path: str, ion: int, factor: float, block_info: Any = None) -> NDArray[np.float32]:
+def _variance_block(*, path: str, ion: int, level: int, block_info: Any = None) -> NDArray[np.float64]:
     result = _at(path)
     f, cells = result.factor, _window(block_info, result.factor)
     stamp = stamp_of(path)
     decoder = _decoder(path, stamp, ion)
     model = NoiseModel.of_row(np.asarray(result._group["uncertainty"]["noise_model"][ion]))
-    level = np.maximum(decoder.window(cells, None), 0.0)
+    intensity = np.maximum(decoder.window(cells, None), 0.0)
     spread = pad_edge(local_variance(decoder.cells))[cells.i0 : cells.i1 + 2, cells.j0 : cells.j1 + 2]
-    return _hide(model.variance(level, expand(spread, f, "linear"), factor), result, cells)
+    return _hide(model.variance(intensity, expand(spread, f, "linear"), f / 2**level), result, cells)
