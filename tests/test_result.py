@@ -69,7 +69,7 @@ def test_levels_with_odd_edges_are_averages_of_level_0(fused):
                 full = values(mz).compute().astype(np.float64)
             else:
                 # The variance that pixels of this size have, averaged; only then the root.
-                block = partial(_variance_block, factor=FACTOR / 2**level)
+                block = partial(_variance_block, level=level)
                 full = deep._lazy(0, 0, block).compute().astype(np.float64)
             side = 2**level
             padded = np.pad(full, [(0, -n % side) for n in full.shape], constant_values=np.nan)
@@ -121,8 +121,10 @@ def test_ions_are_found_within_the_tolerance_only(fused):
     for wrong in ("798.5", [mz, mz]):
         with pytest.raises(InputError, match="is no number"):
             fused.ion(wrong)
-    with pytest.raises(InputError, match=r"level 1\.5"):
-        fused.ion(mz, level=1.5)
+    for level in (1.5, 1.0, "a", -2000):
+        for values in (fused.ion, fused.uncertainty, fused.inferred):
+            with pytest.raises(InputError, match=f"level {level}"):
+                values(mz, level=level)
 
 
 def test_uncertainty_is_a_standard_deviation(fused):

@@ -122,7 +122,9 @@ def common_scale(needed: Array, present: Array) -> float:
         present: (M,) share of the pixels in which it is.
     """
     counting = needed[(present > PRESENT) & ~np.isnan(needed)]
-    return float(np.clip(np.median(counting), 1.0, MOST_SCALE)) if len(counting) else 1.0
+    if not len(counting):
+        return 1.0
+    return float(np.clip(np.quantile(counting, 0.5, method="lower"), 1.0, MOST_SCALE))
 
 
 def noise_quantum(cell: Array, mask: NDArray[np.bool_]) -> float:
