@@ -166,19 +166,26 @@ def test_stop_of_what_is_no_run(cli, tmp_path, monkeypatch):
     assert "was submitted from here" in done.errors[0]
 
 
-def test_who_has_lost_the_run_does_not_wait_for_training(tmp_path):
+@pytest.mark.parametrize("interrupt", [signal.default_int_handler, signal.SIG_IGN])
+def test_who_has_lost_the_run_does_not_wait_for_training(tmp_path, interrupt):
+    """In the background, too, where SIGINT is ignored."""
     (tmp_path / "step").write_text("3")
+    before = signal.signal(signal.SIGINT, interrupt)
 
     def on_step(step):
         raise stopping.Stopped(f"another process has taken it over after step {step}")
 
     began = time.monotonic()
-    with (
-        pytest.raises(stopping.Stopped, match="taken it over after step 3"),
-        trainer._watch(tmp_path / "step", on_step),
-    ):
-        time.sleep(60)
+    try:
+        with (
+            pytest.raises(stopping.Stopped, match="taken it over after step 3"),
+            trainer._watch(tmp_path / "step", on_step),
+        ):
+            time.sleep(60)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 30
+    assert signal.getsignal(signal.SIGUSR2) in (signal.SIG_DFL, None)
     assert (tmp_path / "step").exists(), "it is the other process's now"
 
 

@@ -179,6 +179,8 @@ def _watch(file: Place, on_step: Callable[[int], None] | None) -> Iterator[None]
         return
     stop, lost = threading.Event(), list[Stopped]()
     waiting = threading.current_thread() is threading.main_thread()
+    # SIGINT may be ignored: in what a shell has put into the background it is.
+    before = signal.signal(signal.SIGUSR2, signal.default_int_handler) if waiting else None
 
     def poll() -> None:
         while not stop.wait(1.0 if isinstance(file, Path) else TELL_EVERY_S):
@@ -191,7 +193,7 @@ def _watch(file: Place, on_step: Callable[[int], None] | None) -> Iterator[None]
                     lost.append(reason)
                     # Only a signal reaches whoever waits for Ray.
                     if waiting:
-                        os.kill(os.getpid(), signal.SIGINT)
+                        os.kill(os.getpid(), signal.SIGUSR2)
                     return
 
     thread = threading.Thread(target=poll, daemon=True)
@@ -204,6 +206,8 @@ def _watch(file: Place, on_step: Callable[[int], None] | None) -> Iterator[None]
     finally:
         stop.set()
         thread.join()
+        if waiting:
+            signal.signal(signal.SIGUSR2, before or signal.SIG_DFL)
         # Of another run's, the file is not ours to remove.
         if not lost:
             with suppress(StorageError):
