@@ -25,6 +25,7 @@ NORMAL_80 = 1.2815515655446004
 PRESENT = 0.3
 """Ions in a smaller share of the pixels do not count when all are judged together: most of what they hold is zero."""
 MOST_SCALE = 2.0
+"""Largest factor on standard deviations: what needs more has no intervals of this kind."""
 ROUNDING = 1e-6
 """Errors up to this share of an ion's largest intensity are of the numbers, not of the tissue."""
 _CALIBRATED_BY = 50_000  # pixels of an ion that are looked at
