@@ -54,7 +54,7 @@ def test_report_says_what_was_found(full):
         "held-out R² of random placements (highest) 0.24",
         "not kept: no better on held-out blocks",
         "A tear of 0.072 mm² on the slide is not used: 9 measured pixels do not show",
-        "2 more places look like a tear or a fold and are used",
+        "2 more places look like a tear, a fold or ink and are used",
         "1 h 07 min",
         "1 min 15 s",
         "0123abcd",

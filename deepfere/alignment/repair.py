@@ -1,4 +1,4 @@
-"""Footprint means of a slide's stain as it is, and with what may be damage repaired: a gap filled, a fold undone."""
+"""Footprint means of a slide's stain as it is, and repaired: gaps and ink filled, folds undone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def pooled_both(
     """Footprint means (F, ny nx) of the features as they are, and with the candidates repaired."""
     pitch, spacing = float(np.mean(measured.grid.pitch_um)), stain.spacing_um
     candidate = candidates.labels > 0
-    gap = candidate & np.isin(candidates.labels - 1, [n for n, kind in enumerate(candidates.kinds) if kind == "tear"])
+    hides = [n + 1 for n, kind in enumerate(candidates.kinds) if kind != "fold"]
+    gap = np.isin(candidates.labels, hides)
     clear = (stain.planes[6] > 250) & ~candidate
     block = max(1, int(pitch / 4 / max(spacing) + 1e-6))
     sigmas = [[s * pitch / (block * u) for u in spacing] for s in INPAINTING_PITCH]

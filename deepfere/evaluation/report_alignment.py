@@ -136,25 +136,28 @@ def artefact_lines(result: Any, mpp_um: tuple[float, float]) -> list[figures.Lin
     return [figures.Line(line, ARTEFACT_COLOUR) for line in figures.contours_um(kinds > 0, 0.5, grid)]
 
 
+NAMES = {"tear": "A tear", "fold": "A fold", "ink": "An ink mark"}
+
+
 def artefact_words(provenance: Mapping[str, Any]) -> list[str]:
     """What is not used of the slide, and who said so, in sentences."""
     told = provenance.get("artefacts") or {}
     out = []
     for entry in told.get("masked") or []:
         area = f"{entry['area_um2'] / 1e6:.3g} mm²"
-        if entry["kind"] == "ink":
+        if entry["kind"] == "ink" and entry["decided_by"] == "colour":
             out.append(f"Ink or the like on {area} of the slide, told by its colour, is not used.")
         elif entry["kind"] == "piece":
             out.append(f"Other pieces of tissue on the slide ({area} with their surroundings) are not used.")
         else:
             out.append(
-                f"A {entry['kind']} of {area} on the slide is not used: {entry['measured_px']} measured pixels do not "
-                f"show what the picture shows there (log likelihood ratio {entry['evidence']:.0f})."
+                f"{NAMES[entry['kind']]} of {area} on the slide is not used: {entry['measured_px']} measured pixels do "
+                f"not show what the picture shows there (log likelihood ratio {entry['evidence']:.0f})."
             )
     if told.get("candidates_left_in"):
         out.append(
-            f"{told['candidates_left_in']} more places look like a tear or a fold and are used: the measurement shows "
-            "them too, or cannot tell."
+            f"{told['candidates_left_in']} more places look like a tear, a fold or ink and are used: the "
+            "measurement shows them too, or cannot tell."
         )
     return out
 

@@ -5,7 +5,8 @@ stain there is. Ink lies far outside of it. The cloud is fitted robustly to the 
 have clouds of their own. What is found counts as not covered by the slide: it gives no detail, and no evidence.
 
 Tears and folds have no colour of their own: `deepfere.model.damage` finds what may be one and
-`deepfere.alignment.witness` asks the measurement. Not found: ink of nearly the stain's colour (red on eosin).
+`deepfere.alignment.witness` asks the measurement; so with colours that are odd, but not odd enough to tell by
+themselves. Not found: ink of nearly the stain's colour (red on eosin).
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def find_artefacts(
     spacing_um: tuple[float, float],
     pitch_um: float,
 ) -> Artefacts:
-    """Ink and the like on a slide's overview.
+    """Ink and the like on a slide's overview, where its colour alone tells.
 
     Args:
         rgb: (h, w, 3) overview.
@@ -80,6 +81,25 @@ def find_artefacts(
         reference: The slide's stain constants.
         spacing_um: Overview pixel size (y, x).
         pitch_um: Measured pixel size: smaller marks do not matter.
+    """
+    marks = colour_distance(rgb, coverage, reference, spacing_um, pitch_um) > FAR
+    if not marks.any():
+        return Artefacts(marks, spacing_um)
+    # Its blurred border belongs to it.
+    reach = max(1, round(0.35 * pitch_um / min(spacing_um)))
+    return Artefacts(binary_dilation(marks, np.ones((3, 3), bool), iterations=reach), spacing_um)
+
+
+def colour_distance(
+    rgb: NDArray[np.uint8],
+    coverage: NDArray[np.floating],
+    reference: StainReference,
+    spacing_um: tuple[float, float],
+    pitch_um: float,
+) -> NDArray[np.float64]:
+    """How far a slide's colours lie from its stain's (h, w), in standard deviations, smoothed; 0 = cannot be told.
+
+    Args: those of `find_artefacts`.
     """
     density = optical_density(rgb, reference.white).astype(np.float64)
     total = density.sum(2)
@@ -89,9 +109,9 @@ def find_artefacts(
     rim = np.unique(np.concatenate([pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]]))
     ground = binary_dilation(np.isin(pieces, rim[rim > 0]), np.ones((3, 3), bool), iterations=2)
     told = (total > LEAST_OD) & (total > 3 * reference.tissue_od) & (coverage > 0.99) & ~ground
-    none = Artefacts(np.zeros(told.shape, bool), spacing_um)
+    far = np.zeros(told.shape)
     if told.sum() < 200:
-        return none
+        return far
     share = density[told][:, :2] / total[told][:, None]
     kept = share
     for _ in range(4):
@@ -101,14 +121,8 @@ def find_artefacts(
     # The trimmed cloud is too narrow: its widest tenth was left out.
     spread = 1.5 * np.cov(kept.T) + 1e-5 * np.eye(2)
     mean = kept.mean(0)
-    far = np.zeros(told.shape)
     far[told] = np.sqrt(np.einsum("ni,ij,nj->n", share - mean, np.linalg.inv(spread), share - mean))
     sigma = [0.25 * pitch_um / s for s in spacing_um]
     # Normalised: what lies beside a background is not diluted by it.
     weight = gaussian_filter((~ground).astype(np.float64), sigma)
-    marks = (gaussian_filter(far, sigma) > FAR * np.maximum(weight, 0.5)) & ~ground
-    if not marks.any():
-        return none
-    # Its blurred border belongs to it.
-    reach = max(1, round(0.35 * pitch_um / min(spacing_um)))
-    return Artefacts(binary_dilation(marks, np.ones((3, 3), bool), iterations=reach), spacing_um)
+    return np.where(ground, 0.0, gaussian_filter(far, sigma) / np.maximum(weight, 0.5))

@@ -1,11 +1,14 @@
-"""Where a slide's picture may show damage of handling: candidates for tears and folds, by their look alone.
+"""Where a slide's picture may show damage of handling: candidates for tears, folds and ink, by their look alone.
 
-The look does not tell a tear from a lumen, nor a fold from a dense layer. So these are candidates, drawn generously;
-`deepfere.alignment.witness` lets the measurement decide about each.
+The look does not tell a tear from a lumen, a fold from a dense layer, nor blue ink from a blue layer. So these are
+candidates, drawn generously; `deepfere.alignment.witness` lets the measurement decide about each.
 
-* **Gap**: glass inside the tissue, that is in its holes or where a closing by four measured pixels reaches.
+* **Gap**: glass inside the tissue, that is in its holes or where a closing by four measured pixels reaches; and where
+  the measurement shows tissue, as at an outline that something has broken off.
 * **Band**: optical density well above that around, in the same hue (two layers of tissue absorb twice, in every
   colour alike), and longer than wide.
+* **Odd colour**: far from the slide's other colours, but not so far that it can only be ink
+  (`deepfere.model.artefacts`).
 """
 
 from __future__ import annotations
@@ -16,10 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from deepfere.model.artefacts import colour_distance
 from deepfere.model.features import StainReference, optical_density
 
 CLOSING_PITCH = 4.0
 """Gaps that are open to the outside are found up to twice this width, in measured pixels."""
+OUTLINE_PITCH = 1.0
+"""How wide glass has to be where the measurement shows tissue, in measured pixels."""
 LEAST_AREA_PITCH2 = 1.5
 """Smaller candidates, in squared measured pixels, cannot be judged and are left in."""
 DENSER = 1.3
@@ -32,8 +38,12 @@ HUE = 0.05
 """Largest change of red's and green's share in the density of a band."""
 AROUND_PITCH = 3.0
 """Half-width of the surroundings that a band is compared with, in measured pixels."""
-ELONGATED = 3.0
+ELONGATED = 2.0
 """Length over width of a band, at least."""
+COLOURED = 0.8
+"""A slide whose glass is as coloured as that (weakest over strongest channel) shows none."""
+ODD = 2.5
+"""Distance from the stain's colours, in their standard deviations, from which ink is possible."""
 RIM_PITCH = 0.25
 """What is blurred at the border of a gap or a band belongs to it: so far, in measured pixels."""
 PART_PITCH = 2.0
@@ -48,7 +58,7 @@ class Candidates:
 
     Attributes:
         labels: (h, w) int32, 0 = none, else the number of the part plus one.
-        kinds: "tear" or "fold", one per part: what is large is judged in parts.
+        kinds: "tear", "fold" or "ink", one per part: what is large is judged in parts.
         whole: Number of the candidate that each part belongs to.
         denser: (h, w) how many times its surroundings' density a band has (median); 1 elsewhere.
     """
@@ -60,15 +70,20 @@ class Candidates:
 
 
 def find_candidates(
-    planes: NDArray[np.uint8], reference: StainReference, spacing_um: tuple[float, float], pitch_um: float
+    planes: NDArray[np.uint8],
+    reference: StainReference,
+    spacing_um: tuple[float, float],
+    pitch_um: float,
+    expected: NDArray[np.bool_] | None = None,
 ) -> Candidates:
-    """Gaps and bands of a slide's overview.
+    """Gaps, bands and odd colours of a slide's overview.
 
     Args:
-        planes: (7, h, w) base planes of the overview, ink not covered.
+        planes: (7, h, w) base planes of the overview, what can only be ink not covered.
         reference: The slide's stain constants.
         spacing_um: Overview pixel size (y, x).
         pitch_um: Measured pixel size.
+        expected: (h, w) where the measurement shows tissue.
     """
     labels = np.zeros(planes.shape[1:], np.int32)
     kinds: list[str] = []
@@ -76,13 +91,14 @@ def find_candidates(
     denser = np.ones(planes.shape[1:], np.float32)
     if max(spacing_um) > COARSEST_PITCH * pitch_um:
         return Candidates(labels, kinds, whole, denser)
-    shown = planes[6] > 250
+    rgb, shown = np.moveaxis(planes[:3], 0, -1), planes[6] > 250
     step = (spacing_um[0] / pitch_um, spacing_um[1] / pitch_um)
-    density = optical_density(np.moveaxis(planes[:3], 0, -1), reference.white)
+    density = optical_density(rgb, _glass(reference))
     tissue = (density.mean(2) > _glass_od(density.mean(2)[shown], reference)) & shown
     ratio, hue = _against_surroundings(density, tissue, step)
     bands = _hysteresis((hue < HUE) & tissue, ratio, step)
-    for kind, mask in (("tear", _gaps(tissue, shown, step)), ("fold", bands)):
+    odd = colour_distance(rgb, planes[6] / 255, reference, spacing_um, pitch_um) > ODD
+    for kind, mask in (("tear", _gaps(tissue, shown, step, expected)), ("ink", odd & tissue), ("fold", bands)):
         pieces, count = ndimage.label(mask, np.ones((3, 3), bool))
         area = np.bincount(pieces.ravel(), minlength=count + 1) * step[0] * step[1]
         for number, window in enumerate(ndimage.find_objects(pieces), 1):
@@ -121,6 +137,12 @@ def _parts(piece: NDArray[np.bool_], step: tuple[float, float]) -> NDArray[np.in
     return out
 
 
+def _glass(reference: StainReference) -> tuple[float, float, float]:
+    """RGB of the slide's glass; of a picture without any, whose lightest colour is a stain's, colourless."""
+    white = reference.white
+    return white if min(white) >= COLOURED * max(white) else (max(white),) * 3
+
+
 def _glass_od(density: NDArray[np.float32], reference: StainReference) -> float:
     """Mean optical density up to which a pixel is glass, from those of the overview (N,).
 
@@ -138,14 +160,34 @@ def _glass_od(density: NDArray[np.float32], reference: StainReference) -> float:
     return min(reference.tissue_od, 0.6 * float(edges[1 + i[int(np.argmax(between))]]))
 
 
-def _gaps(tissue: NDArray[np.bool_], shown: NDArray[np.bool_], step: tuple[float, float]) -> NDArray[np.bool_]:
-    """Glass (h, w) in holes of the tissue or within its closing; step = overview pixel in measured pixels."""
+def _gaps(
+    tissue: NDArray[np.bool_],
+    shown: NDArray[np.bool_],
+    step: tuple[float, float],
+    expected: NDArray[np.bool_] | None = None,
+) -> NDArray[np.bool_]:
+    """Glass (h, w) in holes of the tissue, within its closing, or where tissue is expected.
+
+    Args:
+        tissue: (h, w).
+        shown: (h, w) what the slide covers.
+        step: Overview pixel in measured pixels.
+        expected: (h, w) where the measurement shows tissue.
+    """
     far = ndimage.distance_transform_edt(~tissue, sampling=step)
     wide = far <= CLOSING_PITCH
     closed = ndimage.distance_transform_edt(np.pad(wide, 1, constant_values=True), sampling=step)[1:-1, 1:-1]
     # Specks of dust are no tissue: what is closed around them is no gap in it.
     inside = (closed > CLOSING_PITCH) | ndimage.binary_fill_holes(tissue)
-    return inside & ~tissue & shown
+    glass = ~tissue & shown
+    if expected is None:
+        return inside & glass
+    # An outline is known to a measured pixel: what is thinner than that beside it has not broken off.
+    missing = glass & expected
+    core = ndimage.distance_transform_edt(missing, sampling=step) > OUTLINE_PITCH / 2
+    if core.any():
+        inside |= ndimage.distance_transform_edt(~core, sampling=step) <= OUTLINE_PITCH / 2
+    return inside & glass
 
 
 def _hysteresis(allowed: NDArray[np.bool_], ratio: NDArray[np.float32], step: tuple[float, float]) -> NDArray[np.bool_]:

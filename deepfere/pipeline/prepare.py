@@ -18,7 +18,7 @@ from deepfere.alignment.placement import centred_alignment, describe
 from deepfere.alignment.refine import AFFINE_STAGES, refine
 from deepfere.alignment.score import slide_cover
 from deepfere.alignment.search import MIN_COVER, search
-from deepfere.alignment.witness import judge, masked_areas
+from deepfere.alignment.witness import expected_tissue, judge, masked_areas
 from deepfere.config import Config, IngestSettings
 from deepfere.errors import InputError
 from deepfere.frame import Alignment
@@ -276,7 +276,8 @@ def _artefacts(
     pitch = float(np.mean(measured.grid.pitch_um))
     kinds = np.zeros(stain.planes.shape[1:], np.uint8)
     kinds[stain.artefacts.mask] = ARTEFACTS.index("ink")
-    candidates = find_candidates(stain.planes, stain.reference, stain.spacing_um, pitch)
+    expected = expected_tissue(measured, stain, alignment)
+    candidates = find_candidates(stain.planes, stain.reference, stain.spacing_um, pitch, expected)
     verdicts = judge(measured, stain, alignment, candidates)
     value = np.array([0, *[ARTEFACTS.index(v.kind) if v.masked else 0 for v in verdicts]], np.uint8)
     damage = value[candidates.labels]
