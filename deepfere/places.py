@@ -64,6 +64,11 @@ class UrlPath:
         return PurePosixPath(self.name).stem
 
     @property
+    def suffix(self) -> str:
+        """The ending of the last part, with its dot."""
+        return PurePosixPath(self.name).suffix
+
+    @property
     def parent(self) -> UrlPath:
         """The folder that it is in."""
         return UrlPath(self._url.rpartition("/")[0])
@@ -72,6 +77,10 @@ class UrlPath:
         """Another name in the same folder."""
         return self.parent / name
 
+    def with_suffix(self, suffix: str) -> UrlPath:
+        """Another ending of the last part."""
+        return self.parent / f"{self.stem}{suffix}"
+
     def resolve(self) -> UrlPath:
         """Itself: a URL is the same everywhere."""
         return self
@@ -79,6 +88,14 @@ class UrlPath:
     def exists(self) -> bool:
         """Whether an object is there, or anything below it."""
         return self._ask(lambda found, path: bool(found.exists(path)))
+
+    def is_file(self) -> bool:
+        """Whether an object is there."""
+        return self._ask(lambda found, path: bool(found.isfile(path)))
+
+    def is_dir(self) -> bool:
+        """Whether there is anything below it, and no object."""
+        return not self.is_file() and self.exists()
 
     def read_bytes(self) -> bytes:
         """The object.

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from deepfere.config import rising
 from deepfere.errors import InputError
+from deepfere.remote import is_url
 
 EACH = "each"
 """Of a section of a study: one section for every region of its measurement."""
@@ -46,6 +47,11 @@ class Section(BaseModel):
     mz_range: tuple[float, float] | None = None
     region: int | Literal["all", "each"] | None = None
     slide_region: int | Literal["all"] | None = None
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether all of its files are at URLs, where every machine finds them."""
+        return all(is_url(path) for path in (self.msi, self.slide, self.alignment, self.landmarks) if path is not None)
 
     @field_validator("mz_range", mode="before")
     @classmethod

@@ -31,18 +31,19 @@ def side_by_side(root: str, names: list[str], **settings: object) -> SideBySide:
 
 
 @pytest.mark.parametrize(
-    ("root", "names", "settings", "in_driver"),
+    ("root", "names", "settings", "files", "in_driver"),
     [
-        ("/somewhere/work", ["a", "b"], {}, False),
-        ("/somewhere/work", ["a"], {}, True),  # it tells how far it is
-        ("/somewhere/work", ["a", "b"], {"guide": False}, True),  # nothing there needs Ray
-        ("s3://bucket/work", ["a", "b"], {}, True),  # the files may be on the driver's disk alone
+        ("/somewhere/work", ["a", "b"], {}, "", False),
+        ("/somewhere/work", ["a"], {}, "", True),  # it tells how far it is
+        ("/somewhere/work", ["a", "b"], {"guide": False}, "", True),  # nothing there needs Ray
+        ("s3://bucket/work", ["a", "b"], {}, "", True),  # the files may be on the driver's disk alone
+        ("s3://bucket/work", ["a", "b"], {}, "s3://bucket/", False),
     ],
 )
-def test_where_a_stage_is_carried_out(root, names, settings, in_driver):
+def test_where_a_stage_is_carried_out(root, names, settings, files, in_driver):
     told = []
     beside = side_by_side(root, names, **settings)
-    section = make_section(name="a", msi="a.imzML", slide="a.svs")
+    section = make_section(name="a", msi=f"{files}a.imzML", slide=f"{files}a.svs")
     phases = list(beside.stage(Noting, section, {}, lambda stage, share: told.append((stage, share))))
     assert told == ([("note", 0.5)] if in_driver else [])
     assert [phase.count for phase in phases] == ([] if in_driver else [1])

@@ -64,6 +64,8 @@ def _remote(url: str) -> Description:
     from deepfere.places import UrlPath
     from deepfere.readers.slide_zarr import is_zarr
 
+    if UrlPath(url).suffix.lower() in (".imzml", ".ibd"):
+        return raw.imzml(UrlPath(url))
     if is_zarr(url):
         return stores.zarr_group(url)
     return stores.work(UrlPath(url)) if (UrlPath(url) / "identity.json").exists() else raw.slide(url)

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from deepfere.errors import InputError
 from deepfere.inspect.notes import MAX_LISTED, Description, Notes, add_mask, count_text, pair_text, sample, size_text
-from deepfere.readers.ranges import first_bytes, open_ranges
+from deepfere.places import Place
+from deepfere.readers.ranges import first_bytes, open_binary, open_ranges, size_of
 from deepfere.readers.slide_zarr import is_zarr
 from deepfere.remote import is_url
 
@@ -41,8 +42,8 @@ READ_BY = {
 STORED = {"csc": "by variable (csc)", "csr": "by pixel (csr)", "dense": "densely"}
 
 
-def imzml(path: Path) -> Description:
-    """An imzML pair; one whose .ibd is missing or cut off is described from the XML.
+def imzml(path: Place) -> Description:
+    """An imzML pair, or the URL of one; one whose .ibd is missing or cut off is described from the XML.
 
     Raises:
         InputError: The XML is broken or is not imzML.
@@ -57,7 +58,7 @@ def imzml(path: Path) -> Description:
     except InputError as error:
         index = _index_despite(path, error)
         notes.problem(error.what if error.where == path else f"{Path(str(error.where)).name}: {error.what}")
-    size = index.ibd_path.stat().st_size if index.ibd_path.exists() else 0
+    size = size_of(index.ibd_path) if index.ibd_path.is_file() else 0
     ends = np.maximum(index.mz_offset + index.mz_bytes, index.int_offset + index.int_bytes)
     inside = np.flatnonzero(ends <= size)
     pitch = index.pitch_um
@@ -123,7 +124,7 @@ def _add_raster(notes: Notes, source: ImzmlIndex | Table, pitch_um: tuple[float,
         )
 
 
-def _index_despite(path: Path, error: InputError) -> ImzmlIndex:
+def _index_despite(path: Place, error: InputError) -> ImzmlIndex:
     """The index of a pair that the reader refuses, from the XML alone; ``error`` again where that is no use."""
     from deepfere.readers.imzml import read_index
 
@@ -144,7 +145,7 @@ def _add_mz(notes: Notes, index: ImzmlIndex, inside: NDArray[np.int64]) -> None:
         rows = inside[sample(len(inside), max(1, int(MZ_SAMPLE_BYTES / mean_bytes)))]
         what = "over all spectra" if len(rows) == len(index) else f"over {len(rows):,} of {len(index):,} spectra"
     try:
-        with index.ibd_path.open("rb") as ibd:
+        with open_binary(index.ibd_path) as ibd:
             arrays = [array for array in read_arrays(index, ibd, rows, "mz") if len(array)]
     except InputError as error:
         notes.problem(error.what)
@@ -166,7 +167,7 @@ def _add_checks(notes: Notes, index: ImzmlIndex, size: int) -> None:
     """The identifier and the checksum that tie the .ibd to its .imzML."""
     if index.uuid_matches is False:
         notes.problem(f"{index.ibd_path.name} does not begin with the identifier that the .imzML states")
-    with index.path.open("rb") as handle:
+    with open_binary(index.path) as handle:
         head = handle.read(HEAD_BYTES)
     for tag in re.findall(rb"<cvParam\b[^>]*>", head):
         term = re.search(rb'accession="IMS:100009([012])"', tag)
@@ -177,7 +178,7 @@ def _add_checks(notes: Notes, index: ImzmlIndex, size: int) -> None:
         if size > CHECKSUM_BYTES:
             notes.add("checksum", f"{name}, not checked: the .ibd is over 1 GiB")
             continue
-        with index.ibd_path.open("rb") as handle:
+        with open_binary(index.ibd_path) as handle:
             found = hashlib.file_digest(handle, name).hexdigest()
         agrees = found == stated.group(1).decode().lower()
         notes.add("checksum", f"{name} {'agrees' if agrees else 'does not agree'}")

@@ -43,6 +43,7 @@ from deepfere.measured.store import (
 from deepfere.measured.table import TableReducer
 from deepfere.measured.table import choose_ions as choose_table_ions
 from deepfere.measured.treatment import UNTREATED, Treatment
+from deepfere.readers.ranges import open_binary
 from deepfere.readers.table import Table
 from deepfere.store import Codec, StorageOptions, remove
 
@@ -105,7 +106,7 @@ def ingest(
     spectrum as read, of profiles after smoothing and baseline.
 
     Args:
-        msi_path: The .imzML, or the table's store (see `open_table`).
+        msi_path: The .imzML or its URL, or the table's store (see `open_table`).
         out_path: Store to write, path or URL.
         pitch_um: Pixel pitch, one value or (y, x); wins over the file's.
         mz: Target m/z, or ions that were found over the sections of a study.
@@ -234,7 +235,7 @@ def _open_reduce(
         order = np.concatenate(list(_by_band(raster, fitting_band(rows, raster.shape_px))))
         yield _Plan(ions, how, rows, TableReducer(source, ions, how["ions"], spec.tolerance_ppm, order, reference_mz))
         return
-    with source.ibd_path.open("rb") as ibd:
+    with open_binary(source.ibd_path) as ibd:
         axis = shared_axis(source, ibd)
         treatment.check(source, kind, "axis" if axis is not None and targets is None else "list", axis is not None)
         ions, how = choose_ions(source, raster, axis, targets, kind, spec, treatment)

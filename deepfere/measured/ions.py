@@ -19,6 +19,7 @@ from deepfere.measured.table import MAX_VARIABLES, sample_table
 from deepfere.measured.treatment import UNTREATED, Treatment, true_mz
 from deepfere.readers.imzml import ImzmlIndex, read_index
 from deepfere.readers.imzml_arrays import read_arrays
+from deepfere.readers.ranges import open_binary
 from deepfere.readers.table import Table, is_table, open_table
 
 Source = ImzmlIndex | Table
@@ -46,7 +47,7 @@ def own_axis(source: Source) -> NDArray[np.float64] | None:
     if isinstance(source, Table):
         variables = source.sorted_mz()[0]
         return variables if len(variables) <= MAX_VARIABLES else None
-    with source.ibd_path.open("rb") as ibd:
+    with open_binary(source.ibd_path) as ibd:
         axis = shared_axis(source, ibd)
     return None if axis is None else np.sort(axis, kind="stable")
 
@@ -88,7 +89,7 @@ def sample_source(
     shifts = treatment.shifts(source, rows, kind)
     if shifts is not None:
         shifts = np.where(np.isnan(shifts), np.nanmedian(shifts), shifts)
-    with source.ibd_path.open("rb") as ibd:
+    with open_binary(source.ibd_path) as ibd:
         if kind == "centroid":
             return sample_centroids(_spectra(source, ibd, rows, shifts), spec)
         if not treatment.profile.active:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
+from deepfere.places import Place
 
 MIN_PIXELS = 4
 MAX_GRID_PER_PIXEL = 1000
@@ -22,7 +22,7 @@ class Placed(Protocol):
     """Spectra with positions: an imzML's index, or a table."""
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Place:
         """Where they are from."""
         ...
 

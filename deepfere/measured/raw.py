@@ -17,11 +17,12 @@ from deepfere.measured.normalise import FACTORS
 from deepfere.measured.raster import batches, plan_raster
 from deepfere.measured.reduce import Reduce, Reducer, put, shared_axis
 from deepfere.measured.table import TableReducer
+from deepfere.places import place
 from deepfere.readers.imzml import read_index
 from deepfere.readers.imzml_arrays import spectrum
+from deepfere.readers.ranges import open_binary
 from deepfere.readers.table import Table, is_table, open_table
 from deepfere.readers.table_rows import RowReader
-from deepfere.remote import is_url
 from deepfere.store import StorageOptions
 
 
@@ -107,7 +108,7 @@ class RawMeasured:
         kind = representation or source.representation
         if kind not in ("centroid", "profile"):
             raise InputError("says neither centroid nor profile", where=self.path, remedy="give representation")
-        with source.ibd_path.open("rb") as ibd:
+        with open_binary(source.ibd_path) as ibd:
             yield partial(Reducer(source, shared_axis(source, ibd), ions, "list", kind, width), ibd)
 
     def spectrum(self, y: int, x: int) -> tuple[NDArray[np.float64], NDArray[np.float32] | NDArray[np.float64]]:
@@ -129,7 +130,7 @@ class RawMeasured:
             mz = self._source.mz[columns]
             order = np.argsort(mz, kind="stable")
             return mz[order], values[order]
-        with self._source.ibd_path.open("rb") as ibd:
+        with open_binary(self._source.ibd_path) as ibd:
             return spectrum(self._source, ibd, int(found[0]))
 
 
@@ -143,6 +144,6 @@ def open_measured(path: str | Path, storage_options: StorageOptions | None = Non
     Raises:
         InputError: It is absent, none of these, or unfinished; see `read_index`, `open_table` and `plan_raster`.
     """
-    if not is_url(path) and (Path(path).suffix.lower() in (".imzml", ".ibd") or is_table(path)):
+    if place(path).suffix.lower() in (".imzml", ".ibd") or is_table(path):
         return RawMeasured(path)
     return store.open_measured(path, storage_options)

@@ -12,6 +12,7 @@ from deepfere.errors import InputError
 from deepfere.measured.lock_mass import LockMass, check_found, found_shifts
 from deepfere.measured.profile import UNCHANGED, ProfileSpec
 from deepfere.readers.imzml import ImzmlIndex
+from deepfere.readers.ranges import open_binary
 from deepfere.readers.table import Table
 
 
@@ -52,7 +53,7 @@ class Treatment:
         """
         if self.lock_mass is None or isinstance(source, Table):
             return None
-        with source.ibd_path.open("rb") as ibd:
+        with open_binary(source.ibd_path) as ibd:
             shifts = found_shifts(source, ibd, rows, kind, self.lock_mass)
         check_found(shifts, self.lock_mass, source.path)
         return shifts

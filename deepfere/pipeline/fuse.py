@@ -299,7 +299,7 @@ def fuse(
             settings = load_config(None, (), base=settings, ingest__mz=trained.mz.tolist())
     section = make_section(
         name="section",
-        msi=str(Path(msi).resolve()),
+        msi=_located(msi),
         slide=None if slide is None or not settings.guide else _located(slide),
         pitch_um=pitch_um,
         slide_mpp_um=slide_mpp_um,

@@ -34,9 +34,9 @@ from deepfere.model.damage import find_candidates
 from deepfere.model.paper import check_size
 from deepfere.pipeline.overview import naming_pieces, section_overview, section_slide
 from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace
-from deepfere.places import copy_tree, reading, writing
+from deepfere.places import copy_tree, place, reading, writing
 from deepfere.readers.digest import tree_digest
-from deepfere.readers.imzml import msi_digest
+from deepfere.readers.imzml import IMZML, msi_digest
 from deepfere.readers.mis import MIS, read_mis
 from deepfere.readers.table import is_table, table_digest
 from deepfere.section import Section
@@ -125,7 +125,8 @@ def treatment_of(settings: IngestSettings) -> Treatment:
 
 def is_ingested(msi: str) -> bool:
     """Whether the measurement is a cube that was ingested before instead of an imzML or a table."""
-    return Path(msi).is_dir() and not is_table(msi)
+    where = place(msi)
+    return where.suffix.lower() not in IMZML and where.is_dir() and not is_table(msi)
 
 
 def msi_input_digest(msi: str) -> str:
@@ -136,7 +137,7 @@ def msi_input_digest(msi: str) -> str:
     """
     if is_table(msi):
         return table_digest(msi)
-    return tree_digest(msi) if Path(msi).is_dir() else msi_digest(msi)
+    return tree_digest(msi) if is_ingested(msi) else msi_digest(msi)
 
 
 def _take_over(section: Section, folder: SectionFolder, settings: IngestSettings) -> None:
@@ -161,7 +162,7 @@ def _take_over(section: Section, folder: SectionFolder, settings: IngestSettings
             where=name if "." in name else f"--{name}",
             remedy="leave it out, or give what it was ingested from",
         )
-    copy_tree(Path(section.msi), folder.measured)
+    copy_tree(place(section.msi), folder.measured)
 
 
 def _same_ions(cube: Measured, mz: list[float]) -> bool:

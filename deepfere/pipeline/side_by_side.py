@@ -50,7 +50,7 @@ class SideBySide:
     """Runs the sections of a study through stages.
 
     Files of the user at a path are where the driver is. Other machines see them, too, where they share the work folder;
-    with work at a URL they need not, and the driver carries out what reads such files.
+    with work at a URL they need not, and the driver carries out what reads such files. Files at URLs all machines see.
 
     Args:
         work: Unfinished work.
@@ -61,8 +61,8 @@ class SideBySide:
 
     def __init__(self, work: Workspace, config: Config, failures: Failures, files: bool = True) -> None:
         self._work, self._config, self._failures = work, config, failures
-        apart = files and isinstance(work.root, UrlPath)
-        self._here = not config.guide or failures.sections == 1 or apart
+        self._apart = files and isinstance(work.root, UrlPath)
+        self._here = not config.guide or failures.sections == 1
         self._at: dict[str, str] = {}
 
     def stage(
@@ -76,7 +76,7 @@ class SideBySide:
         """One stage of one section; ``progress`` is called on the way where it is carried out in the driver."""
         self.begin(section, worker.stage)
         given: tuple[Any, ...] = (str(self._work.root), self._config, *arguments)
-        if self._here:
+        if self._here or (self._apart and not section.everywhere):
             with following(str(current() or "")):
                 worker(*given).do(section, inputs, looking(progress))
         else:

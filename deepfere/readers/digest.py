@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from deepfere.errors import InputError
+from deepfere.places import UrlPath
 from deepfere.readers.ranges import open_ranges
 from deepfere.remote import is_url
 
@@ -66,9 +67,12 @@ def _remote_digest(url: str) -> str:
 
 
 def tree_digest(path: str | Path) -> str:
-    """SHA-256 (hex) over the names and content digests of all files below a folder, in name order."""
-    root = Path(path)
+    """SHA-256 (hex) over the names and content digests of all files below a folder or URL, in name order."""
     sha = hashlib.sha256()
-    for file in sorted(p for p in root.rglob("*") if p.is_file()):
-        sha.update(f"{file.relative_to(root).as_posix()}\0{content_digest(file)}\n".encode())
+    if is_url(path):
+        names = {str(one).removeprefix(f"{str(path).rstrip('/')}/"): str(one) for one in UrlPath(path).below()}
+    else:
+        names = {p.relative_to(path).as_posix(): str(p) for p in Path(path).rglob("*") if p.is_file()}
+    for name in sorted(names, key=PurePosixPath):
+        sha.update(f"{name}\0{content_digest(names[name])}\n".encode())
     return sha.hexdigest()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import warnings
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 from xml.parsers import expat
 
@@ -23,6 +22,10 @@ from deepfere.readers import imzml_head as head
 from deepfere.readers.digest import content_digest
 from deepfere.readers.imzml_pitch import stated_pitch
 from deepfere.readers.imzml_scan import Unsure, scan
+from deepfere.readers.ranges import open_binary, size_of
+
+IMZML = (".imzml", ".xml", ".ibd")
+"""How the files of a pair end; some converters write .xml."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +58,8 @@ class ImzmlIndex:
         numbers: (N,) where these are not all spectra: their positions in the file.
     """
 
-    path: Path
-    ibd_path: Path
+    path: Place
+    ibd_path: Place
     mode: str
     representation: str | None
     polarity: str | None
@@ -115,11 +118,11 @@ class ImzmlIndex:
         return 1 + int(i if self.numbers is None else self.numbers[i])
 
 
-def read_index(path: str | Path, *, check_ibd: bool = True, cache: str | Path | None = None) -> ImzmlIndex:
+def read_index(path: str | Place, *, check_ibd: bool = True, cache: str | Place | None = None) -> ImzmlIndex:
     """Index an imzML pair without reading its spectra.
 
     Args:
-        path: The .imzML; the .ibd beside it is found whatever the case of its extension.
+        path: The .imzML, or its URL; the .ibd beside it is found whatever the case of its extension.
         check_ibd: False takes the XML's word: the .ibd may be missing, short or another file's.
         cache: Path or URL of a Parquet file that keeps what the XML says: read if it is of this very file, else
             written anew.
@@ -131,7 +134,7 @@ def read_index(path: str | Path, *, check_ibd: bool = True, cache: str | Path | 
     Warns:
         UserWarning: The .ibd does not begin with the identifier that the .imzML states.
     """
-    path = Path(path)
+    path = place(path)
     if path.suffix.lower() == ".ibd":
         raise InputError("is the binary half of an imzML", where=path, remedy="give the .imzML beside it")
     walk = _walk(path) if cache is None else _cached_walk(path, place(cache))
@@ -185,18 +188,18 @@ def read_index(path: str | Path, *, check_ibd: bool = True, cache: str | Path | 
     )
 
 
-def msi_digest(path: str | Path) -> str:
+def msi_digest(path: str | Place) -> str:
     """sha256 (hexadecimal) over the content digests of an .imzML and its .ibd (see ``content_digest``)."""
-    path = Path(path)
-    if path.is_file() and path.suffix.lower() not in (".imzml", ".xml", ".ibd"):
+    path = place(path)
+    if path.is_file() and path.suffix.lower() not in IMZML:
         raise InputError("is no imzML", where=path, remedy="give the .imzML first, then the slide")
-    if path.is_file() and not path.stat().st_size:
+    if path.is_file() and not size_of(path):
         raise InputError("is empty", where=path, remedy="export it again")
-    parts = content_digest(path) + content_digest(_find_ibd(path))
+    parts = content_digest(str(path)) + content_digest(str(_find_ibd(path)))
     return hashlib.sha256(parts.encode()).hexdigest()
 
 
-def _cached_walk(path: Path, cache: Place) -> head.Walk:
+def _cached_walk(path: Place, cache: Place) -> head.Walk:
     try:
         key = imzml_cache.key_of(path)
     except OSError:
@@ -208,7 +211,7 @@ def _cached_walk(path: Path, cache: Place) -> head.Walk:
     return walk
 
 
-def _walk(path: Path) -> head.Walk:
+def _walk(path: Place) -> head.Walk:
     # Files that declare UTF-8 but hold Latin-1 text ("µm") exist; all that is kept is ASCII either way.
     for encoding in (None, "iso-8859-1"):
         try:
@@ -220,7 +223,7 @@ def _walk(path: Path) -> head.Walk:
     return _walk_all(path)
 
 
-def _walk_all(path: Path) -> head.Walk:
+def _walk_all(path: Place) -> head.Walk:
     """Every tag through the parser: the reference, which words all errors."""
     problem: expat.ExpatError | None = None
     for encoding in (None, "iso-8859-1"):
@@ -243,19 +246,20 @@ def _walk_all(path: Path) -> head.Walk:
     ) from problem
 
 
-def _find_ibd(path: Path) -> Path:
+def _find_ibd(path: Place) -> Place:
     exact = path.with_suffix(".ibd")
-    if exact.exists():
+    if exact.is_file():
         return exact
     if path.parent.is_dir():
-        for candidate in sorted(path.parent.iterdir()):
+        beside: list[Place] = sorted(path.parent.iterdir(), key=str)
+        for candidate in beside:
             if candidate.stem == path.stem and candidate.suffix.lower() == ".ibd":
                 return candidate
     raise InputError(f"its binary file {exact.name} is missing", where=path, remedy="put it beside the .imzML")
 
 
-def _check_length(ibd_path: Path, columns: dict[str, NDArray[np.int64]]) -> None:
-    size = ibd_path.stat().st_size
+def _check_length(ibd_path: Place, columns: dict[str, NDArray[np.int64]]) -> None:
+    size = size_of(ibd_path)
     ends = np.maximum(columns["mz_offset"] + columns["mz_bytes"], columns["int_offset"] + columns["int_bytes"])
     beyond = np.flatnonzero(ends > size)
     if len(beyond):
@@ -267,12 +271,12 @@ def _check_length(ibd_path: Path, columns: dict[str, NDArray[np.int64]]) -> None
         )
 
 
-def _check_uuid(content: head.Terms, path: Path, ibd_path: Path) -> tuple[str | None, bool | None]:
+def _check_uuid(content: head.Terms, path: Place, ibd_path: Place) -> tuple[str | None, bool | None]:
     stated = content.get(head.UUID, ("", "", ""))[0]
     uuid = "".join(c for c in stated.lower() if c in "0123456789abcdef")
     if len(uuid) != 32:
         return None, None
-    with ibd_path.open("rb") as handle:
+    with open_binary(ibd_path) as handle:
         matches = handle.read(16).hex() == uuid
     if not matches:
         warnings.warn(

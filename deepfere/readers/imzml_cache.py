@@ -16,6 +16,7 @@ from typing import Any
 
 from deepfere.places import Place, UrlPath, reading, writing
 from deepfere.readers import imzml_head as head
+from deepfere.readers.ranges import open_binary, size_of
 
 VERSION = 1
 KEY = b"deepfere"
@@ -24,18 +25,18 @@ PLAIN = ("content", "scan_settings", "dtypes", "compressed")
 SETS = ("representations", "polarities")
 
 
-def key_of(path: Path) -> dict[str, Any]:
+def key_of(path: Place) -> dict[str, Any]:
     """What an .imzML is recognised by."""
-    sha = hashlib.sha256()
-    with path.open("rb") as handle:
-        stat = os.fstat(handle.fileno())
-        for at in (0, max(0, stat.st_size - DIGESTED_BYTES)):
+    sha, size = hashlib.sha256(), size_of(path)
+    changed = path.stat().st_mtime_ns if isinstance(path, Path) else None
+    with open_binary(path) as handle:
+        for at in (0, max(0, size - DIGESTED_BYTES)):
             handle.seek(at)
             sha.update(handle.read(DIGESTED_BYTES))
-    return {"version": VERSION, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha.hexdigest()}
+    return {"version": VERSION, "size": size, "mtime_ns": changed, "sha256": sha.hexdigest()}
 
 
-def load(path: Path, cache: Place) -> head.Walk | None:
+def load(path: Place, cache: Place) -> head.Walk | None:
     """The walk that was kept for an .imzML; None where there is none that holds."""
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -9,12 +9,13 @@ Source: imzML 1.1 (Schramm et al., J. Proteomics 2012, 75, 5106), the PSI-MS and
 from __future__ import annotations
 
 from array import array
-from pathlib import Path
 from xml.parsers import expat
 
 import numpy as np
 
 from deepfere.errors import InputError
+from deepfere.places import Place
+from deepfere.readers.ranges import open_binary
 
 Term = tuple[str, str, str]  # value, unit accession or unit name, term name
 Terms = dict[str, Term]
@@ -56,7 +57,7 @@ class Walk:
         polarities: Which of "negative" and "positive" the spectra or the file state.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
         self.content: Terms = {}
         self.scan_settings: list[Terms] = []
@@ -88,7 +89,7 @@ class Walk:
 
     def run(self, encoding: str | None = None) -> None:
         """Walk the file; ``encoding`` overrides what the XML declares."""
-        with self.path.open("rb") as handle:
+        with open_binary(self.path) as handle:
             self.parser(encoding).ParseFile(handle)
 
     def group(self, name: str) -> Terms:

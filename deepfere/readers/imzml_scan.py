@@ -14,13 +14,14 @@ import itertools
 import re
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deepfere.places import Place
 from deepfere.readers import imzml_head as head
+from deepfere.readers.ranges import open_binary
 
 BLOCK_BYTES = 4 << 20  # what is read is compared while it is in the processor's cache
 SMALLEST_BYTES = 64 << 10
@@ -331,11 +332,11 @@ def _fill(handle: IO[bytes], text: bytearray, size: int) -> int:
     return size
 
 
-def scan(path: Path, encoding: str | None = None, workers: int = 1) -> head.Walk:
+def scan(path: Place, encoding: str | None = None, workers: int = 1) -> head.Walk:
     """What `Walk.run` finds in an .imzML, found faster.
 
     Args:
-        path: The .imzML.
+        path: The .imzML, or its URL.
         encoding: Overrides what the XML declares.
         workers: Threads that compare blocks of text.
 
@@ -343,6 +344,6 @@ def scan(path: Path, encoding: str | None = None, workers: int = 1) -> head.Walk
         Unsure: It is not laid out as expected. What the walk raises is raised, too.
     """
     walk = head.Walk(path)
-    with path.open("rb", buffering=0) as handle:
+    with open_binary(path) as handle:
         Scanner(walk, encoding, workers).run(handle, encoding is not None)
     return walk

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from deepfere.errors import InputError
 from deepfere.frame import Alignment, SectionGrid
+from deepfere.remote import is_url
 
 MIS = ".mis"
 CSV_INSTEAD = "give landmarks as a CSV"
@@ -177,6 +178,8 @@ def read_mis(path: str | Path) -> TeachingPoints:
 
 def teaching_points_beside(msi: str | Path, slide: str | Path) -> Path | None:
     """The .mis of a measurement's own name in its folder, if its teaching points are for this slide."""
+    if is_url(msi):
+        return None
     path = Path(msi).with_suffix(MIS)
     try:
         return path if read_mis(path).image.casefold() == Path(slide).name.casefold() else None

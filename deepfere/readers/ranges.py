@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from deepfere.errors import InputError
+from deepfere.places import Place
 from deepfere.remote import FIRST_TRIES, TRIES, ShortAnswer, answered, filesystem, is_url
 
 RELEASE_BYTES = 4 << 20
@@ -117,7 +118,7 @@ class RemoteRanges:
                 raise ShortAnswer(f"{len(block)} bytes came of {last - first}")
         return blocks
 
-    def open(self) -> Any:
+    def open(self) -> io.BufferedReader:
         """See `Ranges.open`."""
         return io.BufferedReader(RangeStream(self), 64 << 10)
 
@@ -198,6 +199,23 @@ def open_ranges(path: str | Path) -> Ranges:
         return LocalRanges(path)
     except (OSError, ValueError) as error:  # an empty file cannot be mapped
         raise InputError(f"cannot be opened ({error})", where=path, remedy="copy it again") from error
+
+
+def open_binary(path: Place) -> io.BufferedReader:
+    """A file or an object, opened for reading bytes.
+
+    Raises:
+        InputError: See `RemoteRanges`.
+        OSError: A local file cannot be read.
+    """
+    if isinstance(path, Path):
+        return path.open("rb")
+    return RemoteRanges(str(path)).open()
+
+
+def size_of(path: Place) -> int:
+    """Bytes of a file or an object; raises what `open_binary` raises."""
+    return path.stat().st_size if isinstance(path, Path) else RemoteRanges(str(path)).size
 
 
 def first_bytes(path: str | Path, count: int) -> bytes:
