@@ -153,7 +153,7 @@ def test_noise_chooses_a_strong_penalty():
 
 def test_null_guides_keep_the_texture_and_lose_the_place():
     features = guide_of(3)
-    nulls = null_guides(features, 20, seed=1)
+    nulls = list(null_guides(features, 20, seed=1))
     assert len(nulls) == 20
     for null in nulls:
         assert null.shape == features.shape

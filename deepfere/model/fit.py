@@ -6,7 +6,7 @@ must beat the one below on spatial blocks left out; each ion's gate is its own e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -105,7 +105,7 @@ class Evidence:
         chemistry: Leading factors, which the densities are multiplied with.
         rows: Stain detail rows.
         factor_rows: (R, K) measured detail of the factors.
-        ion_rows: (R, M) measured detail of the ions.
+        ion_rows: (R, M) float32, measured detail of the ions.
     """
 
     choice: SmoothingChoice
@@ -115,7 +115,7 @@ class Evidence:
     chemistry: Chemistry
     rows: DetailRows
     factor_rows: Array
-    ion_rows: Array
+    ion_rows: NDArray[np.float32]
 
 
 def evidence(
@@ -147,7 +147,7 @@ def evidence(
     filled = fill_missing(features, inside) if inside.any() else features
     chemistry = Chemistry(images[:LEADING], filled[list(DENSITIES)][:, inside].mean(1) if inside.any() else np.zeros(3))
     rows = detail_rows(filled, inside, blocks, RATIO, chemistry)
-    ion_rows = np.empty((len(rows.block), len(cube)))
+    ion_rows = np.empty((len(rows.block), len(cube)), np.float32)
     # A few ions at a time: with many of them, every copy of the cube counts.
     for k in range(0, len(cube), IONS_AT_ONCE):
         part = fill_missing(np.asarray(cube[k : k + IONS_AT_ONCE], np.float64), mask)
@@ -159,7 +159,7 @@ def gate_ions(
     problem: Evidence,
     basis: Array,
     predicted: Array,
-    nulls: list[Array],
+    nulls: Sequence[NDArray[np.floating]],
     judged: NDArray[np.bool_] | None = None,
 ) -> tuple[gates.Gate, gates.Gate]:
     """Gates of the factors and of the ions for one tier's held-out predictions.
@@ -180,26 +180,27 @@ def gate_ions(
     some: Any = rows if judged is not None else slice(None)
     factor_rows, ion_rows = problem.factor_rows[some], problem.ion_rows[some]
 
-    def factor_gain(p: Array) -> gates.Gain:
+    def factor_gain(p: NDArray[np.floating]) -> gates.Gain:
         return gates.gains(gates.moments(factor_rows, p[some], block), eye)
 
     factor = gates.decide(factor_gain(predicted), [factor_gain(p) for p in nulls], gates.LEAST_FACTOR_R2)
     loadings = basis * factor.gate
 
-    def ion_gain(p: Array) -> gates.Gain:
+    def ion_gain(p: NDArray[np.floating]) -> gates.Gain:
         return gates.gains(gates.moments(ion_rows, p[some], block), loadings)
 
     ion = gates.decide(ion_gain(predicted), [ion_gain(p) for p in nulls], gates.LEAST_R2)
     return factor, ion
 
 
-def fit_t1(problem: Evidence, null_count: int, seed: int) -> tuple[RidgeFit, list[Array]]:
+def fit_t1(problem: Evidence, null_count: int, seed: int) -> tuple[RidgeFit, list[NDArray[np.float32]]]:
     """The closed-form tier and its null guides' held-out predictions."""
     fit = fit_average(problem.rows, problem.factor_rows)
     nulls = []
     for features in null_guides(problem.features, null_count, seed):
         rows = detail_rows(features, problem.mask, problem.blocks, RATIO, problem.chemistry)
-        nulls.append(fit_average(rows, problem.factor_rows).predicted)
+        # Half the memory: with many pixels these are what there is most of.
+        nulls.append(fit_average(rows, problem.factor_rows).predicted.astype(np.float32))
     return fit, nulls
 
 

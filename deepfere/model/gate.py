@@ -39,15 +39,16 @@ class Moments:
     pp: Array
 
 
-def moments(targets: Array, predicted: Array, block: NDArray[np.int64]) -> Moments:
-    """Per-block moments of (R, C) targets and (R, K) predictions."""
+def moments(targets: NDArray[np.floating], predicted: NDArray[np.floating], block: NDArray[np.int64]) -> Moments:
+    """Per-block moments, in float64, of (R, C) targets and (R, K) predictions."""
     # Without rows there is one empty block: no evidence, not an error.
     members = [np.flatnonzero(block == b) for b in np.unique(block)] or [np.zeros(0, np.int64)]
-    return Moments(
-        np.stack([(targets[m] ** 2).sum(0) for m in members]),
-        np.stack([targets[m].T @ predicted[m] for m in members]),
-        np.stack([predicted[m].T @ predicted[m] for m in members]),
-    )
+    found = []
+    for m in members:
+        t, p = targets[m].astype(np.float64), predicted[m].astype(np.float64)
+        found.append(((t**2).sum(0), t.T @ p, p.T @ p))
+    tt, tp, pp = (np.stack(part) for part in zip(*found, strict=True))
+    return Moments(tt, tp, pp)
 
 
 @dataclass(frozen=True)

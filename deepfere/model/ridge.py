@@ -9,7 +9,7 @@ and are compared with null guides: the same features mirrored, turned or shifted
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -302,8 +302,8 @@ def _penalised(grams: Array, crosses: Array, rows: int, ridges: tuple[float, ...
     return _Penalised(weights, best_ridge, best)
 
 
-def null_guides(features: Array, count: int = 20, seed: int = 0) -> list[Array]:
-    """Features (F, ny, nx) that must not help: mirrored, turned by 180 degrees, shifted around.
+def null_guides(features: Array, count: int = 20, seed: int = 0) -> Iterator[Array]:
+    """Features (F, ny, nx) that must not help: mirrored, turned by 180 degrees, shifted around; one after another.
 
     Each keeps the guide's own texture and loses its place. Shifts are by a quarter to three quarters of
     the grid in both axes, wrapped.
@@ -311,14 +311,12 @@ def null_guides(features: Array, count: int = 20, seed: int = 0) -> list[Array]:
     rng = np.random.default_rng(seed)
     ny, nx = features.shape[-2:]
     flips = [(1, 1), (-1, 1), (1, -1), (-1, -1)]
-    out = []
     for n in range(count):
         sy, sx = flips[n % 4]
         moved = features[:, ::sy, ::sx]
         lo, hi = (0.25, 0.75) if n % 4 == 0 or n >= 4 else (0.0, 1e-9)
         shift = (int(ny * rng.uniform(lo, hi)), int(nx * rng.uniform(lo, hi)))
-        out.append(np.roll(moved, shift, axis=(-2, -1)))
-    return out
+        yield np.roll(moved, shift, axis=(-2, -1))
 
 
 def fill(images: NDArray[np.floating], mask: NDArray[np.bool_]) -> Array:

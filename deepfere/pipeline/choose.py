@@ -113,8 +113,8 @@ def without_guide(cube: NDArray[np.float32], mask: NDArray[np.bool_], factors: F
 def deep_gates(
     problem: Problem,
     basis: NDArray[np.float64],
-    closed: tuple[RidgeFit, list[NDArray[np.float64]]],
-    deep: tuple[RidgeFit, list[NDArray[np.float64]]],
+    closed: tuple[RidgeFit, list[NDArray[np.float32]]],
+    deep: tuple[RidgeFit, list[NDArray[np.float32]]],
     rows: NDArray[np.bool_],
 ) -> tuple[Gate, Gate]:
     """Gates of the factors and of the ions where the network is used.
@@ -140,7 +140,7 @@ def choose(
     factors: Factors,
     problem: Problem,
     guide: GuideSpec,
-    closed: tuple[RidgeFit, list[NDArray[np.float64]]],
+    closed: tuple[RidgeFit, list[NDArray[np.float32]]],
     held: NDArray[np.bool_],
     joint: tuple[FusionNetwork, Alignment] | None,
     config: Config,
@@ -210,9 +210,9 @@ def choose(
             guides = null_guides(problem.features, config.model.null_guides, config.seed)
             null_rows = []
             for null, features in zip(nulls, guides, strict=True):
-                alone = replace(fit, predicted=null)
+                alone = replace(fit, predicted=null.astype(np.float64))
                 both = fit_deep(network, problem, factors, alone, features)
-                null_rows.append(mixed_by_factor(alone, both, by_network).predicted)
+                null_rows.append(mixed_by_factor(alone, both, by_network).predicted.astype(np.float32))
             factor_gate, ion_gate = deep_gates(problem, factors.basis, (fit, nulls), (mixed, null_rows), rows)
             fit = mixed
     if tier == "T1":

@@ -52,7 +52,7 @@ class Fitted:
     factors: Factors
     problem: Problem
     guide: GuideSpec
-    closed: tuple[RidgeFit, list[NDArray[np.float64]]]
+    closed: tuple[RidgeFit, list[NDArray[np.float32]]]
 
 
 class MomentsWorker(SectionWorker):

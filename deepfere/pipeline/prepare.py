@@ -62,7 +62,7 @@ class Prepared:
 
     def cube(self, config: Config) -> NDArray[np.float32]:
         """(M, ny, nx) in the chosen normalisation, 0 where not measured."""
-        return np.nan_to_num(self.measured.cube(config.ingest.normalisation), nan=0.0)
+        return np.nan_to_num(self.measured.cube(config.ingest.normalisation), copy=False, nan=0.0)
 
 
 def ingest_stage(
