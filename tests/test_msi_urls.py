@@ -119,8 +119,8 @@ def test_a_web_server(phantom):
 def test_fuse_and_an_ingested_cube(s3, ray_session, uploaded, phantom, tmp_path, cli):
     given = ["--no-guide", "--factor", FACTOR, *QUICK]
     assert cli("fuse", phantom.imzml, "-o", tmp_path / "near.zarr", *given).code == 0
-    told = cli("fuse", uploaded, "-o", tmp_path / "far.zarr", *given)
-    assert told.code == 0, told.err
+    told = cli("fuse", uploaded, phantom.slide, "-o", tmp_path / "far.zarr", *given)
+    assert told.code == 0 and "--no-guide leaves the slide out" in told.err, told.err
     near, far = (deepfere.open(tmp_path / name) for name in ("near.zarr", "far.zarr"))
     mz = float(near.ions["mz"][0])
     np.testing.assert_array_equal(near.ion(mz).compute(), far.ion(mz).compute())

@@ -65,6 +65,8 @@ def fuse(msi: str, slide: str | None, overrides: tuple[str, ...], out: str, no_g
     # Of any length: Path.exists may raise. A URL may hold a "=", but none before its "://".
     if slide is not None and "=" in slide.partition("://")[0] and not os.path.exists(slide):  # noqa: PTH110
         overrides, slide = (slide, *overrides), None
+    if slide is not None and no_guide:
+        click.echo("fuse: --no-guide leaves the slide out", err=True)
     check_output(output(out))
     page = beside(output(out), ".html")
     if page.exists():
