@@ -9,7 +9,7 @@ import pytest
 
 from deepfere.model.fit import fit_t1, gate_ions
 from deepfere.pipeline.choose import deep_gates
-from tests.test_ridge_gate import decide_for, section
+from tests.test_gate import decide_for, section
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6])
