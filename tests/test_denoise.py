@@ -7,8 +7,8 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from deepfere.alignment.score import spatial_blocks
-from deepfere.model.denoise import LEAST_PX, LEAST_TOLD_PX, Denoised, Predictor, denoise
-from deepfere.model.uncertainty import without_centre
+from deepfere.model.denoise import LEAST_PX, LEAST_TOLD_PX, Denoised, Predictor, denoise, noisiness
+from deepfere.model.uncertainty import averaged_ratio, without_centre
 
 SHAPE = (36, 33)
 
@@ -45,6 +45,27 @@ def test_less_noise_in_every_ion(seed, counts):
     assert (out.images >= 0).all() and out.images.dtype == np.float32
     assert not out.images[:, ~mask].any()
     assert 0.85 < np.median(out.chi_square[:-1]) < 1.15
+
+
+def test_structure_without_noise_is_not_taken_for_noise():
+    """Nothing counted, no ion that says what one count is worth, and as rough as the pixels allow."""
+    rng = np.random.default_rng(6)
+    rough = np.stack([gaussian_filter(rng.standard_normal(SHAPE), 1.2) for _ in range(6)])
+    cube = 1.0 + 0.2 * rough / rough.std((1, 2), keepdims=True)
+    mask = np.ones(SHAPE, bool)
+    assert noisiness(cube, mask) == 0
+    np.testing.assert_array_equal(denoise(cube, mask, None, 0).images, cube.astype(np.float32))
+
+
+def test_noise_falls_to_a_quarter_where_pixels_are_averaged():
+    rng = np.random.default_rng(7)
+    mask = np.ones((80, 70), bool)
+    mask[:9, :20] = False
+    noise = rng.poisson(100.0, (5, *mask.shape)).astype(np.float64)
+    assert np.median([averaged_ratio(image, mask) for image in noise]) == pytest.approx(0.25, abs=0.06)
+    assert noisiness(noise, mask) == 1
+    assert np.isnan(averaged_ratio(noise[0], np.zeros_like(mask)))
+    assert noisiness(noise, np.zeros_like(mask)) == 0
 
 
 def test_a_hot_spot_that_nothing_else_shows_stands():

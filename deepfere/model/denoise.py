@@ -19,7 +19,14 @@ from numpy.typing import NDArray
 from deepfere.alignment.score import spatial_blocks
 from deepfere.measured.factors import noise_sd
 from deepfere.measured.operator import fill_missing
-from deepfere.model.uncertainty import detectors_pulse, local_variance, noise_quantum, single_pulse, without_centre
+from deepfere.model.uncertainty import (
+    averaged_ratio,
+    detectors_pulse,
+    local_variance,
+    noise_quantum,
+    single_pulse,
+    without_centre,
+)
 
 Array = NDArray[np.float64]
 
@@ -33,7 +40,11 @@ LEAST_PX = 200
 """Measured pixels below which nothing is taken away: noise and structure cannot be told apart by the pixels alone."""
 LEAST_TOLD_PX = 60
 """The same where the ions say what the detector's pulse is: predictions need this many."""
+LIKE_NOISE, LIKE_STRUCTURE = 0.75, 1.5
+"""What is left of the variance between pixels when 2 x 2 are averaged: up to the one all of it may be noise (a quarter,
+if nothing else is there), from the other on none."""
 _GROUPS = 4
+_MOST_ASKED = 64
 _MOST_SCORES = 16
 _MOST_IONS = 512
 _FLOOR = 0.02  # of the mean intensity: below it the noise is not less
@@ -79,6 +90,7 @@ def denoise(cube: NDArray[np.floating], mask: NDArray[np.bool_], features: Array
     if mask.sum() < (LEAST_TOLD_PX if math.isfinite(most) else LEAST_PX):
         return Denoised(out, chi_square, share)
     stain = np.zeros((0, int(mask.sum()))) if features is None else features[:, mask]
+    caution = CAUTION if math.isfinite(most) else CAUTION * noisiness(cube, mask)
     # One predictor serves a group of ions, pixels in its order: block after block.
     block = spatial_blocks(mask, 4)[mask]
     group, scores = _scores(cube, mask, seed)
@@ -86,12 +98,30 @@ def denoise(cube: NDArray[np.floating], mask: NDArray[np.bool_], features: Array
         predictor = Predictor(np.concatenate([scores[g], stain]).T, block)
         for m in np.flatnonzero(group == g):
             image = np.asarray(cube[m], np.float64)
-            quantum = CAUTION * min(noise_quantum(image, mask), most)
+            quantum = caution * min(noise_quantum(image, mask), most)
             if quantum <= 0 or (image[mask] < 0).any() or not np.ptp(image[mask]) > 0:
                 continue
             estimate, chi_square[m], share[m] = _estimate(image, mask, quantum, predictor)
             out[m][mask] = np.maximum(estimate, 0.0)
     return Denoised(out, chi_square, share)
+
+
+def noisiness(cube: NDArray[np.floating], mask: NDArray[np.bool_]) -> float:
+    """How far what varies between neighbouring pixels of a section behaves as noise, in [0, 1].
+
+    Where ions do not say what one detected ion is worth, the noise is known by nothing but its variance, and the
+    structure of a few hundred pixels looks the same at one scale. At two it does not (`averaged_ratio`).
+
+    Args:
+        cube: (M, ny, nx) intensities.
+        mask: (ny, nx) True where measured.
+    """
+    asked = cube[:: -(-len(cube) // _MOST_ASKED)]
+    ratios = np.array([averaged_ratio(image, mask) for image in asked])
+    if not np.isfinite(ratios).any():
+        return 0.0
+    middle = float(np.nanmedian(ratios))
+    return float(np.clip((LIKE_STRUCTURE - middle) / (LIKE_STRUCTURE - LIKE_NOISE), 0.0, 1.0))
 
 
 def _estimate(

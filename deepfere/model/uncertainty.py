@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deepfere.measured.operator import fill_missing
+from deepfere.measured.operator import cell_means, fill_missing
 
 Array = NDArray[np.float64]
 
@@ -149,6 +149,33 @@ def noise_quantum(cell: Array, mask: NDArray[np.bool_]) -> float:
     bounds = _difference_bounds(fill_missing(np.asarray(cell, np.float64), mask), mask)
     least = min([*bounds, single_pulse(cell, mask)])
     return least if math.isfinite(least) else 0.0
+
+
+def averaged_ratio(cell: Array, mask: NDArray[np.bool_]) -> float:
+    """What is left of the variance at the scale of a pixel when 2 x 2 pixels are averaged.
+
+    A quarter of noise that is independent from pixel to pixel; of structure about all, or more.
+
+    Args:
+        cell: (ny, nx) intensities.
+        mask: (ny, nx) True where measured.
+
+    Returns:
+        Ratio of the bounds of `noise_quantum` by second differences, mean over the four ways to pair pixels; NaN where
+        there is nothing to compare.
+    """
+    fine = _difference_bounds(fill_missing(np.asarray(cell, np.float64), mask), mask)
+    coarse = []
+    for y, x in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        ny, nx = ((n - skip) // 2 * 2 for n, skip in zip(mask.shape, (y, x), strict=True))
+        part = np.s_[y : y + ny, x : x + nx]
+        whole = cell_means(mask[part].astype(np.float64), 2) == 1
+        if whole.any():
+            means = cell_means(np.asarray(cell, np.float64)[part], 2)
+            coarse.append(min(_difference_bounds(fill_missing(means, whole), whole), default=math.nan))
+    if not coarse or not min(fine, default=0.0) > 0:
+        return math.nan
+    return float(np.mean(coarse)) / min(fine)
 
 
 def single_pulse(cell: Array, mask: NDArray[np.bool_]) -> float:
