@@ -109,18 +109,20 @@ def judge(
         return found
     painted, repaired = pooled_both(measured, stain, slide, candidates)
     pixel, part, share = touched(candidates.labels, stain.spacing_um, slide, measured.mask)
-    some = share > CLEAR
+    order = np.argsort(part, kind="stable")
+    starts = np.searchsorted(part[order], np.arange(1, len(kinds)))
+    pixels, shares = (np.split(values[order], starts) for values in (pixel, share))
     regression = StainRegression(measured.images, painted)
     touching = _touching(candidates.labels, whole)
     damaged = np.zeros(len(kinds), bool)
     for _ in range(ROUNDS):
         rows = covered.copy()
-        rows[pixel[some & damaged[part]]] = False
+        rows[pixel[(share > CLEAR) & damaged[part]]] = False
         regression.fit(rows)
-        for number in np.unique(whole):
-            prediction = regression.without(np.unique(pixel[some & (whole[part] == number)]))
-            for one in np.flatnonzero(whole == number):
-                witnesses = pixel[(part == one) & (share >= TOUCHED)]
+        for parts in np.split(np.arange(len(kinds)), np.flatnonzero(np.diff(whole)) + 1):
+            prediction = regression.without(np.unique(np.concatenate([pixels[n][shares[n] > CLEAR] for n in parts])))
+            for one in parts:
+                witnesses = pixels[one][shares[one] >= TOUCHED]
                 evidence = prediction.log_ratio(witnesses, repaired) if len(witnesses) >= LEAST_PX else None
                 found[one] = replace(found[one], measured_px=len(witnesses), evidence=evidence)
         before, damaged = damaged, decide(found, touching)

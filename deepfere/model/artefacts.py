@@ -31,6 +31,8 @@ LEAST_OD = 0.2
 """Summed optical density below which a colour cannot be told."""
 BLACK = 20
 """Grey level up to which a pixel shows nothing at all."""
+SAMPLED_PX = 1_000_000
+"""Pixels that the cloud is fitted to, about."""
 KEPT = 0.9
 """Share of the tissue that the cloud is fitted to: up to a tenth of it may be ink."""
 
@@ -101,7 +103,7 @@ def colour_distance(
 
     Args: those of `find_artefacts`.
     """
-    density = optical_density(rgb, reference.white).astype(np.float64)
+    density = optical_density(rgb, reference.white)
     total = density.sum(2)
     # A picture that was cut out may lie on black: that is its background, and no colour.
     black = rgb.max(2) <= BLACK
@@ -113,15 +115,16 @@ def colour_distance(
     if told.sum() < 200:
         return far
     share = density[told][:, :2] / total[told][:, None]
-    kept = share
+    sample = share[:: max(1, len(share) // SAMPLED_PX)].astype(np.float64)
+    kept = sample
     for _ in range(4):
         mean, spread = kept.mean(0), np.cov(kept.T) + 1e-5 * np.eye(2)
-        distance = np.einsum("ni,ij,nj->n", share - mean, np.linalg.inv(spread), share - mean)
-        kept = share[distance <= np.quantile(distance, KEPT)]
+        distance = np.einsum("ni,ij,nj->n", sample - mean, np.linalg.inv(spread), sample - mean)
+        kept = sample[distance <= np.quantile(distance, KEPT)]
     # The trimmed cloud is too narrow: its widest tenth was left out.
     spread = 1.5 * np.cov(kept.T) + 1e-5 * np.eye(2)
-    mean = kept.mean(0)
-    far[told] = np.sqrt(np.einsum("ni,ij,nj->n", share - mean, np.linalg.inv(spread), share - mean))
+    share -= kept.mean(0).astype(np.float32)
+    far[told] = np.sqrt(((share @ np.linalg.inv(spread).astype(np.float32)) * share).sum(1))
     sigma = [0.25 * pitch_um / s for s in spacing_um]
     # Normalised: what lies beside a background is not diluted by it.
     weight = gaussian_filter((~ground).astype(np.float64), sigma)
