@@ -166,6 +166,8 @@ def load_study(path: str | Path) -> Study:
     Raises:
         InputError: Unreadable, an unknown or missing column, a row longer than the header, doubled names.
     """
+    if is_url(path):
+        raise InputError("is a URL", where=path, remedy="give the manifest as a local file; its files may be URLs")
     path = Path(path)
     try:
         if path.suffix.lower() == ".csv":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import shutil
 import threading
 from pathlib import Path
 
@@ -73,6 +74,13 @@ def test_an_ibd_of_another_case_is_found(s3, phantom):
     assert read_index("s3://bucket/case/a.imzML").ibd_path == UrlPath("s3://bucket/case/a.IBD")
 
 
+def test_info_knows_an_imzml_of_another_ending(s3, phantom):
+    s3.files.put(str(phantom.imzml), "s3://bucket/xml/a.xml")
+    s3.files.put(str(phantom.imzml.with_suffix(".ibd")), "s3://bucket/xml/a.ibd")
+    found = describe("s3://bucket/xml/a.xml")
+    assert found.whole and "imzML" in found.kind
+
+
 def test_what_is_missing_or_cut_off_is_told_in_one_line(s3, phantom):
     with pytest.raises(InputError, match="does not exist") as caught:
         msi_digest(f"{FOLDER}/none.imzML")
@@ -103,7 +111,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def test_a_web_server(phantom):
+def test_a_web_server(phantom, tmp_path):
     handler = functools.partial(Quiet, directory=str(phantom.imzml.parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -112,6 +120,14 @@ def test_a_web_server(phantom):
         np.testing.assert_array_equal(read_index(url).int_offset, read_index(phantom.imzml).int_offset)
         with pytest.raises(InputError, match="does not exist"):
             msi_digest(url.replace("section", "none"))
+        ingest(phantom.imzml, tmp_path / "cube.zarr")
+        shutil.copy(phantom.imzml, tmp_path / "a.imzML")
+        shutil.copy(phantom.imzml.with_suffix(".ibd"), tmp_path / "a.IBD")
+        handler.keywords["directory"] = str(tmp_path)
+        here = url.rpartition("/")[0]
+        assert read_index(f"{here}/a.imzML").ibd_path == UrlPath(f"{here}/a.IBD")
+        with pytest.raises(InputError, match="does not say which files"):
+            msi_input_digest(f"{here}/cube.zarr")
         server.shutdown()
 
 
@@ -140,6 +156,8 @@ def test_a_study_by_url(s3, ray_session, uploaded, tmp_path, cli):
     study.write_text(f"name,msi\na,{uploaded}\nb,{FOLDER}/none.imzML\n")
     told = cli("ingest", study, "-o", tmp_path / "work", *QUICK, "guide=false")
     assert told.code == 2 and f"section b, input: {FOLDER}/none.imzML: does not exist" in told.err
+    told = cli("ingest", "s3://bucket/study.csv", "-o", tmp_path / "work", *QUICK)
+    assert told.code == 2 and "s3://bucket/study.csv: is a URL; give the manifest as a local file" in told.err
     study.write_text(f"name,msi\na,{uploaded}\n")
     told = cli("ingest", study, "-o", tmp_path / "work", *QUICK, "guide=false")
     assert told.code == 0, told.err

@@ -12,6 +12,8 @@ from deepfere.errors import InputError
 from deepfere.frame import LANDMARK_COLUMNS
 from deepfere.inspect.notes import Description
 
+HEAD_BYTES = 4096
+
 __all__ = ["Description", "describe", "render"]
 
 KNOWN_SUFFIXES = {
@@ -62,22 +64,29 @@ def render(description: Description) -> str:
 def _remote(url: str) -> Description:
     from deepfere.inspect import raw, stores
     from deepfere.places import UrlPath
+    from deepfere.readers.ranges import first_bytes
     from deepfere.readers.slide_zarr import is_zarr
 
     if UrlPath(url).suffix.lower() in (".imzml", ".ibd"):
         return raw.imzml(UrlPath(url))
     if is_zarr(url):
         return stores.zarr_group(url)
-    return stores.work(UrlPath(url)) if (UrlPath(url) / "identity.json").exists() else raw.slide(url)
+    if (UrlPath(url) / "identity.json").exists():
+        return stores.work(UrlPath(url))
+    return raw.imzml(UrlPath(url)) if _is_mzml(first_bytes(url, HEAD_BYTES)) else raw.slide(url)
+
+
+def _is_mzml(head: bytes) -> bool:
+    return b"<mzML" in head or b"<indexedmzML" in head
 
 
 def _file(path: Path) -> Description:
     from deepfere.inspect import files, raw
 
     with path.open("rb") as handle:
-        head = handle.read(4096)
+        head = handle.read(HEAD_BYTES)
     suffix = path.suffix.lower()
-    if suffix in (".imzml", ".ibd") or b"<mzML" in head or b"<indexedmzML" in head:
+    if suffix in (".imzml", ".ibd") or _is_mzml(head):
         return raw.imzml(path)
     if suffix == ".json":
         return files.alignment(path)

@@ -34,10 +34,11 @@ from deepfere.model.damage import find_candidates
 from deepfere.model.paper import check_size
 from deepfere.pipeline.overview import naming_pieces, section_overview, section_slide
 from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace
-from deepfere.places import copy_tree, place, reading, writing
+from deepfere.places import UrlPath, copy_tree, place, reading, writing
 from deepfere.readers.digest import tree_digest
 from deepfere.readers.imzml import IMZML, msi_digest
 from deepfere.readers.mis import MIS, read_mis
+from deepfere.readers.slide_zarr import is_zarr
 from deepfere.readers.table import is_table, table_digest
 from deepfere.section import Section
 from deepfere.store import remove
@@ -126,7 +127,9 @@ def treatment_of(settings: IngestSettings) -> Treatment:
 def is_ingested(msi: str) -> bool:
     """Whether the measurement is a cube that was ingested before instead of an imzML or a table."""
     where = place(msi)
-    return where.suffix.lower() not in IMZML and where.is_dir() and not is_table(msi)
+    if where.suffix.lower() in IMZML:
+        return False
+    return is_zarr(msi) if isinstance(where, UrlPath) else where.is_dir() and not is_table(msi)
 
 
 def msi_input_digest(msi: str) -> str:
@@ -137,7 +140,13 @@ def msi_input_digest(msi: str) -> str:
     """
     if is_table(msi):
         return table_digest(msi)
-    return tree_digest(msi) if is_ingested(msi) else msi_digest(msi)
+    if not is_ingested(msi):
+        return msi_digest(msi)
+    if msi.lower().startswith(("http://", "https://")):
+        raise InputError(
+            "is ingested, and a web server does not say which files it has", where=msi, remedy="copy it, or give s3://"
+        )
+    return tree_digest(msi)
 
 
 def _take_over(section: Section, folder: SectionFolder, settings: IngestSettings) -> None:

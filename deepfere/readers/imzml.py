@@ -248,8 +248,10 @@ def _walk_all(path: Place) -> head.Walk:
 
 def _find_ibd(path: Place) -> Place:
     exact = path.with_suffix(".ibd")
-    if exact.is_file():
-        return exact
+    # A web server does not say what lies in a folder.
+    for ending in (".ibd", ".IBD", ".Ibd"):
+        if (found := path.with_suffix(ending)).is_file():
+            return found
     if path.parent.is_dir():
         beside: list[Place] = sorted(path.parent.iterdir(), key=str)
         for candidate in beside:

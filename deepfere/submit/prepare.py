@@ -11,6 +11,7 @@ import click
 
 from deepfere.config import Config, load_config
 from deepfere.errors import InputError
+from deepfere.places import place
 from deepfere.submit.submission import Submission, make_submission, shipped
 
 SETTINGS = {
@@ -121,5 +122,5 @@ def _check(job: str, values: Mapping[str, Any], paths: Mapping[str, str], config
 
 def _exist(*paths: str | None) -> None:
     for path in paths:
-        if path is not None and "://" not in path and not Path(path).exists():
+        if path is not None and not place(path).exists():
             raise InputError("does not exist", where=path, remedy=f"check the path, or give {ELSEWHERE}")
