@@ -1,6 +1,6 @@
 """One arm of the tiling benchmark in a process of its own; prints one line of JSON.
 
-    python benchmarks/tiling_arm.py {ours|ours-ray|ours-rows|ratiopath|openslide|tiffslide} SLIDE [--repeat N] ...
+    python benchmarks/tiling_arm.py {ours|ours-ray|ours-map|ours-rows|ratiopath|openslide|tiffslide} SLIDE ...
 
 Every arm ends in the same checksum of the same tiles, taken where the tile was read. It runs with what it needs alone:
 `ratiopath` and `tiffslide` in an environment of their own.
@@ -52,7 +52,8 @@ def ours(path: str, side: int, mpp: float, seconds: float) -> dict[str, Any]:
     return {"seconds": took, "tiles": len(plan), "checksum": total & MASK, "backend": slide.backend}
 
 
-def ours_ray(path: str, side: int, mpp: float, repeat: int) -> dict[str, Any]:
+def ours_ray(path: str, side: int, mpp: float, repeat: int, apart: bool = False) -> dict[str, Any]:
+    """As a Ray Data job: the function in the task that reads, or (``apart``) as a map of blocks."""
     import ray
 
     from deepfere.cluster import connect
@@ -67,7 +68,10 @@ def ours_ray(path: str, side: int, mpp: float, repeat: int) -> dict[str, Any]:
     def job(times: int) -> tuple[float, list[Any]]:
         started = time.perf_counter()
         plan = plan_tiles(open_slide(path), TileSpec(side, mpp))
-        rows = tile_dataset([plan] * times).map_batches(sums, batch_size=None).take_all()
+        if apart:
+            rows = tile_dataset([plan] * times).map_batches(sums, batch_size=None).take_all()
+        else:
+            rows = tile_dataset([plan] * times, apply=sums).take_all()
         return time.perf_counter() - started, rows
 
     connect(RaySettings(num_cpus=1))
@@ -176,7 +180,9 @@ def _quiet(ray: Any) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("arm", choices=["ours", "ours-ray", "ours-rows", "ratiopath", "openslide", "tiffslide"])
+    parser.add_argument(
+        "arm", choices=["ours", "ours-ray", "ours-map", "ours-rows", "ratiopath", "openslide", "tiffslide"]
+    )
     parser.add_argument("slide")
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--mpp", type=float, default=0.5)
@@ -190,6 +196,8 @@ if __name__ == "__main__":
         found = ours(given.slide, given.side, given.mpp, given.seconds)
     elif given.arm == "ours-ray":
         found = ours_ray(given.slide, given.side, given.mpp, given.repeat)
+    elif given.arm == "ours-map":
+        found = ours_ray(given.slide, given.side, given.mpp, given.repeat, apart=True)
     elif given.arm == "ours-rows":
         found = ours_rows(given.slide, given.side, given.mpp, given.repeat)
     elif given.arm == "ratiopath":

@@ -158,6 +158,36 @@ def test_ray_rows_are_the_tiles(tmp_path, monkeypatch, ray_session):
         np.testing.assert_array_equal(row["pixels"], want[row["tile"]] if row["error"] is None else 255)
 
 
+@pytest.mark.ray
+def test_a_function_in_the_task_that_reads(tmp_path, monkeypatch, ray_session):
+    """Rows of its own; what it returns of the pixels stays as it was when it returned it."""
+    import deepfere.tiling.tile_source as source
+
+    path = write_jpeg_tiff(tmp_path / "s.tif", picture(512, 640))
+    plan = plan_tiles(open_slide(path), TileSpec(64, 0.6))
+    want, _ = read_all(plan, open_slide(path))
+
+    middle = float(np.median([tile.mean() for tile in want]))
+
+    def apply(tiles):
+        bright = tiles["pixels"].mean((1, 2, 3)) > middle
+        return {"tile": tiles["tile"][bright], "corner": tiles["pixels"][bright, :2, :3]}
+
+    monkeypatch.setattr(source, "group_tiles", lambda plan: group_tiles(plan, block_px=(64, 256)))
+    monkeypatch.setattr(source, "BLOCK_BYTES", 100)
+    rows = source.tile_dataset([plan], tasks=3, apply=apply).take_all()
+    expected = [n for n in range(len(plan)) if want[n].mean() > middle]
+    assert 0 < len(expected) < len(plan) and sorted(row["tile"] for row in rows) == expected
+    for row in rows:
+        np.testing.assert_array_equal(row["corner"], want[row["tile"]][:2, :3])
+
+    def broken(tiles):
+        raise ValueError("not today")
+
+    with pytest.raises(Exception, match="not today"):
+        source.tile_dataset([plan], apply=broken).take_all()
+
+
 def test_refused(slide_path):
     slide = open_slide(slide_path)
     with pytest.raises(InputError, match=r"its pixels are 0\.5 um, tiles of 0\.4 um"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,10 @@ BLOCK_BYTES = 26 << 20
 """Pixels of a block, about: some groups of tiles. Larger ones leave the processor's cache before they are used."""
 
 
+Batch = dict[str, Any]
+Apply = Callable[[Batch], Batch]
+
+
 class SlideTiles(Datasource):
     """Tiles of slides as rows (`tile_dataset` reads them).
 
@@ -30,13 +34,15 @@ class SlideTiles(Datasource):
 
     Args:
         plans: Tiles of each slide, all of one side.
+        apply: See `tile_dataset`.
 
     Raises:
         ValueError: Their sides differ.
     """
 
-    def __init__(self, plans: Sequence[TilePlan]) -> None:
+    def __init__(self, plans: Sequence[TilePlan], apply: Apply | None = None) -> None:
         super().__init__()
+        self._apply = apply
         if len({plan.spec.tile_px for plan in plans}) > 1:
             raise ValueError("tiles of one dataset have one side")
         self._plans = list(plans)
@@ -57,28 +63,36 @@ class SlideTiles(Datasource):
             wanted = max(1, round(size / TASK_BYTES), round(parallelism * size / total))
             for part in np.array_split(np.arange(len(groups)), min(wanted, len(groups))) if groups else ():
                 tiles = np.concatenate([groups[k].tiles for k in part])
+                known, apply = self._apply is None, self._apply
                 metadata = BlockMetadata(
-                    num_rows=len(tiles),
-                    size_bytes=len(tiles) * _tile_bytes(plan),
+                    num_rows=len(tiles) if known else None,
+                    size_bytes=len(tiles) * _tile_bytes(plan) if known else None,
                     input_files=(plan.path,),
                     exec_stats=None,
                 )
-                task = partial(read_tiles, plan.take(tiles), tiles)
+                taken = plan.take(tiles), tiles
+                task = partial(read_tiles, *taken) if apply is None else partial(apply_tiles, *taken, apply)
                 tasks.append(ReadTask(task, metadata, per_task_row_limit=per_task_row_limit))
         return tasks
 
 
-def tile_dataset(plans: Sequence[TilePlan], tasks: int | None = None, **options: Any) -> Any:
+def tile_dataset(
+    plans: Sequence[TilePlan], tasks: int | None = None, apply: Apply | None = None, **options: Any
+) -> Any:
     """A Ray Dataset of tiles, whose reading fuses with the map that follows it.
 
     Args:
         plans: Tiles of each slide, all of one side.
         tasks: At least so many read tasks; None is four for each CPU that the cluster has.
+        apply: Takes the columns of some tiles (NumPy arrays of one length); what it gives, columns of one length too,
+            become the rows: a network's features of each tile, a score. It is called in the task that reads, while the
+            pixels are in the processor's cache and before anything becomes a block: a tenth faster than with
+            ``map_batches``. The pixels' memory is used again afterwards; what is returned is copied.
         **options: For ``ray.data.read_datasource``: ``num_cpus``, ``memory``, ``ray_remote_args``, ...
     """
     import ray
 
-    source = SlideTiles(plans)
+    source = SlideTiles(plans, apply)
     if tasks is None:
         tasks = max(1, int(4 * ray.cluster_resources().get("CPU", 1.0))) if ray.is_initialized() else 1
     # Ray splits the blocks of a source that has fewer tasks than it asks for, and then fuses nothing.
@@ -107,6 +121,29 @@ def read_tiles(plan: TilePlan, numbers: NDArray[np.int64]) -> Iterator[Block]:
             done = len(errors)
             errors += reader.read(group, pixels[done : done + len(group.tiles)])[1]
         yield BlockAccessor.batch_to_block(_columns(plan, numbers, tiles, pixels, errors))
+
+
+def apply_tiles(plan: TilePlan, numbers: NDArray[np.int64], apply: Apply) -> Iterator[Block]:
+    """What a function gives for a plan's tiles, group by group, in blocks of about `BLOCK_BYTES`."""
+    reader, groups = TileReader(plan), group_tiles(plan)
+    side = plan.spec.tile_px
+    pixels = np.empty((max((len(group.tiles) for group in groups), default=0), side, side, 3), np.uint8)
+    found: list[Batch] = []
+    size = 0
+    for group in groups:
+        own, errors = reader.read(group, pixels[: len(group.tiles)])
+        given = apply(_columns(plan, numbers, group.tiles, own, list(errors)))
+        found.append({name: np.array(column) for name, column in given.items()})
+        size += sum(column.nbytes for column in found[-1].values())
+        if size > BLOCK_BYTES:
+            yield _joined(found)
+            found, size = [], 0
+    if found:
+        yield _joined(found)
+
+
+def _joined(batches: list[Batch]) -> Block:
+    return BlockAccessor.batch_to_block({name: np.concatenate([b[name] for b in batches]) for name in batches[0]})
 
 
 def _columns(
