@@ -63,7 +63,8 @@ def ours_ray(path: str, side: int, mpp: float, repeat: int, apart: bool = False)
     from deepfere.tiling.tiles import TileSpec, plan_tiles
 
     def sums(batch: dict[str, Any]) -> dict[str, Any]:
-        return {"sum": [checksum(batch["pixels"], batch["row_px"], batch["col_px"])], "n": [len(batch["row_px"])]}
+        total = checksum(batch["pixels"], batch["row_px"], batch["col_px"])
+        return {"sum": np.array([total], np.uint64), "n": [len(batch["row_px"])]}
 
     def job(times: int) -> tuple[float, list[Any]]:
         started = time.perf_counter()

@@ -181,6 +181,15 @@ def test_a_function_in_the_task_that_reads(tmp_path, monkeypatch, ray_session):
     for row in rows:
         np.testing.assert_array_equal(row["corner"], want[row["tile"]][:2, :3])
 
+    def mixed(tiles):
+        return {"sum": [int(tiles["pixels"].sum()) if 0 in tiles["tile"] else 2**64 - 1]}
+
+    blocks = list(source.apply_tiles(plan, np.arange(len(plan)), apply))
+    assert len(blocks) > 1 and sum(block.num_rows for block in blocks) == len(expected)
+    monkeypatch.setattr(source, "BLOCK_BYTES", 1 << 20)
+    with pytest.raises(ValueError, match="column sum is of the types int64, uint64"):
+        list(source.apply_tiles(plan, np.arange(len(plan)), mixed))
+
     def broken(tiles):
         raise ValueError("not today")
 

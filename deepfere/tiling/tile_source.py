@@ -143,6 +143,11 @@ def apply_tiles(plan: TilePlan, numbers: NDArray[np.int64], apply: Apply) -> Ite
 
 
 def _joined(batches: list[Batch]) -> Block:
+    for name in batches[0]:
+        kinds = {batch[name].dtype for batch in batches}
+        if len(kinds) > 1 and any(kind.kind in "biufc" for kind in kinds):
+            # NumPy would make one of them: of uint64 and int64 a float64, which holds neither.
+            raise ValueError(f"column {name} is of the types {', '.join(sorted(map(str, kinds)))}: return one of them")
     return BlockAccessor.batch_to_block({name: np.concatenate([b[name] for b in batches]) for name in batches[0]})
 
 
