@@ -130,12 +130,18 @@ def chain(*evidence):
 
 
 def test_parts_that_touch_are_decided_together():
-    # 9 + 9 nats are enough together, and take in what is too small to judge; what is real beside them stays.
-    assert chain(9.0, 9.0, None, -3.0, -5.0, 9.0) == [True, True, True, True, False, False]
-    assert chain(9.0, None, 9.0) == [False, False, False], "what cannot be judged joins nothing"
-    assert chain(9.0, 0.5, 9.0) == [True, True, True]
-    assert chain(9.0) == [False]
+    # 12 + 12 nats are enough together, and take in what lies beside them and is too small to judge, or has little
+    # against it; what is real beside them stays, and so does what touches nothing but what was taken in.
+    assert chain(12.0, 12.0, None, None, 12.0) == [True, True, True, False, False]
+    assert chain(-3.0, 12.0, 12.0, -5.0) == [True, True, True, False]
+    assert chain(12.0, None, 12.0) == [False, False, False], "what cannot be judged joins nothing"
+    assert chain(12.0, 2.5, 12.0) == [True, True, True]
+    assert chain(12.0) == [False]
     assert chain(40.0, -50.0, 40.0) == [True, False, True]
+
+
+def test_many_parts_that_say_next_to_nothing_are_no_damage():
+    assert not any(chain(*[1.9] * 500))
 
 
 def test_most_of_a_section_is_not_damaged(clean):

@@ -37,10 +37,11 @@ LEAST_PX = 2
 MARGIN = 15.0
 """Evidence, in nats, that damage needs, besides the logarithm of the number of parts (Bonferroni). What is not damaged
 reaches 15 on generated and real sections: regressions are never quite right."""
-TOGETHER = -1.0
-"""Parts that touch and have more evidence than this (next to none against damage) are one piece of damage..."""
+EACH = 2.0
+"""Parts that touch and have more evidence than this are decided by the sum of what exceeds it. Less is what parts show
+that have nothing to do with damage; thousands of them, all around a section, would add up."""
 JOINS = -4.0
-"""...which takes in those beside it that have more than this: twice as much for as against would still be doubtful."""
+"""What is damage takes in the parts beside it that have more than this: what speaks against it there is little."""
 MOST_DAMAGE = 0.2
 """Share of the measured pixels that may be damaged: of a picture that is wrong in more places the rest is no judge."""
 ROUNDS = 3
@@ -138,8 +139,8 @@ def judge(
 def decide(found: list[Verdict], touching: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which parts (n,) are damage.
 
-    Parts that touch are decided together where none speaks against it (`TOGETHER`), by the sum of their evidence.
-    What is damage takes in the parts beside it that were not judged or have little against it (`JOINS`).
+    Parts that touch and have some evidence each (`EACH`) are decided together, by the sum of what exceeds that. What is
+    damage takes in the parts beside it that were not judged or have little against it (`JOINS`).
 
     Args:
         found: The evidence.
@@ -147,19 +148,16 @@ def decide(found: list[Verdict], touching: NDArray[np.int64]) -> NDArray[np.bool
     """
     evidence = np.array([np.nan if v.evidence is None else v.evidence for v in found])
     margin = MARGIN + float(np.log(max(1, np.isfinite(evidence).sum())))
-    able = evidence > TOGETHER
+    able = evidence > EACH
     a, b = touching[able[touching].all(1)].T
     _, group = connected_components(coo_array((np.ones(len(a)), (a, b)), (len(found), len(found))), directed=False)
-    total = np.bincount(group, np.where(able, evidence, 0.0))
+    total = np.bincount(group, np.where(able, evidence - EACH, 0.0))
     damaged = able & (total[group] > margin)
+    # One step only: a chain of parts that say little may lead all around the tissue.
     joins = ~(evidence <= JOINS)
-    while True:
-        a, b = touching[damaged[touching].any(1) & joins[touching].all(1)].T
-        grown = damaged.copy()
-        grown[a] = grown[b] = True
-        if (grown == damaged).all():
-            return damaged
-        damaged = grown
+    a, b = touching[damaged[touching].any(1) & joins[touching].all(1)].T
+    damaged[a] = damaged[b] = True
+    return damaged
 
 
 def _touching(labels: NDArray[np.int32], whole: NDArray[np.int64]) -> NDArray[np.int64]:

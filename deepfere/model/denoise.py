@@ -40,7 +40,7 @@ LEAST_PX = 200
 """Measured pixels below which nothing is taken away: noise and structure cannot be told apart by the pixels alone."""
 LEAST_TOLD_PX = 60
 """The same where the ions say what the detector's pulse is: predictions need this many."""
-LIKE_NOISE, LIKE_STRUCTURE = 0.75, 1.5
+LIKE_NOISE, LIKE_STRUCTURE = 0.75, 1.0
 """What is left of the variance between pixels when 2 x 2 are averaged: up to the one all of it may be noise (a quarter,
 if nothing else is there), from the other on none."""
 _GROUPS = 4

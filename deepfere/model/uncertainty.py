@@ -164,15 +164,18 @@ def averaged_ratio(cell: Array, mask: NDArray[np.bool_]) -> float:
         Ratio of the bounds of `noise_quantum` by second differences, mean over the four ways to pair pixels; NaN where
         there is nothing to compare.
     """
-    fine = _difference_bounds(fill_missing(np.asarray(cell, np.float64), mask), mask)
-    coarse = []
+    coarse, levels = [], _LEVELS
     for y, x in ((0, 0), (1, 0), (0, 1), (1, 1)):
         ny, nx = ((n - skip) // 2 * 2 for n, skip in zip(mask.shape, (y, x), strict=True))
         part = np.s_[y : y + ny, x : x + nx]
         whole = cell_means(mask[part].astype(np.float64), 2) == 1
         if whole.any():
             means = cell_means(np.asarray(cell, np.float64)[part], 2)
-            coarse.append(min(_difference_bounds(fill_missing(means, whole), whole), default=math.nan))
+            bounds = _difference_bounds(fill_missing(means, whole), whole)
+            coarse.append(min(bounds, default=math.nan))
+            levels = min(levels, max(1, len(bounds)))
+    # The least of as many: of more it would be less.
+    fine = _difference_bounds(fill_missing(np.asarray(cell, np.float64), mask), mask, levels)
     if not coarse or not min(fine, default=0.0) > 0:
         return math.nan
     return float(np.mean(coarse)) / min(fine)
@@ -207,8 +210,8 @@ def detectors_pulse(pulses: Array) -> float:
     return float(most) if high <= 2 * low else math.inf
 
 
-def _difference_bounds(image: Array, mask: NDArray[np.bool_]) -> list[float]:
-    """Variance of second differences over intensity, for pixels of similar surroundings."""
+def _difference_bounds(image: Array, mask: NDArray[np.bool_], most: int = _LEVELS) -> list[float]:
+    """Variance of second differences over intensity, for pixels of similar surroundings, at so many levels at most."""
     # Sorted by what lies around and not by their own level, which would sort the noise as well.
     around = without_centre(image, mask, _AROUND_PX)
     columns: list[list[NDArray[Any]]] = [[], [], [], []]
@@ -225,7 +228,7 @@ def _difference_bounds(image: Array, mask: NDArray[np.bool_]) -> list[float]:
     out: list[float] = []
     squares, levels, empties, nears = every
     if len(levels):
-        count = int(np.clip(len(levels) // _LEAST_PER_LEVEL, 1, _LEVELS))
+        count = int(np.clip(len(levels) // _LEAST_PER_LEVEL, 1, most))
         for part in np.array_split(np.argsort(nears, kind="stable"), count):
             mean = float(levels[part].mean())
             if mean <= 0:
