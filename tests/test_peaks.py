@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from pyimzml.ImzMLWriter import ImzMLWriter
 
 from deepfere.measured.ingest import ingest
 from deepfere.measured.peaks import find_ions
@@ -10,28 +9,12 @@ from deepfere.measured.sampled import PeakSpec, sample_centroids, sample_profile
 from deepfere.measured.windows import Windows
 
 from .imzml_bytes import write_pair
+from .test_ingest import random_file
 
 
 @pytest.fixture
 def out(tmp_path):
     return tmp_path / "m.zarr"
-
-
-def random_file(path, ny=9, nx=7, m=11, mode="continuous", jitter_ppm=0.0, seed=0, keep=1.0):
-    """An imzML of pyimzML's writer, scanned in random order, with its truth (m, ny, nx)."""
-    rng = np.random.default_rng(seed)
-    mz = np.sort(rng.uniform(200, 1200, m))
-    truth = rng.gamma(2.0, 50.0, (m, ny, nx)).astype(np.float32)
-    mask = rng.random((ny, nx)) < keep
-    mask[0, 0] = mask[-1, -1] = mask[0, -1] = mask[-1, 0] = True
-    with ImzMLWriter(str(path), mode=mode, spec_type="centroid", intensity_dtype=np.float32) as writer:
-        for k in rng.permutation(ny * nx):
-            y, x = divmod(int(k), nx)
-            if mask[y, x]:
-                here = mz if mode == "continuous" else mz * (1 + jitter_ppm * 1e-6 * rng.standard_normal(m))
-                writer.addSpectrum(here, truth[:, y, x], (x + 5, y + 2, 1))
-    truth[:, ~mask] = np.nan
-    return mz, truth, mask
 
 
 def test_profile_area_is_exact():

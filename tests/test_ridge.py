@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.ndimage import gaussian_filter
 
 from deepfere.measured.operator import cell_means, expand, null_space, pad_edge, spline_coefficients
 from deepfere.model.ridge import (
@@ -17,18 +16,7 @@ from deepfere.model.ridge import (
     target_rows,
 )
 
-SHAPE = (37, 34)
-
-
-def guide_of(seed, shape=SHAPE, count=4, blur=0.7):
-    rng = np.random.default_rng(seed)
-    images = gaussian_filter(rng.standard_normal((count, *shape)), (0, blur, blur))
-    return images / images.std((1, 2), keepdims=True)
-
-
-def blocks_of(shape, side=4):
-    i, j = np.indices(shape)
-    return (i * side // shape[0]) * side + j * side // shape[1]
+from .test_gate import SHAPE, blocks_of, guide_of
 
 
 @pytest.mark.parametrize("ratio", [2, 3, 4])
