@@ -190,6 +190,12 @@ def test_a_function_in_the_task_that_reads(tmp_path, monkeypatch, ray_session):
     with pytest.raises(ValueError, match="column sum is of the types int64, uint64"):
         list(source.apply_tiles(plan, np.arange(len(plan)), mixed))
 
+    def uneven(tiles):
+        return {"first" if 0 in tiles["tile"] else "other": tiles["tile"]}
+
+    with pytest.raises(ValueError, match="columns differ"):
+        list(source.apply_tiles(plan, np.arange(len(plan)), uneven))
+
     def broken(tiles):
         raise ValueError("not today")
 
