@@ -34,6 +34,11 @@ class ShortAnswer(ConnectionError):
     """Fewer bytes came than the store has."""
 
 
+TOLD_EVERY_S = 30.0
+"""A store that keeps one waiting is told of this often, at most."""
+_told_at_s = -TOLD_EVERY_S
+_log = logging.getLogger(__name__)
+
 _URL = re.compile(r"^[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 # What other processes write has to be seen: no listing is remembered.
 OPTIONS = {"use_listings_cache": False}
@@ -120,8 +125,18 @@ def _pause_s(url: str, error: Exception, number: int, tries: int) -> float:
     # gcsfs has asked six times itself, for half a minute.
     if number + 1 == tries or _is_gs(url) or not is_passing(error):
         raise refusal(url, error) from error
+    _tell(url, error, number, tries)
     # Many workers that were throttled together should not come back together.
     return PAUSE_S * 2**number * random.Random().uniform(0.7, 1.0)
+
+
+def _tell(url: str, error: Exception, number: int, tries: int) -> None:
+    """Say that a store is asked again: one that does not answer at all would be minutes of silence."""
+    global _told_at_s
+    if time.monotonic() - _told_at_s >= TOLD_EVERY_S:
+        _told_at_s = time.monotonic()
+        where, reason = url.partition("?")[0], type(list(_chain(error))[-1]).__name__
+        _log.warning("%s does not answer (%s): asked again, %d of %d", where, reason, number + 2, tries)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -204,11 +204,16 @@ def test_a_store_that_fails_for_a_while(s3, uploaded, phantom, status, times):
     assert [s for *_, s in s3.asked[-30:]].count(status) == times
 
 
-def test_a_web_server_that_fails_for_a_while(web, phantom):
+def test_a_web_server_that_fails_for_a_while(web, phantom, caplog, monkeypatch):
+    monkeypatch.setattr(remote, "_told_at_s", -remote.TOLD_EVERY_S)
     url, plan = web(phantom.slide)
     plan += [503, 503, 500]  # head, then get, as the client asks for the size
     slide, local = open_slide(url), open_slide(phantom.slide, backend="tiff")
     assert plan == []
+    # Once, however often it is asked again within half a minute.
+    assert [r.message for r in caplog.records if r.name == remote.__name__] == [
+        f"{url} does not answer (ClientResponseError): asked again, 2 of {remote.FIRST_TRIES}"
+    ]
     plan += [503, 429, "half", 500]
     np.testing.assert_array_equal(slide.read(0, 0, 0, 100, 100), local.read(0, 0, 0, 100, 100))
     assert plan == []

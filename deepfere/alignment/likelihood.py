@@ -102,23 +102,32 @@ class Prediction:
 
         Without the normalising determinants: what the regression does not know would count against a picture.
         """
-        of = self._of
+        of, n = self._of, len(pixels)
         near = self._neighbours(pixels)
         y, x = np.divmod(np.concatenate([pixels, near]), of._shape[1])
         apart = np.hypot(y[:, None] - y, x[:, None] - x)
-        correlated = of._share[:, None, None] * np.exp(-apart / of._reach[:, None, None])
+        reaches, which = np.unique(of._reach, return_inverse=True)
+        correlated = of._share[:, None, None] * np.exp(-apart / reaches[:, None, None])[which]
         correlated[:, np.arange(len(y)), np.arange(len(y))] = 1.0
         around = of._design[near] / of._scale
         known = (of._targets[near] - around @ self._weights) @ of._whiten
         own = np.concatenate([of._trends[:, pixels], features[:, pixels]]).T / of._scale
+        pictures = (of._design[pixels] / of._scale, own)
+        # Far from all that it was fitted to, the regression does not know.
+        unsure = self._spread @ around.T
+        across = [correlated[:, :n, n:] + here @ unsure for here in pictures]
+        given = np.concatenate([known.T[..., None], *(np.swapaxes(block, 1, 2) for block in across)], 2)
+        # Both pictures have the same neighbours: one solve.
+        solved = np.linalg.solve(correlated[:, n:, n:] + around @ unsure, given)
         distance = []
-        for here in (of._design[pixels] / of._scale, own):
-            both = np.concatenate([here, around])
-            # Far from all that it was fitted to, the regression does not know.
-            covariance = correlated + both @ self._spread @ both.T
+        for number, (here, block) in enumerate(zip(pictures, across, strict=True)):
             left = (of._targets[pixels] - here @ self._weights) @ of._whiten
-            distance.append(_distance(covariance, left, known))
-        count = len(pixels) * len(of._share)
+            rest = left.T[..., None] - block @ solved[..., :1]
+            drawn = block @ solved[..., 1 + number * n : 1 + (number + 1) * n]
+            conditional = correlated[:, :n, :n] + here @ self._spread @ here.T - drawn
+            # Squared Mahalanobis distance, summed over the independent components.
+            distance.append(float((rest * np.linalg.solve(conditional, rest)).sum()))
+        count = n * len(of._share)
         return (DEGREES + count) / 2 * float(np.log((DEGREES + distance[0]) / (DEGREES + distance[1])))
 
     def _neighbours(self, pixels: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -131,20 +140,6 @@ class Prediction:
         nearest = np.argsort(apart, kind="stable")[:MOST_NEAR]
         nearest = nearest[apart[nearest] <= NEAR_PX]
         return at[nearest, 0] * self._of._shape[1] + at[nearest, 1]
-
-
-def _distance(covariance: NDArray[np.float64], left: NDArray[np.float64], known: NDArray[np.float64]) -> float:
-    """Squared Mahalanobis distance of residuals ``left`` (n, K) given their neighbours' ``known`` (m, K).
-
-    ``covariance`` (K, n + m, n + m) is that of both, one for each of K independent components.
-    """
-    n = len(left)
-    across = covariance[:, :n, n:]
-    given = np.concatenate([known.T[..., None], np.swapaxes(across, 1, 2)], 2)
-    solved = np.linalg.solve(covariance[:, n:, n:], given)
-    rest = left.T[..., None] - across @ solved[..., :1]
-    conditional = covariance[:, :n, :n] - across @ solved[..., 1:]
-    return float((rest * np.linalg.solve(conditional, rest)).sum())
 
 
 def correlation(residuals: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -255,7 +255,8 @@ def _provenance(one: Unsealed) -> None:
     facts = work.facts("align", prep.section.name) if config.guide else {}
     for name, what in (("ink_share", "ink or the like"), ("damage_share", "torn or folded, by the measurement's word")):
         if facts.get(name, 0.0) > 0:
-            notes.append(f"{100 * facts[name]:.1f} % of what is stained on the slide is {what}, and is not used")
+            share = f"{100 * facts[name]:.1f}" if facts[name] >= 0.0005 else "less than 0.1"
+            notes.append(f"{share} % of what is stained on the slide is {what}, and is not used")
     uncovered = work.facts("reconstruct", prep.section.name).get("uncovered_px", 0)
     if uncovered:
         notes.append(

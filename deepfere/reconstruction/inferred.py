@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from deepfere.model.guide import Cells
 from deepfere.model.inferred import contrast, detail_energy, energy_root, inferred_share
-from deepfere.reconstruction.result import Result, _at, _hide, _measured_image, _window, stamp_of
+from deepfere.reconstruction.blocks import at, hide, measured_image, stamp_of, window
+from deepfere.reconstruction.result import Result
 
 Array = NDArray[np.float64]
 
@@ -24,12 +25,12 @@ _one_at_a_time = Lock()
 @lru_cache(maxsize=16)
 def _parts(path: str, stamp: object, ion: int | None) -> tuple[Array, Array]:
     """Measured contrast (ny, nx) and `energy_root` of one ion, or summed over all."""
-    result = _at(path)
+    result = at(path)
     rows = range(len(result.ions)) if ion is None else [ion]
     loadings = _loadings(result)[list(rows)]
     around, variance = np.zeros(result.grid.shape_px), np.zeros(len(rows))
     for n, row in enumerate(rows):
-        local, variance[n] = contrast(_measured_image(path, row), result.mask)
+        local, variance[n] = contrast(measured_image(path, row), result.mask)
         if variance[n] > 0:
             around += local / variance[n]
     return around, energy_root(loadings, variance)
@@ -42,8 +43,8 @@ def _loadings(result: Result) -> Array:
 
 def inferred_block(*, path: str, ion: int | None, block_info: Any = None) -> NDArray[np.float32]:
     """One block of `Result.inferred`."""
-    result = _at(path)
-    cells, f = _window(block_info, result.factor), result.factor
+    result = at(path)
+    cells, f = window(block_info, result.factor), result.factor
     # All blocks need the same sums over all ions: the first makes them, the others wait.
     with _one_at_a_time:
         around, root = _parts(path, stamp_of(path), ion)
@@ -57,7 +58,7 @@ def inferred_block(*, path: str, ion: int | None, block_info: Any = None) -> NDA
         energy = energy[top : top + cells.shape[0] * f, left : left + cells.shape[1] * f]
     else:
         energy = np.zeros((cells.shape[0] * f, cells.shape[1] * f))
-    return _hide(inferred_share(energy, around, cells, f), result, cells).astype(np.float32)
+    return hide(inferred_share(energy, around, cells, f), result, cells).astype(np.float32)
 
 
 def detail_power(result: Result, chunk_px: int) -> Array:
@@ -93,7 +94,7 @@ def section_shares(result: Result, chunk_px: int) -> tuple[Array, float]:
         energy = np.maximum(np.einsum("mk,kl,ml->m", loadings, power, loadings), 0.0)
     around, variance = np.zeros(len(loadings)), np.zeros(len(loadings))
     for m in range(len(loadings)):
-        local, variance[m] = contrast(_measured_image(result.path, m), result.mask)
+        local, variance[m] = contrast(measured_image(result.path, m), result.mask)
         around[m] = local[result.mask].mean()
     total, scale = energy + around, np.where(variance > 0, variance, np.inf)
     shares = np.where(total > 0, energy / np.where(total > 0, total, 1.0), 0.0)

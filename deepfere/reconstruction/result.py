@@ -16,10 +16,9 @@ Layout of the store (Zarr v3; root attributes hold ``format_version``; without `
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,12 +28,12 @@ from numpy.typing import NDArray
 
 from deepfere.errors import InputError
 from deepfere.frame import Alignment, SectionGrid
-from deepfere.measured.operator import expand, fill_missing, pad_edge
+from deepfere.measured.operator import fill_missing
 from deepfere.measured.store import Measured, open_measured
 from deepfere.model.decode import IonDecoder
 from deepfere.model.guide import Cells
-from deepfere.model.uncertainty import NoiseModel, local_variance
 from deepfere.places import Place, place, reading
+from deepfere.reconstruction.blocks import forget, ion_block, measured_image, measured_means, stamp_of, variance_block
 from deepfere.remote import is_url
 from deepfere.store import open_group
 
@@ -45,23 +44,18 @@ if TYPE_CHECKING:
 FORMAT, FORMAT_VERSION = "deepfere-result", 3
 
 _SEALING: set[str] = set()
-STAMP_S = 5.0
-"""A result at a URL that was overwritten by another process may be served from the cache for so long."""
-_stamps: dict[str, tuple[float, bytes]] = {}
 
 
 @contextmanager
 def sealing(path: str | Place) -> Iterator[None]:
     """Let this process, and nobody else, open an unfinished result: to check it before it is called complete."""
     _SEALING.add(_place(path))
-    _stamps.clear()
+    forget()
     try:
         yield
     finally:
         _SEALING.discard(_place(path))
-        _stamps.clear()
-        _opened.cache_clear()
-        _decoder.cache_clear()
+        forget()
 
 
 def _place(path: str | Place) -> str:
@@ -197,7 +191,7 @@ class Result:
 
     def measured(self, mz: float, ppm: float | None = None) -> NDArray[np.float32]:
         """The low-resolution image (ny, nx) as measured, normalised as chosen; NaN = not measured."""
-        return _measured_image(self.path, self.index(mz, ppm))
+        return measured_image(self.path, self.index(mz, ppm))
 
     def ion(self, mz: float, *, ppm: float | None = None, level: int = 0, denoised: bool = False) -> dask.array.Array:
         """The high-resolution image (H, W) float32 of an ion, exact, decoded when computed.
@@ -216,7 +210,16 @@ class Result:
         Raises:
             InputError: No such ion or level.
         """
-        return self._lazy(self.index(mz, ppm), level, partial(_ion_block, denoised=denoised))
+        ion, pixels = self.index(mz, ppm), 2 ** self._level(level) // self.factor
+        if not self.exact or pixels * self.factor != 2**level:
+            return self._lazy(ion, level, partial(ion_block, denoised=denoised))
+        import dask.array as da
+        from dask import delayed
+
+        # Means of whole measured pixels are the measurement's: nothing has to be decoded.
+        shape = tuple(-(-n // pixels) for n in self.grid.shape_px)
+        image = delayed(measured_means, pure=True)(self.path, stamp_of(self.path), ion, pixels, denoised)
+        return da.from_delayed(image, shape, np.float32)
 
     def uncertainty(self, mz: float, *, ppm: float | None = None, level: int = 0) -> dask.array.Array:
         """One standard deviation (H, W) float32 of what an instrument with this pixel size would have measured.
@@ -233,7 +236,7 @@ class Result:
         """
         import dask.array as da
 
-        decode = partial(_variance_block, level=level)
+        decode = partial(variance_block, level=level)
         # The square of a small intensity is nothing in float32.
         return da.sqrt(self._lazy(self.index(mz, ppm), level, decode, np.float64)).astype(np.float32)
 
@@ -263,11 +266,15 @@ class Result:
         """Share of all ions' contrast, over the whole section, that was inferred from the stain."""
         return float(self._attrs["inferred_share"])
 
+    def _level(self, level: int) -> int:
+        if not isinstance(level, int | np.integer) or level not in range(self.levels):
+            raise InputError(f"level {level}", where=self.path, remedy=f"give 0 to {self.levels - 1}")
+        return int(level)
+
     def _lazy(self, ion: int | None, level: int, decode: Any, dtype: type = np.float32) -> dask.array.Array:
         import dask.array as da
 
-        if not isinstance(level, int | np.integer) or level not in range(self.levels):
-            raise InputError(f"level {level}", where=self.path, remedy=f"give 0 to {self.levels - 1}")
+        self._level(level)
         chunk = int(self._attrs["chunk_px"])
         shape = [n * self.factor for n in self.grid.shape_px]
         chunks = tuple(tuple(min(chunk, n - k) for k in range(0, n, chunk)) for n in shape)
@@ -286,7 +293,7 @@ class Result:
             ion: Row of `ions` (see `index`).
             denoised: As for `ion`.
         """
-        image = self._group["denoised"][ion] if denoised else _measured_image(self.path, ion)
+        image = self._group["denoised"][ion] if denoised else measured_image(self.path, ion)
         cells = fill_missing(np.asarray(image, np.float64), self.mask)
         basis = self._basis
         loadings = basis["gate"][ion] * basis["loadings"][ion] * basis["detail_scale"]
@@ -332,64 +339,3 @@ def open(path: str | Path) -> Result:
         InputError: It is not one, or is unfinished.
     """
     return Result(path)
-
-
-def stamp_of(path: str) -> object:
-    """Differs once a result was overwritten in place, so that none is served from a cache afterwards."""
-    if not is_url(path):
-        return (Path(path) / "provenance.json").stat().st_mtime
-    asked_s, stamp = _stamps.get(path, (-STAMP_S, b""))
-    if time.monotonic() - asked_s >= STAMP_S:
-        stamp = (place(path) / "provenance.json").read_bytes()
-        _stamps[path] = time.monotonic(), stamp
-    return stamp
-
-
-@lru_cache(maxsize=8)
-def _opened(path: str, stamp: object) -> Result:
-    return Result(path)
-
-
-def _at(path: str) -> Result:
-    return _opened(path, stamp_of(path))
-
-
-@lru_cache(maxsize=32)
-def _decoder(path: str, stamp: object, ion: int, denoised: bool = False) -> IonDecoder:
-    return _opened(path, stamp).decoder(ion, denoised)
-
-
-def _measured_image(path: str, ion: int) -> NDArray[np.float32]:
-    measured = _at(path)._measured
-    image = np.asarray(measured.ions[ion], np.float64)
-    factor = measured.factor(_at(path).normalisation)  # type: ignore[arg-type]
-    return (image if factor is None else image * factor).astype(np.float32)
-
-
-def _window(block_info: Any, factor: int) -> Cells:
-    (y0, y1), (x0, x1) = block_info[None]["array-location"]
-    return Cells(y0 // factor, y1 // factor, x0 // factor, x1 // factor)
-
-
-def _hide(image: NDArray[np.float64], result: Result, cells: Cells) -> NDArray[np.float64]:
-    f = result.factor
-    mask = result.mask[cells.i0 : cells.i1, cells.j0 : cells.j1]
-    return np.where(np.repeat(np.repeat(mask, f, 0), f, 1), image, np.nan)
-
-
-def _ion_block(*, path: str, ion: int, denoised: bool, block_info: Any = None) -> NDArray[np.float32]:
-    result = _at(path)
-    cells = _window(block_info, result.factor)
-    stamp = stamp_of(path)
-    return _hide(_decoder(path, stamp, ion, denoised).window(cells, result.detail), result, cells).astype(np.float32)
-
-
-def _variance_block(*, path: str, ion: int, level: int, block_info: Any = None) -> NDArray[np.float64]:
-    result = _at(path)
-    f, cells = result.factor, _window(block_info, result.factor)
-    stamp = stamp_of(path)
-    decoder = _decoder(path, stamp, ion)
-    model = NoiseModel.of_row(np.asarray(result._group["uncertainty"]["noise_model"][ion]))
-    intensity = np.maximum(decoder.window(cells, None), 0.0)
-    spread = pad_edge(local_variance(decoder.cells))[cells.i0 : cells.i1 + 2, cells.j0 : cells.j1 + 2]
-    return _hide(model.variance(intensity, expand(spread, f, "linear"), f / 2**level), result, cells)
