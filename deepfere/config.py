@@ -9,13 +9,42 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from deepfere.errors import InputError
 
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name or ""].annotation
+        # YAML's yes and true would count as 1.
+        if isinstance(value, bool) and kind is not bool:
+            raise ValueError(f"{str(value).lower()} is no value here")
+        return value
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML in which no key of a mapping stands twice: the last one would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        twice = next((key for n, key in enumerate(keys) if key in keys[:n]), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"{twice!r} stands twice, at line {node.start_mark.line + 1} and below")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """What a YAML text holds.
+
+    Raises:
+        yaml.YAMLError: It is none, or names a thing twice.
+    """
+    return yaml.load(text, _EachKeyOnce)
 
 
 def target_list(values: Iterable[float]) -> list[float]:
@@ -281,7 +310,7 @@ def load_config(
     values: dict[str, Any] = base.resolved() if base is not None else {}
     if file is not None:
         try:
-            loaded = yaml.safe_load(Path(file).read_text())
+            loaded = read_yaml(Path(file).read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise InputError(f"cannot be read as settings ({error})", where=file, remedy="give a YAML file") from error
         if loaded is not None and not isinstance(loaded, dict):

@@ -162,14 +162,23 @@ class Alignment:
         out = pts @ self.matrix.T + self.offset_um
         return out if self.displacement is None else out + self.displacement.at(pts)
 
-    def unmap(self, points: ArrayLike, iterations: int = 30) -> Points:
-        """Section points (N, 2) of slide points (N, 2): the inverse, by fixed-point iteration."""
+    def unmap(self, points: ArrayLike, iterations: int = 30, tolerance_um: float = 0.0) -> Points:
+        """Section points (N, 2) of slide points (N, 2), any leading shape: the inverse, by fixed-point iteration.
+
+        Args:
+            points: Slide micrometres (y, x).
+            iterations: At most.
+            tolerance_um: A last step that moves no point by more is small enough.
+        """
         target = np.asarray(points, dtype=np.float64)
         inverse = np.linalg.inv(self.matrix)
         out = (target - self.offset_um) @ inverse.T
         if self.displacement is not None:
             for _ in range(iterations):
-                out = out + (target - self.map(out)) @ inverse.T
+                step = (target - self.map(out)) @ inverse.T
+                out = out + step
+                if np.abs(step).max(initial=0.0) <= tolerance_um:
+                    break
         return out
 
     def max_stretch(self, extent_um: tuple[float, float]) -> float:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from deepfere.config import rising
+from deepfere.config import read_yaml, rising
 from deepfere.errors import InputError
 from deepfere.remote import is_url
 
@@ -37,9 +37,9 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    msi: str
-    slide: str | None = None
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    msi: str = Field(min_length=1)
+    slide: str | None = Field(None, min_length=1)
     pitch_um: tuple[float, float] | None = None
     slide_mpp_um: tuple[float, float] | None = None
     alignment: str | None = None
@@ -52,6 +52,12 @@ class Section(BaseModel):
     def everywhere(self) -> bool:
         """Whether all of its files are at URLs, where every machine finds them."""
         return all(is_url(path) for path in (self.msi, self.slide, self.alignment, self.landmarks) if path is not None)
+
+    @model_validator(mode="after")
+    def _one_placement(self) -> Section:
+        if self.alignment is not None and self.landmarks is not None:
+            raise ValueError("both an alignment and landmarks are given: give one of them")
+        return self
 
     @field_validator("mz_range", mode="before")
     @classmethod
@@ -82,6 +88,14 @@ class Section(BaseModel):
     def _positive(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
         if value is not None and not all(0 < v < 1e5 for v in value):
             raise ValueError(f"{value[0]:g} x {value[1]:g} is no size: it must be positive micrometres, below 100 000")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth(cls, value: Any) -> Any:
+        # YAML's yes and true would count as 1. Of validators before the type's own the last one is the first.
+        if any(isinstance(part, bool) for part in (value if isinstance(value, list | tuple) else [value])):
+            raise ValueError("true and false are no values here")
         return value
 
 
@@ -123,7 +137,9 @@ def validated(model: Any, values: Any, where: object) -> Any:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         text = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{name}: {text}", where=where, remedy="correct the manifest or flag") from error
+        raise InputError(
+            f"{name}: {text}" if name else text, where=where, remedy="correct the manifest or flag"
+        ) from error
 
 
 def _rows(table: csv.DictReader[str], path: Path) -> list[dict[str, str]]:
@@ -175,7 +191,7 @@ def load_study(path: str | Path) -> Study:
             with path.open(newline="", encoding="utf-8-sig") as handle:
                 values: Any = {"sections": _rows(csv.DictReader(handle), path)}
         else:
-            values = yaml.safe_load(path.read_text())
+            values = read_yaml(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError, csv.Error) as error:
         raise InputError(f"cannot be read as a study ({error})", where=path, remedy="give a YAML or CSV") from error
     if not isinstance(values, dict) or not isinstance(values.get("sections"), list):
@@ -184,6 +200,6 @@ def load_study(path: str | Path) -> Study:
         if not isinstance(row, dict):
             raise InputError(f"a section is {row!r}", where=path, remedy="give name, msi and slide for each")
         for key in ("msi", "slide", "alignment", "landmarks"):
-            if isinstance(row.get(key), str) and "://" not in row[key]:
+            if isinstance(row.get(key), str) and row[key] and "://" not in row[key]:
                 row[key] = str((path.parent / row[key]).resolve())
     return validated(Study, values, path)

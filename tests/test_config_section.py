@@ -90,6 +90,8 @@ def test_unreadable_setting_files_are_refused(tmp_path):
         ("list.yaml", "- 1\n- 2\n", "key: value"),
         ("bad.yaml", "a: [1\n", "cannot be read"),
         ("unknown.yaml", "a: 1\n", "unknown setting 'a'"),
+        ("twice.yaml", "train: {steps: 5}\nseed: 1\ntrain: {batch: 2}\n", "'train' stands twice"),
+        ("truth.yaml", "train: {steps: yes}\n", "true is no value"),
     ):
         path = tmp_path / name
         path.write_text(text)
@@ -177,6 +179,13 @@ GOOD = {"name": "a", "msi": "a.imzML"}
         {**GOOD, "pitch_um": 1e7},
         {**GOOD, "slide_mpp_um": "0.25,zero"},
         {**GOOD, "colour": "red"},
+        {**GOOD, "pitch_um": True},
+        {**GOOD, "slide_mpp_um": [0.5, True]},
+        {**GOOD, "region": True},
+        {**GOOD, "name": "a" * 300},
+        {**GOOD, "msi": ""},
+        {**GOOD, "slide": ""},
+        {**GOOD, "slide": "s.tif", "alignment": "a.json", "landmarks": "l.csv"},
     ],
 )
 def test_wrong_sections_are_refused(values):
@@ -206,6 +215,10 @@ def test_pitches_are_read_as_y_then_x(given, expected):
         ("s.yaml", "sections: [{name: a}]\n", "msi"),
         ("s.yaml", "sections: [{name: a, msi: x, pitch: 3}]\n", "pitch"),
         ("s.yaml", "a: [\n", "cannot be read"),
+        ("s.yaml", "sections: [{name: a, msi: x}]\nsections: [{name: b, msi: y}]\n", "'sections' stands twice"),
+        ("s.yaml", "sections:\n- {name: a, msi: x, slide: y, slide: z}\n", "'slide' stands twice, at line 2"),
+        ("s.yaml", "sections: [{name: a, msi: ''}]\n", "msi"),
+        ("s.csv", "name,msi,alignment,landmarks\na,x,y,z\n", "both an alignment and landmarks"),
         ("s.csv", "name,msi,pitch_um\na,x,0\n", "positive"),
         ("s.csv", "name,file\na,x\n", "a study"),
         ("s.csv", "name,msi,pitch_um\na,x,50\nb,y,50,40\n", r'line 3 \(b\) has more fields.*quote.*"50,40"'),

@@ -115,3 +115,8 @@ def test_models_are_compared_on_blocks_that_neither_has_seen(cli, fused, phantom
     share = known.config["config"]["train"]["held_out"]
     assert 2 <= int(rows["held-out blocks"]) <= np.ceil(share * 16)
     assert json.loads((tmp_path / "work" / "identity.json").read_text())
+    # And so it was where the same measurement comes ingested.
+    section["msi"] = str(tmp_path / "work" / "sections" / "one" / "measured.zarr")
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({"sections": [section]}))
+    again = cli(*words, *more, "--study", tmp_path / "study.yaml", "-o", tmp_path / "cubes", "--factor", FACTOR)
+    assert again.code == 0 and again.out.splitlines()[-1].split()[-1] == rows["held-out blocks"], again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 
@@ -69,6 +70,7 @@ def test_arguments_win_over_a_settings_object(phantom, place, tmp_path):
         ("ingest.tolerance_ppm=9", "--tolerance-ppm"),
         ("ingest.representation=profile", "--representation"),
         ("ingest.duplicates=sum", "--duplicates"),
+        ("ingest.mz_range=[600,700]", "ingest.mz_range"),
     ],
 )
 def test_settings_that_an_ingested_cube_cannot_follow(phantom, place, tmp_path, more, word):
@@ -299,6 +301,38 @@ def test_planes_follow_the_settings_there_and_back(study, tmp_path, ray_session,
         assert handles == []
     assert images[0].shape != images[1].shape
     assert images[0].any() and np.array_equal(images[0], images[2])
+
+
+def test_averages_follow_the_smoothings(study, tmp_path, ray_session):
+    """The widest of those that are tried alone is another list, though the planes reach as far."""
+    from deepfere.model.transfer import SMOOTHINGS_PITCH
+    from deepfere.pipeline.study import run_stage
+
+    shapes = []
+    for more in ([], [f"model.smoothing_pitch={max(SMOOTHINGS_PITCH)}"], []):
+        overrides = ["tracking.uri=none", *more]
+        run_stage("tile", study(), tmp_path / "work", factor=2, overrides=overrides, progress=lambda *_: None)
+        shapes.append(zarr.open_group(tmp_path / "work/sections/one/pooled.zarr", mode="r")["pooled"].shape[0])
+    assert shapes[0] == shapes[2] and shapes[0] - 1 == len(SMOOTHINGS_PITCH) * (shapes[1] - 1)
+
+
+def test_an_input_inside_the_output_is_not_cleared_away(study, tmp_path, cli):
+    work = tmp_path / "work"
+    assert cli("ingest", study(), "-o", work).code == 0
+    cube = work / "sections" / "one" / "measured.zarr"
+    for out, command in ((work, ("ingest", study(msi=str(cube)))), (work / "sections" / "one", ("fuse", cube))):
+        done = cli(*command, "-o", out, "--no-guide", "--overwrite", "tracking.uri=none")
+        assert done.code == 2 and f"holds the input {cube}" in done.errors[0], done
+        assert (cube / "zarr.json").exists()
+
+
+def test_another_piece_of_the_slide_is_another_alignment(study, tmp_path, cli):
+    work, marker = tmp_path / "work", tmp_path / "work" / "done" / "align-one.json"
+    prints = []
+    for region in ("all", None):
+        assert cli("align", study(slide_region=region), "-o", work, "--overwrite").code == 0
+        prints.append(json.loads(marker.read_text())["fingerprint"])
+    assert prints[0] != prints[1]
 
 
 def test_planes_of_another_plan_are_not_read(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file
 import deepfere
 from deepfere.frame import Alignment
 from deepfere.model.guide import Cells
+from deepfere.training import tracking as registry
 from tests.conftest import FACTOR
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -192,7 +194,9 @@ def test_a_promoted_model_takes_the_place_of_training(stage, manifest, tracking)
     assert result.ions["consistency"].max() <= 1e-5
 
 
-def test_fuse_takes_a_promoted_model_and_its_ions(cli, stage, phantom, manifest, place, tracking, tmp_path):
+def test_fuse_takes_a_promoted_model_and_its_ions(
+    cli, stage, phantom, manifest, place, tracking, tmp_path, monkeypatch
+):
     settings = [s for s in place.overrides if not s.startswith("tracking")] + [f"tracking.uri={tracking}"]
     given = ["--alignment", manifest.parent / "right.json", "--factor", FACTOR, *settings, "model.tier=T2"]
     model = ["--model", "models:/deepfere@champion"]
@@ -208,6 +212,12 @@ def test_fuse_takes_a_promoted_model_and_its_ions(cli, stage, phantom, manifest,
     # The same command finds it; without the model, or without the stain, it would be another result.
     again = cli("fuse", phantom.imzml, phantom.slide, "-o", out, *given, *model)
     assert again.code == 0 and "finished already" in again.out
+    # Another store's model of this name and version has other weights.
+    with monkeypatch.context() as patch:
+        theirs = replace(registry.load_registered("models:/deepfere@champion", tracking), weights_sha256="0" * 64)
+        patch.setattr(registry, "load_registered", lambda *_: theirs)
+        other = cli("fuse", phantom.imzml, phantom.slide, "-o", out, *given, *model)
+    assert other.code == 2 and "other inputs or settings" in other.errors[0]
     other = cli("fuse", phantom.imzml, phantom.slide, "-o", out, *given)
     assert other.code == 2 and "other inputs or settings" in other.errors[0]
     plain = cli("fuse", phantom.imzml, "-o", tmp_path / "p.zarr", "--no-guide", "--factor", FACTOR, *settings, *model)

@@ -89,6 +89,7 @@ def test_overwriting_clears_work_and_nothing_else(work):
     [
         (OSError(errno.ENOSPC, "No space left on device", "/disk/file"), "/disk/file: No space left on device"),
         (MemoryError(), "memory"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "work: No space left on device"),
         (DeepfereError("training failed"), "training failed"),
     ],
 )

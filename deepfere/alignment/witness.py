@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from torch.nn.functional import interpolate
 
 from deepfere.alignment.likelihood import StainRegression
 from deepfere.alignment.overview import MeasuredOverview, StainOverview
@@ -42,6 +43,8 @@ EACH = 2.0
 that have nothing to do with damage; thousands of them, all around a section, would add up."""
 JOINS = -4.0
 """What is damage takes in the parts beside it that have more than this: what speaks against it there is little."""
+INVERSE_PITCH = 0.01
+"""How exactly the section's place on the slide has to be known to say what is tissue there, in measured pixels."""
 MOST_DAMAGE = 0.2
 """Share of the measured pixels that may be damaged: of a picture that is wrong in more places the rest is no judge."""
 ROUNDS = 3
@@ -81,11 +84,18 @@ def expected_tissue(measured: MeasuredOverview, stain: StainOverview, alignment:
     h, w = stain.planes.shape[1:]
     block = [max(1, int(p / 4 / s)) for p, s in zip(measured.grid.pitch_um, stain.spacing_um, strict=True)]
     axes = [(np.arange(-(-n // b)) + 0.5) * b * s for n, b, s in zip((h, w), block, stain.spacing_um, strict=True)]
-    points = np.stack(np.meshgrid(*axes, indexing="ij"), -1)
-    at = np.floor(alignment.unmap(points.reshape(-1, 2)) / np.asarray(measured.grid.pitch_um)).astype(np.int64)
-    on = ((at >= 0) & (at < measured.mask.shape)).all(1)
-    at = np.where(on[:, None], at, 0)
-    shown = (on & measured.tissue[at[:, 0], at[:, 1]]).reshape(points.shape[:2])
+    # The inverse is smooth: linear between points a measured pixel apart.
+    coarse = [np.linspace(axis[0], axis[-1], len(axis) // 4 + 2) for axis in axes]
+    points = np.stack(np.meshgrid(*coarse, indexing="ij"), -1)
+    pitch_um = np.asarray(measured.grid.pitch_um)
+    section = torch.from_numpy(alignment.unmap(points, tolerance_um=INVERSE_PITCH * float(pitch_um.min())))
+    fine = interpolate(
+        section.permute(2, 0, 1)[None], size=[len(axis) for axis in axes], mode="bilinear", align_corners=True
+    )
+    at = np.floor(fine[0].permute(1, 2, 0).numpy() / pitch_um).astype(np.int64)
+    on = ((at >= 0) & (at < measured.mask.shape)).all(-1)
+    at = np.where(on[..., None], at, 0)
+    shown = on & measured.tissue[at[..., 0], at[..., 1]]
     return np.repeat(np.repeat(shown, block[0], 0), block[1], 1)[:h, :w]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from deepfere.config import read_yaml
 from deepfere.errors import InputError
 from deepfere.frame import Alignment
 from deepfere.inspect.notes import Description, Notes, count_text, pair_text
@@ -89,7 +90,7 @@ def study_or_settings(path: Path) -> Description:
         InputError: It is neither.
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = read_yaml(path.read_text())
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"cannot be read as YAML ({error})", where=path, remedy="correct it") from error
     if isinstance(values, dict) and "sections" in values:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from deepfere.errors import InputError
 from deepfere.measured.peaks import SharedIons, found_ions
 from deepfere.measured.raster import Raster, batches, evenly, plan_raster
-from deepfere.measured.reduce import ascending, check_axis, refuse_twice, refuse_values, shared_axis
+from deepfere.measured.reduce import ascending, check_axis, refuse_range, refuse_twice, refuse_values, shared_axis
 from deepfere.measured.regions import choose_region
 from deepfere.measured.sampled import PeakSpec, Sample, Spectra, sample_centroids, sample_profiles, sample_rows
 from deepfere.measured.table import MAX_VARIABLES, sample_table
@@ -142,6 +142,7 @@ def choose_ions(
         InputError: Nothing says how to find ions, or none is found.
     """
     if targets is None and axis is not None:
+        refuse_range(spec.mz_range, index.path)
         ions = np.sort(axis, kind="stable")
         refuse_twice(ions, index.path)
         return ions, {"ions": "axis"}

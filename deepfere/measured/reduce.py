@@ -76,6 +76,16 @@ def refuse_twice(axis: NDArray[np.float64], where: object) -> None:
         )
 
 
+def refuse_range(mz_range: tuple[float, float] | None, where: object) -> None:
+    """Refuse a range of automatic ions where the axis of the file is the ions, all of them."""
+    if mz_range is not None:
+        raise InputError(
+            "has an axis of its own, whose m/z are the ions: none is looked for in a range",
+            where=where,
+            remedy="leave ingest.mz_range out, or say which ions to take (--mz)",
+        )
+
+
 def refuse_values(index: ImzmlIndex, i: int) -> None:
     """Refuse the intensities of spectrum ``i``."""
     raise InputError(

@@ -26,6 +26,8 @@ from deepfere.store import Codec, StorageOptions, create_array, exists, open_gro
 FORMAT, FORMAT_VERSION = "deepfere-measured", 1
 CHUNK_IONS, CHUNK_PX = 64, 64
 SHARD_BYTES = 128 << 20
+SOURCE_DIGEST = "source_digest"
+"""Attribute: the digest of what the cube was ingested from, by which a model knows what it was trained on."""
 SHIFT, FOUND = "shift_ppm", "lock_mass_found"
 
 
@@ -190,6 +192,11 @@ def _array(group: zarr.Group, name: str) -> zarr.Array:
     found = group[name]
     assert isinstance(found, zarr.Array)
     return found
+
+
+def sign(path: str | Path, digest: str) -> None:
+    """Note in a finished store the digest of what it was ingested from: elsewhere it still is the same measurement."""
+    open_group(path, "a").attrs[SOURCE_DIGEST] = digest
 
 
 def open_measured(path: str | Path, storage_options: StorageOptions | None = None) -> Measured:

@@ -15,7 +15,7 @@ from deepfere.errors import InputError
 from deepfere.measured.normalise import ragged_factors
 from deepfere.measured.peaks import SharedIons, found_ions
 from deepfere.measured.raster import Raster, batches, evenly
-from deepfere.measured.reduce import LARGEST, refuse_twice
+from deepfere.measured.reduce import LARGEST, refuse_range, refuse_twice
 from deepfere.measured.sampled import PeakSpec, Sample, sample_centroids, sample_profiles, sample_rows
 from deepfere.measured.windows import Windows
 from deepfere.readers.table import Table
@@ -54,6 +54,7 @@ def choose_ions(
         _warn_lost(table, axis, targets, tolerance_ppm, "targets")
         return targets, {"ions": "list"}
     if len(axis) <= MAX_VARIABLES:
+        refuse_range(spec.mz_range, table.path)
         refuse_twice(axis, table.path)
         return axis, {"ions": "axis"}
     if kind is None:

@@ -95,7 +95,7 @@ def _judge(prep: Prepared, digest: str, models: list[GivenModel], scores: list[S
     problem = section_problem(prep, cube, factors, prep.folder.pooled, smoothings)
     held = np.ones(int(problem.blocks.max()) + 1, bool)
     for model in models:
-        if digest in model.seen:
+        if model.saw(digest, prep.measured):
             held &= held_out_blocks(problem, model.held_out, model.seed)
     rows = held[problem.rows.block]
     if not rows.any():

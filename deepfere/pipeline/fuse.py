@@ -120,17 +120,28 @@ def check_output(path: Place) -> None:
 
 
 def check_apart(target: Place, sections: Iterable[Section]) -> None:
-    """Refuse an output inside one of the inputs: it would become a part of what is read.
+    """Refuse an output inside one of the inputs, or around one: it would be read, or removed, as a part of the other.
 
     Raises:
-        InputError: It is to be in one.
+        InputError: One lies in the other.
     """
     for section in sections:
-        for given in (section.msi, section.slide):
-            if given is not None and not is_url(given) and isinstance(target, Path):
-                source = Path(given).resolve()
-                if target.is_relative_to(source):
-                    raise InputError(f"lies inside the input {source}", where=target, remedy="choose another output")
+        for given in (section.msi, section.slide, section.alignment, section.landmarks):
+            if given is None or is_url(given) != isinstance(target, UrlPath):
+                continue
+            source = place(given) if is_url(given) else Path(given).resolve()
+            if _inside(target, source):
+                raise InputError(f"lies inside the input {source}", where=target, remedy="choose another output")
+            if any(_inside(source, ours) for ours in (target, target.with_name(f"{target.name}.work"))):
+                raise InputError(
+                    f"holds the input {source}, which would go with what stood there",
+                    where=target,
+                    remedy="choose another output",
+                )
+
+
+def _inside(one: Place, other: Place) -> bool:
+    return f"{str(one).rstrip('/')}/".startswith(f"{str(other).rstrip('/')}/")
 
 
 def check_files(section: Section, config: Config) -> None:

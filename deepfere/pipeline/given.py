@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from deepfere.config import Config
 from deepfere.errors import InputError
 from deepfere.measured.factors import Factoring, Moments
+from deepfere.measured.store import SOURCE_DIGEST, Measured
 from deepfere.model.network import FusionNetwork, network_from_config
 
 
@@ -22,7 +23,7 @@ class GivenModel:
         mz: (M,) ions of its basis.
         basis: (M, K) W.
         noise_sd: (M,) noise that W was weighted with.
-        seen: Digests of the measurements that it was trained on.
+        seen: Digests of the measurements that it was trained on, and of what these were ingested from.
         seed: Seed of its held-out blocks.
         held_out: Share of its held-out blocks.
         digest: Digest of its weights.
@@ -37,12 +38,21 @@ class GivenModel:
     held_out: float
     digest: str
 
+    def saw(self, msi_digest: str, measured: Measured) -> bool:
+        """Whether it was trained on a measurement, as it is or ingested.
+
+        Args:
+            msi_digest: Of what the user gave: an imzML, a table, a cube.
+            measured: The cube that it became.
+        """
+        return bool({msi_digest, measured.attrs.get(SOURCE_DIGEST)} & set(self.seen))
+
 
 def given_model(uri: str, config: Config) -> tuple[GivenModel, dict[str, str]]:
     """Load a registered model (``models:/NAME@ALIAS``, ``models:/NAME/VERSION``).
 
     Returns:
-        The model, and its name and version for the provenance.
+        The model, and its name, version and digest for the provenance.
 
     Raises:
         InputError: There is no such model.
@@ -73,7 +83,8 @@ def given_model(uri: str, config: Config) -> tuple[GivenModel, dict[str, str]]:
         float(trained["train"]["held_out"]),
         loaded.weights_sha256,
     )
-    return model, {"name": loaded.name, "version": str(loaded.version)}
+    # Stores number their versions alike: only the weights tell one model from another.
+    return model, {"name": loaded.name, "version": str(loaded.version), "weights_sha256": loaded.weights_sha256}
 
 
 def given_factoring(

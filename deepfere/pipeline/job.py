@@ -26,7 +26,7 @@ class Job:
         inputs: Digests of what the user gave, per section.
         target: Working folder.
         given: A registered model in the place of training.
-        named: Its name and version.
+        named: Its name, version and digest.
         overwrite: Replace results of other inputs or settings.
     """
 

@@ -160,7 +160,7 @@ class ChooseWorker(SectionWorker):
         if given is not None and config.model.tier in ("auto", "T2"):
             network = (given.network, load_alignment(prep.folder))
             # A section that the model was trained on may only be judged on the blocks it did not see.
-            seen = inputs["msi"] in given.seen
+            seen = given.saw(inputs["msi"], prep.measured)
             held = (
                 held_out_blocks(problem, given.held_out, given.seed)
                 if seen

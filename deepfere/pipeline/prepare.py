@@ -27,7 +27,7 @@ from deepfere.measured.ingest import ingest
 from deepfere.measured.lock_mass import LockMass
 from deepfere.measured.peaks import SharedIons
 from deepfere.measured.profile import ProfileSpec
-from deepfere.measured.store import Measured, open_measured
+from deepfere.measured.store import Measured, open_measured, sign
 from deepfere.measured.treatment import Treatment
 from deepfere.model.artefacts import ARTEFACTS
 from deepfere.model.damage import find_candidates
@@ -105,6 +105,7 @@ def ingest_stage(
                 region=section.region,
                 progress=lambda done, total: progress("ingest", done / max(total, 1)),
             )
+        sign(str(folder.measured), inputs["msi"])
         told = sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
         facts["warnings"] = told + _notes(section, folder, config)
 
@@ -156,6 +157,7 @@ def _take_over(section: Section, folder: SectionFolder, settings: IngestSettings
         "pitch-um": section.pitch_um is not None,
         "region": section.region not in (None, cube.attrs.get("region")),
         "mz": settings.mz is not None and not _same_ions(cube, settings.mz),
+        "ingest.mz_range": settings.mz_range is not None and list(settings.mz_range) != _range_of(cube),
         "tolerance-ppm": settings.tolerance_ppm not in (plain.tolerance_ppm, cube.tolerance_ppm),
         "representation": settings.representation not in (plain.representation, cube.attrs.get("representation")),
         "lock-mass": settings.lock_mass_mz not in (None, cube.attrs.get("lock_mass", {}).get("mz")),
@@ -172,6 +174,11 @@ def _take_over(section: Section, folder: SectionFolder, settings: IngestSettings
             remedy="leave it out, or give what it was ingested from",
         )
     copy_tree(place(section.msi), folder.measured)
+
+
+def _range_of(cube: Measured) -> list[float] | None:
+    found = cube.attrs.get("peaks", {}).get("mz_range")
+    return None if found is None else [float(mz) for mz in found]
 
 
 def _same_ions(cube: Measured, mz: list[float]) -> bool:
@@ -208,7 +215,7 @@ def measured_overview(prep: Prepared, config: Config) -> MeasuredOverview:
 def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config: Config, progress: Progress) -> None:
     """Slide and measurement -> ``alignment.json``; user-given alignments and landmarks win."""
     section, folder = prep.section, prep.folder
-    given = {name: section.model_dump(mode="json")[name] for name in ("slide_mpp_um", "pitch_um")}
+    given = {name: section.model_dump(mode="json")[name] for name in ("slide_mpp_um", "pitch_um", "slide_region")}
     settings = [
         config.ingest.model_dump(),
         config.align.model_dump(),

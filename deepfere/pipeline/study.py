@@ -224,7 +224,7 @@ def _write(job: Job, n: int, work: Workspace, run: Run, registered: dict[str, st
         depends = [job.inputs[n], job.config.digest(), job.given.digest if job.given else None]
         prep = prepared(section, work, job.config)
         yield from reconstruct_phases(prep, out, depends, outcome, work, job.config, tell.of(section.name))
-        run.log_result(Result(str(out)))
+        run.log_result(Result(str(out)), section.name if len(job.sections) > 1 else None)
     tell.end(job.sections[n].name)
 
 

@@ -89,7 +89,8 @@ def tile_phases(
     # The published model looks at everything, measured or not.
     wanted = np.ones_like(prep.measured.mask) if config.model.tier == "paper" else prep.measured.mask
     shards = needed_shards(cache.planes, alignment, prep.measured.grid, wanted, margin)
-    depends = [inputs, spec.to_dict(), cache.fingerprint, alignment.to_dict(), shards.tolist()]
+    smoothings = smoothings_pitch(config)
+    depends = [inputs, spec.to_dict(), cache.fingerprint, alignment.to_dict(), shards.tolist(), smoothings]
     with work.stage("tile", depends, name) as facts:
         if facts is None:
             return
@@ -106,7 +107,7 @@ def tile_phases(
         counter = _Counter(progress, "tile", len(shards), len(shards) - len(todo), 0.0, 0.7)
         arguments = (cache, str(journal.folder), cache.fingerprint)
         yield Phase(f"tiling {name}", CacheWorker, arguments, rows, len(groups), counter.step)
-        yield pool(prep, spec, alignment, progress, folder.pooled, smoothings_pitch(config))
+        yield pool(prep, spec, alignment, progress, folder.pooled, smoothings)
         facts["shards"] = len(shards)
         facts["slide"] = asdict(cache.reading) | {"native_tiles": native_tiles(cache, shards, journal.done())}
         if config.slide.icc != cache.reading.icc:

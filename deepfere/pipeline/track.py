@@ -11,7 +11,7 @@ import numpy as np
 from deepfere import __version__
 from deepfere.config import Config, digest
 from deepfere.errors import DeepfereError, InputError
-from deepfere.measured.store import open_measured
+from deepfere.measured.store import SOURCE_DIGEST, open_measured
 from deepfere.pipeline.learn import load_fit, read_model
 from deepfere.pipeline.workspace import SectionFolder, Workspace, write_json
 from deepfere.places import reading
@@ -65,9 +65,12 @@ class Run:
             summary |= {f"{head}{k}": v for k, v in notes.items() if isinstance(v, int | float)}
             self._tracker.log_dict({**notes, "tier": notes.get("tier")}, f"{head}choice.json")
         self._tracker.log_metrics(summary)
-        return self._register(self._work.section(sections[0].name), inputs)
+        cubes = [open_measured(str(self._work.section(section.name).measured)) for section in sections]
+        sources = [cube.attrs.get(SOURCE_DIGEST) for cube in cubes]
+        seen = {digests["msi"] for digests in inputs} | {source for source in sources if source is not None}
+        return self._register(self._work.section(sections[0].name), sorted(seen))
 
-    def _register(self, folder: SectionFolder, inputs: list[dict[str, str]]) -> dict[str, str]:
+    def _register(self, folder: SectionFolder, seen: list[str]) -> dict[str, str]:
         """The study's network, with the basis that any of its sections keeps."""
         model = read_model(folder)
         name = self._config.tracking.register_as
@@ -86,7 +89,7 @@ class Run:
             "mz": open_measured(str(folder.measured)).mz.tolist(),
             "basis": load_fit(folder).basis.tolist(),
             "noise_sd": model["noise_sd"],
-            "seen": [digests["msi"] for digests in inputs],
+            "seen": seen,
         }
         with reading(model["state"]) as path:
             info = register_model(self._tracker, name, path, settings)
@@ -94,16 +97,17 @@ class Run:
         write_json(self._work.root / "done" / "register.json", {**out, "run_id": self._tracker.run_id, "seconds": 0})
         return out
 
-    def log_result(self, result: Result) -> None:
-        """Consistency, figures and the result's path."""
+    def log_result(self, result: Result, section: str | None = None) -> None:
+        """Consistency, figures and the result's path; of several sections each under its name."""
         from deepfere.evaluation.figures import r2_histogram
 
         ions = result.ions
-        self._tracker.log_metrics({"consistency_worst": float(ions["consistency"].max())})
+        head = "" if section is None else f"{section}."
+        self._tracker.log_metrics({f"{head}consistency_worst": float(ions["consistency"].max())})
         figure = r2_histogram(ions["held_out_r2"], list(ions["informed"]), ions["null_r2"])
-        self._tracker.log_figure(figure, "held_out_r2.png")
+        self._tracker.log_figure(figure, f"{head}held_out_r2.png")
         self._tracker.log_dict(
-            {"result": result.path, "identity": result.provenance["identity"], "ions": len(ions)}, "result.json"
+            {"result": result.path, "identity": result.provenance["identity"], "ions": len(ions)}, f"{head}result.json"
         )
 
 

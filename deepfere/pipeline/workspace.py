@@ -7,8 +7,10 @@ atomically. One process at a time works in the folder: it holds the folder's loc
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -26,6 +28,9 @@ Progress = Callable[[str, float], None]
 
 STAGES = ("look", "sample", "ions", "ingest", "align", "tile", "learn", "reconstruct")
 """Names of the markers, in the order in which the stages are done."""
+
+FULL_BELOW_BYTES = 1 << 16
+"""Where less is free, what failed did so for want of room."""
 
 IDENTITY, LOCK = "identity.json", "lock"
 OURS = ("done", "sections", "training", "factoring.npz", "failure.log", STOP, IDENTITY)
@@ -234,6 +239,9 @@ class Workspace:
         except MemoryError as error:
             raise DeepfereError(f"the memory does not suffice{self._note(error, section)}") from error
         except Exception as error:
+            if self._is_full(error):  # libraries have their own errors for it
+                told = f"{self.root}: {os.strerror(errno.ENOSPC)}{self._note(error, section)}"
+                raise DeepfereError(told) from error
             if section is None:
                 raise
             told = f"{type(error).__name__}: {error}{self._note(error, section)}"
@@ -247,6 +255,12 @@ class Workspace:
         except (OSError, DeepfereError):
             return ""  # the same full disk, or store that fails
         return f" (details in {file})"
+
+    def _is_full(self, error: BaseException) -> bool:
+        if isinstance(self.root, UrlPath):
+            return False
+        free = shutil.disk_usage(self.root).free if self.root.exists() else FULL_BELOW_BYTES
+        return os.strerror(errno.ENOSPC) in str(error) or free < FULL_BELOW_BYTES
 
     def _is_here(self, where: object) -> bool:
         """Whether an error is about this folder, or the result beside it, at a URL."""

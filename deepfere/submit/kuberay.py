@@ -21,6 +21,7 @@ from deepfere.submit.templates import template
 
 FOLDER, FILE = "/etc/deepfere", "settings.yaml"
 LABEL = "deepfere/submission"
+NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*")
 
 
@@ -161,6 +162,12 @@ class KubeRay(Target):
         for flag, name in (("--image", image), ("--gpu-image", gpu_image)):
             if name is not None and not IMAGE.fullmatch(name):
                 raise InputError(f"{name!r} is no name of an image", where=flag, remedy="give REGISTRY/NAME:TAG")
+        if namespace is not None and not NAMESPACE.fullmatch(namespace):
+            raise InputError(
+                f"{namespace!r} is no name of a namespace",
+                where="--namespace",
+                remedy="give lower-case letters, digits and -, 63 at most",
+            )
         self.image, self.gpu_image, self.namespace = image, gpu_image, namespace
 
     def manifests(self, submission: Submission, name: str) -> list[dict[str, Any]]:

@@ -132,7 +132,12 @@ class Slurm(Target):
         head, found = COMMAND.subn(lambda _: "\n".join(lines) + "\n", template("slurm/reconstruct.sbatch"))
         assert found == 1
         # Of an option that stands twice Slurm takes the last.
-        more = [f"--job-name={name}", f"--output={folder}/{name}-%j.out", f"--chdir={folder}", *self.options]
+        more = [
+            f"--job-name={name}",
+            f"--output={str(folder).replace('%', '%%')}/{name}-%j.out",
+            f"--chdir={folder}",
+            *self.options,
+        ]
         directives = "".join(f"#SBATCH {shlex.quote(option)}\n" for option in more)
         start = head.rindex("\n#SBATCH")
         cut = head.index("\n", start + 1) + 1
