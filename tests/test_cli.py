@@ -40,6 +40,7 @@ def refused(cli, tmp_path):
         ("500,inf", "inf is not a positive number"),
         ("targets.txt", "'targets.txt' is not an m/z"),
         ("500;600", "'500;600' is not an m/z"),
+        ("5_00", "'5_00' is not an m/z"),
     ],
 )
 def test_targets_that_are_none(refused, value, words):
@@ -53,6 +54,7 @@ def test_targets_that_are_none(refused, value, words):
         (b"", "no m/z"),
         (b"mz\n500\n", "'mz' is not an m/z"),
         (b"500\n-1\n", "not a positive"),
+        (b"500,2\n501,3\n", "'500,2' may be two m/z, or one with a decimal comma"),
         (bytes(range(128, 256)), "cannot be read as text"),
     ],
 )

@@ -103,6 +103,14 @@ def test_too_few_pixels_are_left_alone():
     assert np.isnan(out.chi_square).all() and not out.noise_share.any()
 
 
+def test_pixels_that_never_touch_are_no_reason_to_fail():
+    cube = np.random.default_rng(1).poisson(9.0, (6, 70, 60)).astype(float)
+    mask = np.zeros((70, 60), bool)
+    mask[::2, ::2] = True
+    out = denoise(cube, mask, None, 0)
+    assert np.isfinite(out.images[:, mask]).all() and np.isfinite(out.noise_share).all()
+
+
 def told(counts: float, side: int = 30):
     """Nine sparse ions that show the detector's pulse, and one of many counts that is all fine structure."""
     rng = np.random.default_rng(8)

@@ -163,6 +163,7 @@ def test_real_slides():
     assert said["format"] == "aperio" and said["pixel size"] == "0.499 um (mpp)" and "label" in said["further pictures"]
     found = describe(real_data("wsi", "unreadable.svs"))
     assert found.whole is False and "cannot be decoded" in found.problems[0]
+    assert facts(describe(real_data("wsi", "boxes_0.dcm")))["format"] == "dicom"
     assert "72-dpi" in facts(describe(real_data("wsi", "boxes.tiff")))["pixel size"]
 
 

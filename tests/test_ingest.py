@@ -215,6 +215,7 @@ def test_intensities_that_are_not_finite_name_the_pixel(tmp_path, out, mode, bad
         (simple_spectra(), {"tolerance_ppm": 0.0}, "tolerance of 0.0 ppm"),
         (simple_spectra(), {"pitch_um": 0.0}, "not a pixel pitch"),
         (simple_spectra(), {"representation": "both"}, "unknown representation"),
+        ([(30 * x, 50 * y, mz, v) for x, y, mz, v in simple_spectra(6, 5)], {}, "in steps of 30 and 50 (x, y)"),
         ([(10**5 * x, 10**5 * y, mz, v) for x, y, mz, v in simple_spectra()], {}, "coordinates span"),
         ([(x, y, [float("nan"), 2.0, 3.0], v) for x, y, _, v in simple_spectra()], {}, "not positive numbers"),
         ([(x, y, [90.0 + x + 3 * y], [1.0]) for x, y, _, _ in simple_spectra()], {}, "no m/z recurs"),

@@ -114,6 +114,8 @@ def test_pitch_and_units(tmp_path, settings, pitch):
         ([sizes(0, 0)], "not a positive length"),
         ([sizes(10, 10, "UO:0000010")], "not a length"),
         ([sizes("ten", 10)], "not a number"),
+        ([sizes(5e7, 5e7)], "5e.07 x 5e.07 um .x, y., which cannot be meant"),
+        ([sizes(10, 5e-5)], "cannot be meant"),
     ],
 )
 def test_pitch_that_is_not_believed(tmp_path, settings, why):

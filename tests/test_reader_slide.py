@@ -370,6 +370,17 @@ def test_refused_pictures(tmp_path):
         assert "\n" not in str(caught.value) and caught.value.remedy
 
 
+@pytest.mark.parametrize("photometric", ["rgb", "minisblack"])
+@pytest.mark.parametrize("backend", ["auto", "openslide"])
+def test_tiles_of_more_than_8_bits_are_not_taken_for_8(tmp_path, photometric, backend):
+    """OpenSlide shows them, nearly black."""
+    picture = noise(100, 90).astype(np.uint16) * 16
+    picture = picture if photometric == "rgb" else picture[..., 0]
+    tifffile.imwrite(tmp_path / "t.tif", picture, photometric=photometric, tile=(64, 64), metadata=None)
+    with pytest.raises(InputError, match="uint16 values, not 8-bit"):
+        open_slide(tmp_path / "t.tif", 0.5, backend=backend)
+
+
 def test_damaged_tile_is_one_clear_line(tmp_path):
     path = tmp_path / "p.tif"
     tifffile.imwrite(path, noise(128, 128), photometric="rgb", rowsperstrip=32, compression="deflate", metadata=None)

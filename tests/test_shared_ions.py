@@ -228,9 +228,12 @@ def test_a_section_that_failed_may_be_taken_out(study):
         ({"spectrum_type": CENTROID + NEGATIVE}, "positive (a) and negative (b)"),
     ],
 )
-def test_sections_without_a_common_quantity_are_refused(study, given, why):
-    study.write(a=of(spectra(COMMON), spectrum_type=CENTROID + POSITIVE), b=of(spectra(COMMON), **given))
-    done = study.ingest()
+@pytest.mark.parametrize("ions", ["automatic", "list", "axis"])
+def test_sections_without_a_common_quantity_are_refused(study, given, why, ions):
+    kind = {"mode": "continuous"} if ions == "axis" else {}
+    rows = [(x, y, list(COMMON), [1.0 + x, 2, 3, y]) for x in (1, 2) for y in (1, 2)] if kind else spectra(COMMON)
+    study.write(a=of(rows, spectrum_type=CENTROID + POSITIVE, **kind), b=of(rows, **given, **kind))
+    done = study.ingest(*([f"ingest.mz={list(COMMON)}"] if ions == "list" else []))
     assert done.code == 2 and why in done.err, done
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import click
@@ -13,6 +14,10 @@ OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 CONFIG = click.option("--config", type=click.Path(), help="Settings (YAML that mirrors configs/default.yaml).")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace a result of other inputs or settings.")
 WORK = click.option("-o", "--out", "out", required=True, type=click.Path(), help="The study's working folder.")
+
+
+DECIMAL_COMMA = re.compile(r"\d+,\d+")
+"""A line of a list of m/z that is no pair for certain."""
 
 
 def targets(context: click.Context, parameter: click.Parameter, value: str | None) -> list[float] | None:
@@ -30,9 +35,18 @@ def targets(context: click.Context, parameter: click.Parameter, value: str | Non
         except (OSError, UnicodeDecodeError) as error:
             raise InputError("cannot be read as text", where=where, remedy="give a file with one m/z a line") from error
     remedy = "give 798.54,826.57 or a file with one a line"
+    doubtful = next((line for line in text.splitlines() if DECIMAL_COMMA.fullmatch(line.strip())), None)
+    if doubtful is not None and where != flag:
+        raise InputError(
+            f"{doubtful.strip()!r} may be two m/z, or one with a decimal comma",
+            where=where,
+            remedy="write a point for the comma, or one m/z a line",
+        )
     numbers = []
     for part in filter(None, (part.strip() for part in text.replace("\n", ",").split(","))):
         try:
+            if "_" in part:  # which Python would read over
+                raise ValueError
             numbers.append(float(part))
         except ValueError as error:
             raise InputError(f"{part[:40]!r} is not an m/z", where=where, remedy=remedy) from error

@@ -294,7 +294,10 @@ def _format(path: str | Path, opened: Slide) -> str:
 
 
 def _picture(path: str | Path) -> str:
-    return {b"\x89PN": "PNG", b"\xff\xd8\xff": "JPEG"}.get(first_bytes(path, 3), "TIFF")
+    begins = first_bytes(path, 3)
+    if begins[:2] in (b"II", b"MM"):
+        return "TIFF"
+    return {b"\x89PN": "PNG", b"\xff\xd8\xff": "JPEG"}.get(begins, "picture")
 
 
 def _add_properties(notes: Notes, path: str | Path) -> None:

@@ -14,6 +14,8 @@ from deepfere.places import Place
 
 MIN_PIXELS = 4
 MAX_GRID_PER_PIXEL = 1000
+MANY_PIXELS = 16
+"""As many as do not lie on every second row and column by chance."""
 DUPLICATES = ("error", "sum", "mean")
 BATCH_VALUES = 1 << 18  # what a batch holds stays in the processor's cache
 
@@ -84,6 +86,14 @@ def plan_raster(source: Placed, duplicates: str = "error") -> Raster:
     if pixels < MIN_PIXELS:
         number = "one measured pixel" if pixels == 1 else f"only {pixels} measured pixels"
         raise InputError(f"has {number}", where=source.path, remedy=f"at least {MIN_PIXELS} make an image")
+    steps = [int(np.gcd.reduce(offsets)) for offsets in (row, col) if offsets.any()]
+    if pixels >= MANY_PIXELS and min(steps) > 1:
+        step = " and ".join(str(step) for step in dict.fromkeys(steps[::-1]))
+        raise InputError(
+            f"has coordinates in steps of {step} (x, y): lengths, or pixels left out in both directions",
+            where=source.path,
+            remedy="export it with pixel numbers as coordinates, one apart, and give their distance as --pitch-um",
+        )
     if duplicates == "error" and counts.max() > 1:
         y, x = np.unravel_index(int(counts.argmax()), counts.shape)
         raise InputError(

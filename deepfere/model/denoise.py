@@ -150,6 +150,8 @@ def _scores(cube: NDArray[np.floating], mask: NDArray[np.bool_], seed: int) -> t
     """The group of each ion, and for each group what the ions outside it show: (S, N) noise-weighted scores."""
     table = np.asarray(cube[:, mask], np.float64)
     sd = noise_sd(cube, mask)
+    if not sd.any():
+        sd = table.std(1)  # no pixels side by side, whose differences would show the noise
     floor = 1e-9 * max(float(sd.max()), 1e-300)
     scaled = (table - table.mean(1, keepdims=True)) / np.maximum(sd, floor)[:, None]
     group = np.random.default_rng([seed, 5]).permutation(len(cube)) % _GROUPS

@@ -54,15 +54,15 @@ def shared_ions(
         InputError: No ion is found, or what the sections measured is not the same.
         SectionFailures: A section is unusable, and ions are to be found over all.
     """
-    if config.ingest.mz is not None or len(sections) < 2:
+    if len(sections) < 2:
         return None
     looked = [_Look(section, digests, work, config) for section, digests in zip(sections, inputs, strict=True)]
     beside.each(LookWorker, ((look.section, look.inputs) for look in looked), partial(progress, "look"))
     broken = set(failures.names)
     usable = [look for look in looked if look.section.name not in broken]
-    if _one_axis(usable):
-        return None
     _refuse_mixtures(usable)
+    if config.ingest.mz is not None or _one_axis(usable):
+        return None
     beside.each(SampleWorker, ((look.section, look.inputs) for look in usable), partial(progress, "sample"))
     failures.stop("the ions are common to all sections: none is ingested before all can be sampled")
     # In an order of their own: the manifest's must not change a digit.
@@ -226,4 +226,4 @@ def _refuse_mixtures(looks: list[_Look]) -> None:
                 seen.setdefault(look.facts[what], look.section.name)
         if len(seen) > 1:
             named = " and ".join(f"{value} ({name})" for value, name in seen.items())
-            raise InputError(f"the study's sections are {named}: they have no ions in common", remedy=remedy)
+            raise InputError(f"the study's sections are {named}: they do not measure the same", remedy=remedy)

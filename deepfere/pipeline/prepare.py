@@ -112,7 +112,10 @@ def ingest_stage(
 
 def _notes(section: Section, folder: SectionFolder, config: Config) -> list[str]:
     """What is to be known about the normalisation; refuses one that cannot be had."""
-    notes = open_measured(str(folder.measured)).normalisation_notes(config.ingest.normalisation)
+    try:
+        notes = open_measured(str(folder.measured)).normalisation_notes(config.ingest.normalisation)
+    except InputError as error:
+        raise InputError(error.what, where=section.msi, remedy=error.remedy) from error
     return [f"{section.msi}: {note}" for note in notes]
 
 

@@ -8,6 +8,9 @@ import numpy as np
 
 from deepfere.readers import imzml_head as head
 
+LEAST_UM, MOST_UM = 0.01, 1e4
+"""No instrument has smaller or larger pixels: the unit is wrong."""
+
 # Metres and friends in micrometres, by Unit Ontology accession or by name.
 UNITS_UM = {
     "UO:0000008": 1e6,
@@ -65,6 +68,9 @@ def stated_pitch(settings: list[head.Terms]) -> tuple[tuple[float, float] | None
     if any(not np.allclose(f, found[0], rtol=1e-6) for f in found):
         sizes = " and ".join(f"{x:g} x {y:g} um" for y, x in dict.fromkeys(found))
         return None, f"its scanSettings contradict each other on the pixel size ({sizes})"
+    if not all(LEAST_UM <= size <= MOST_UM for size in found[0]):
+        y, x = found[0]
+        return None, f"states a pixel size of {x:g} x {y:g} um (x, y), which cannot be meant"
     return found[0], ""
 
 

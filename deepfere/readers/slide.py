@@ -171,6 +171,8 @@ def _opened_as_stored(path: str | Path, given: tuple[float, float] | None, backe
         return (slide_tiff.open_tiff if backend == "tiff" else slide_flat.open_flat)(path, given)
     detected = openslide.OpenSlide.detect_format(str(path))
     if backend == "openslide":
+        if detected == "generic-tiff":
+            slide_flat.refuse_deep(path)
         return slide_openslide.open_openslide(path, given)
     if detected is None or (detected == "generic-tiff" and slide_flat.prefer_flat_tiff(path)):
         slide: Slide = slide_flat.open_flat(path, given)

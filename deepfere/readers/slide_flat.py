@@ -126,7 +126,8 @@ def prefer_flat_tiff(path: Path) -> bool:
     try:
         with tifffile.TiffFile(path) as file:
             page = file.pages.first
-            if _orientation(page) != 1 or file.is_ome:
+            # OpenSlide takes values of more than 8 bits for 8-bit ones; they are refused here.
+            if _orientation(page) != 1 or file.is_ome or page.dtype not in (np.uint8, np.bool_):
                 return True
             h0, w0 = page.shape[:2]
             sizes = [level.shape[:2] for level in file.series[0].levels]
@@ -134,6 +135,23 @@ def prefer_flat_tiff(path: Path) -> bool:
         return False
     # OpenSlide's downsample is the mean of both axes' ratios; it addresses a level exactly where that is whole.
     return not all(((h0 / h + w0 / w) / 2).is_integer() for h, w in sizes)
+
+
+def refuse_deep(path: Path) -> None:
+    """Refuse a TIFF of values that are not 8-bit ones: OpenSlide would show it, wrong.
+
+    Raises:
+        InputError: It is one.
+    """
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as file:
+            depth = file.pages.first.dtype
+    except Exception:  # whatever is wrong with it, OpenSlide will say
+        return
+    if depth not in (np.uint8, np.bool_):
+        raise InputError(f"holds {depth} values, not 8-bit ones", where=path, remedy=CONVERT)
 
 
 def is_ome_tiff(path: str | Path) -> bool:

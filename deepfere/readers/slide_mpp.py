@@ -30,7 +30,10 @@ def given_mpp(mpp_um: float | tuple[float, float]) -> tuple[float, float]:
         InputError: It is none.
     """
     pair = mpp_um if isinstance(mpp_um, tuple | list) else (mpp_um, mpp_um)
-    values = tuple(float(v) for v in pair)
+    try:
+        values = tuple(float(v) for v in pair)
+    except (TypeError, ValueError):
+        values = ()
     if len(values) != 2 or not all(math.isfinite(v) and v > 0 for v in values):
         raise InputError(
             f"{mpp_um} is not a pixel size", where="--slide-mpp-um", remedy="give one or two positive numbers"
