@@ -143,7 +143,7 @@ def ingestion(path: Path, mz: list[float] | None, rounds: int, must: str, what: 
                 writer.write_images(begin, images)
 
         # The index is measured on its own: here it is at hand, as from its cache.
-        import deepfere.measured.ingest as module
+        import deepfere.measured.ions as module
 
         module.read_index = lambda *_, **__: known
         try:

@@ -8,8 +8,8 @@ of it: a shard is rewritten as a whole, and two writers in one shard lose data s
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -211,6 +211,17 @@ def create_array(
         dimension_names=None if dimension_names is None else list(dimension_names),
         compressors=[compressor],
     )
+
+
+@contextmanager
+def chunks_at_once() -> Iterator[None]:
+    """Have zarr encode no more chunks at a time than there are cores.
+
+    Those beyond only wait: copied already, they fill memory and have left the cache when their turn comes.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with zarr.config.set({"async.concurrency": min(cores, zarr.config.get("async.concurrency"))}):
+        yield
 
 
 def exists(url: str | Place, storage_options: StorageOptions | None = None) -> bool:

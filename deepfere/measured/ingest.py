@@ -290,7 +290,7 @@ def _one_heap() -> None:
 
 
 def _give_back() -> None:
-    """Return freed memory to the system, where that can be: writing leaves cycles, the C library keeps heaps."""
+    """Return freed memory to the system, where that can be: the C library keeps what indexing has freed."""
     gc.collect(1)
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -359,7 +359,6 @@ def _write_bands(
         if not counts.all():
             block[:, counts == 0] = np.nan
         writer.write_images(begin, block)
-        _give_back()
         if progress is not None:
             progress(done + 1, len(bands))
     for image in tally.factors.values():

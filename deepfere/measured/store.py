@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from deepfere.errors import InputError
 from deepfere.frame import SectionGrid
 from deepfere.measured.normalise import FACTORS, REFERENCE, Normalisation, multiplier, notes, spectrum_factors
-from deepfere.store import Codec, StorageOptions, create_array, exists, open_group, remove
+from deepfere.store import Codec, StorageOptions, chunks_at_once, create_array, exists, open_group, remove
 
 FORMAT, FORMAT_VERSION = "deepfere-measured", 1
 CHUNK_IONS, CHUNK_PX = 64, 64
@@ -284,9 +284,10 @@ class MeasuredWriter:
 
     def write_images(self, begin: int, images: NDArray[np.float32]) -> None:
         """As `write_band`, of (M, rows, nx)."""
-        for first in range(0, len(images), self.shard_ions):
-            part = images[first : first + self.shard_ions]
-            self.ions[first : first + len(part), begin : begin + part.shape[1], :] = part
+        with chunks_at_once():
+            for first in range(0, len(images), self.shard_ions):
+                part = images[first : first + self.shard_ions]
+                self.ions[first : first + len(part), begin : begin + part.shape[1], :] = part
 
     def finish(
         self,

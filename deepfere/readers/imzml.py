@@ -156,9 +156,9 @@ def read_index(path: str | Place, *, check_ibd: bool = True, cache: str | Place 
         except InputError:
             ibd_path = path.with_suffix(".ibd")
     # Memory is little more than what has to be known: lengths are the same, and sizes mostly follow from them.
+    for name in ("mz_offset", "mz_length"):
+        columns[name] = _once(columns[name])
     columns["int_length"] = columns["mz_length"]
-    if len(set(columns["mz_offset"][[0, -1]])) == 1 and (columns["mz_offset"] == columns["mz_offset"][0]).all():
-        columns["mz_offset"] = np.broadcast_to(columns["mz_offset"][:1].copy(), len(columns["x"]))
     by_kind = {kind: columns.pop(f"{kind}_bytes") for kind in ("mz", "int")}
     walk.columns.clear()
     pitch_um, problem = stated_pitch(walk.scan_settings)
@@ -197,6 +197,12 @@ def msi_digest(path: str | Place) -> str:
         raise InputError("is empty", where=path, remedy="export it again")
     parts = content_digest(str(path)) + content_digest(str(_find_ibd(path)))
     return hashlib.sha256(parts.encode()).hexdigest()
+
+
+def _once(column: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A column whose values are all the same, as a view of one of them; others as they are."""
+    same = column[0] == column[-1] and bool((column == column[0]).all())
+    return np.broadcast_to(column[:1].copy(), len(column)) if same else column
 
 
 def _cached_walk(path: Place, cache: Place) -> head.Walk:
