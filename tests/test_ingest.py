@@ -229,6 +229,12 @@ def test_bad_input_is_one_clear_line(tmp_path, out, spectra, kw, why):
     assert not out.exists()
 
 
+def test_targets_that_are_nowhere_are_told(tmp_path, out):
+    path = write_pair(tmp_path / "a.imzML", simple_spectra())
+    with pytest.warns(UserWarning, match=r"1 of 2 targets are zero in every pixel, first m/z 150"):
+        ingest(path, out, mz=[100.0, 150.0])
+
+
 def test_all_zero_continuous_is_refused(tmp_path, out):
     spectra = [(x, y, mz, [0.0] * 3) for x, y, mz, _ in simple_spectra()]
     with pytest.raises(InputError, match="every ion is zero"):

@@ -43,6 +43,7 @@ from deepfere.measured.store import (
 from deepfere.measured.table import TableReducer
 from deepfere.measured.table import choose_ions as choose_table_ions
 from deepfere.measured.treatment import UNTREATED, Treatment
+from deepfere.readers.imzml import ImzmlIndex
 from deepfere.readers.ranges import open_binary
 from deepfere.readers.table import Table
 from deepfere.store import Codec, StorageOptions, remove
@@ -52,10 +53,10 @@ BAND_BYTES = 512 << 20
 
 @dataclass
 class _Tally:
-    """What is counted on the way."""
+    """What is counted on the way: which ions (M,) are anywhere above zero, among it."""
 
+    seen: NDArray[np.bool_]
     negatives: int = 0
-    positive: bool = False
     factors: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
@@ -171,7 +172,7 @@ def ingest(
             )
             names = FACTORS if reference_mz is None else (*FACTORS, REFERENCE)
             tally = _write_bands(source.int_length, raster, plan.reduce, names, writer, duplicates, progress)
-            if not tally.positive:
+            if not tally.seen.any():
                 raise InputError(
                     "every ion is zero in every pixel",
                     where=source.path,
@@ -180,6 +181,15 @@ def ingest(
         if tally.negatives:
             warnings.warn(
                 f"{source.path}: {tally.negatives} negative intensities set to zero", UserWarning, stacklevel=2
+            )
+        if plan.how["ions"] == "list" and isinstance(source, ImzmlIndex) and not tally.seen.all():
+            # What a table lacks is told by its variables.
+            absent = plan.ions[~tally.seen]
+            warnings.warn(
+                f"{source.path}: {len(absent)} of {len(plan.ions)} targets are zero in every pixel, first "
+                f"m/z {absent[0]:.6g}",
+                UserWarning,
+                stacklevel=2,
             )
         if "lock_mass" in plan.how:
             warnings.warn(f"{source.path}: {told(plan.how['lock_mass'])}", UserWarning, stacklevel=2)
@@ -334,9 +344,10 @@ def _write_bands(
 ) -> _Tally:
     ny, nx = raster.shape_px
     repeated = bool(raster.counts.max() > 1)
-    tally = _Tally(factors={name: np.zeros((ny, nx), np.float64 if repeated else np.float32) for name in names})
+    factors = {name: np.zeros((ny, nx), np.float64 if repeated else np.float32) for name in names}
     bands = writer.bands
     ions = writer.ions.shape[0]
+    tally = _Tally(np.zeros(ions, bool), factors=factors)
     images = np.empty((ions, writer.band_rows, nx), dtype=np.float32)  # one band, used again for the next
     for done, ((begin, end), rows) in enumerate(zip(bands, _by_band(raster, writer.band_rows), strict=True)):
         flat = images.reshape(ions, -1)
@@ -344,11 +355,13 @@ def _write_bands(
         if repeated or not counts.all():
             flat[:] = 0
         for batch in batches(lengths, rows, ions):
-            values, factors, negatives = reduce(batch)
+            values, own, negatives = reduce(batch)
             tally.negatives += negatives
-            tally.positive = tally.positive or bool(values.any())
+            # Nearly all ions are seen in the first batch: the others are few to look at.
+            missing = np.flatnonzero(~tally.seen)
+            tally.seen[missing] = values[:, missing].any(0)
             put(flat, (raster.row[batch] - begin) * nx + raster.col[batch], values, repeated)
-            for name, factor in zip(names, factors, strict=True):
+            for name, factor in zip(names, own, strict=True):
                 if repeated:
                     np.add.at(tally.factors[name], (raster.row[batch], raster.col[batch]), factor)
                 else:
