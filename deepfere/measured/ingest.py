@@ -6,14 +6,12 @@ to its own shards, whatever order the instrument scanned in. Only automatic ions
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import gc
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
@@ -25,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import DeepfereError, InputError
+from deepfere.measured.heap import give_back, tidy_heap
 from deepfere.measured.ions import Source, choose_ions, known_kind, of_region, open_source
 from deepfere.measured.lock_mass import describe, fill_shifts, shift_image, told
 from deepfere.measured.normalise import FACTORS, REFERENCE
@@ -79,6 +78,7 @@ class _Plan:
     images: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
+@tidy_heap()
 def ingest(
     msi_path: str | Path,
     out_path: str | Path,
@@ -141,13 +141,12 @@ def ingest(
     Warns:
         UserWarning: Negative intensities were set to zero; what a lock mass did.
     """
-    _one_heap()
     source = open_source(msi_path, index_cache=index_cache)
     refuse_occupied(out_path, overwrite, storage_options)
     pitch = _choose_pitch(source, pitch_um)
     source = of_region(source, region)
     raster = plan_raster(source, duplicates)
-    _give_back()
+    give_back()
     if not (math.isfinite(tolerance_ppm) and 0 < tolerance_ppm < 1e5):
         raise InputError(f"a tolerance of {tolerance_ppm} ppm", where="--tolerance-ppm", remedy="give a positive one")
     if band_rows < 1:
@@ -180,7 +179,7 @@ def ingest(
                 )
         if tally.negatives:
             warnings.warn(
-                f"{source.path}: {tally.negatives} negative intensities set to zero", UserWarning, stacklevel=2
+                f"{source.path}: {tally.negatives} negative intensities set to zero", UserWarning, stacklevel=3
             )
         if plan.how["ions"] == "list" and isinstance(source, ImzmlIndex) and not tally.seen.all():
             # What a table lacks is told by its variables.
@@ -189,10 +188,10 @@ def ingest(
                 f"{source.path}: {len(absent)} of {len(plan.ions)} targets are zero in every pixel, first "
                 f"m/z {absent[0]:.6g}",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         if "lock_mass" in plan.how:
-            warnings.warn(f"{source.path}: {told(plan.how['lock_mass'])}", UserWarning, stacklevel=2)
+            warnings.warn(f"{source.path}: {told(plan.how['lock_mass'])}", UserWarning, stacklevel=3)
         attrs = {
             **plan.how,
             "tolerance_ppm": float(tolerance_ppm),
@@ -287,23 +286,6 @@ def _whole_or_not(path: str | Path, storage_options: StorageOptions | None) -> I
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DeepfereError(f"{path}: {os.strerror(error.errno)}; make room and run it again") from error
         raise
-
-
-def _one_heap() -> None:
-    """Have the C library serve all threads from one heap, where that can be.
-
-    With one for each of the threads that write, what a band leaves free in one of them is of no use to the next band,
-    and the process grew by some 50 MB; as fast either way.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX
-
-
-def _give_back() -> None:
-    """Return freed memory to the system, where that can be: the C library keeps what indexing has freed."""
-    gc.collect(1)
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _version() -> str:
