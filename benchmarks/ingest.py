@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from xml.parsers import expat
 
 import common
@@ -145,11 +146,13 @@ def ingestion(path: Path, mz: list[float] | None, rounds: int, must: str, what: 
         # The index is measured on its own: here it is at hand, as from its cache.
         import deepfere.measured.ions as module
 
-        module.read_index = lambda *_, **__: known
+        at_hand = mock.Mock(return_value=known)
+        module.read_index = at_hand
         try:
             best = timed({"floor": write, "ours": lambda options=options: ingest(path, out, **options)}, rounds)
         finally:
             module.read_index = read_index
+        assert at_hand.called, "the index was read again, and timed"
         name = "blosc-zstd 1 bit-shuffle" if codec == "blosc" else "zstd 1"
         rows += ratio(f"{what}, {name}: of reading once and writing once", best["ours"], best["floor"], bar)
         megabytes = known.ibd_path.stat().st_size / 1e6

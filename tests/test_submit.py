@@ -154,6 +154,7 @@ def test_every_option_of_a_job_is_known_to_be_a_setting_or_not():
         (["--to", "ray", "--address", "10.0.0.5:6379"], "http://HOST:8265"),
         (["--to", "ray", "--image", "a/b:1"], "--to kuberay"),
         (["--to", "kuberay"], "--image"),
+        (["--to", "kuberay", "--image", "a/b:1", "--namespace", "A B"], "--namespace"),
         (["--to", "kuberay", "--image", "a/b:1", "train.use_gpu=true"], "--gpu-image"),
         (["--to", "kuberay", "--image", "a/b:1", "reconstruct.use_gpu=true"], "reconstruct.use_gpu=true and no image"),
         (["--to", "local", "tracking.uri=mlruns"], "tracking.uri"),
