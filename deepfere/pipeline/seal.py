@@ -244,9 +244,17 @@ def _small(group: Any, name: str, values: Any) -> None:
     array[...] = values
 
 
-def _provenance(one: Unsealed) -> None:
-    from importlib.metadata import version
+def _version(package: str) -> str:
+    """Of an installed package; a result is not lost for want of its name."""
+    from importlib.metadata import PackageNotFoundError, version
 
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _provenance(one: Unsealed) -> None:
     packages = ("ray", "torch", "zarr", "numpy", "openslide-python", "imagecodecs", "pyimzml", "mlflow")
     prep, model, fit, config, work = one.prep, one.model, one.fit, one.config, Workspace(one.root)
     notes = list(one.outcome.warnings)
@@ -287,7 +295,7 @@ def _provenance(one: Unsealed) -> None:
             "slide": work.facts("tile", prep.section.name).get("slide"),
             "config": config.resolved(),
             "versions": {"deepfere": __version__, "python": platform.python_version()}
-            | {name: version(name) for name in packages},
+            | {name: _version(name) for name in packages},
             "model": {
                 "tier": model["tier"],
                 **one.outcome.model,
