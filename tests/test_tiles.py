@@ -139,6 +139,31 @@ def test_tissue_is_found_and_glass_left_out(tmp_path):
     assert inside.mean() > 0.95 and len(plan) >= 25 and len(plan) < plan.candidates / 2
 
 
+@pytest.mark.parametrize("backend", ["tiff", "openslide"])
+def test_damage_does_not_keep_tissue_from_being_found(tmp_path, backend):
+    """A slide of one level, read whole to see tissue: a bad tile costs its tiles, wherever it lies."""
+    image = np.full((1024, 1024, 3), 243, np.uint8)
+    image[256:768, 320:704] = picture(512, 384) // 4 + np.array([120, 40, 110], np.uint8)
+    path = write_jpeg_tiff(tmp_path / "s.tif", image, factors=(1,))
+    spec = TileSpec(64, 1.0, tissue=0.2)  # a damaged native tile is a quarter of one
+    whole = open_slide(path, backend=backend)
+    want = plan_tiles(whole, spec)
+    there = dict(zip(map(tuple, want.corner_px.tolist()), read_all(want, whole)[0], strict=True))
+    for row, col in ((0, 1), (8, 8)):  # glass, and in the middle of the tissue; native tiles of 64 px, 0.5 um
+        damage(path, 16 * row + col, "head")
+    slide = open_slide(path, backend=backend)
+    plan = plan_tiles(slide, spec)
+    corners = list(map(tuple, plan.corner_px.tolist()))
+    assert set(corners) == {*there, (0, 0)} and (256, 256) in there
+    for corner, tile, error in zip(corners, *read_all(plan, slide), strict=True):
+        assert (error is not None) == (corner in ((0, 0), (256, 256)))
+        np.testing.assert_array_equal(tile, np.full_like(tile, 255) if error else there[corner])
+    for native in range(256):
+        damage(path, native, "head")
+    with pytest.raises(InputError, match="level 0 cannot be decoded"):
+        plan_tiles(open_slide(path, backend=backend), spec)
+
+
 @pytest.mark.ray
 def test_ray_rows_are_the_tiles(tmp_path, monkeypatch, ray_session):
     import deepfere.tiling.tile_source as source

@@ -43,16 +43,32 @@ class Level:
     tile_px: tuple[int, int] = field(default=(256, 256), compare=False)
 
 
-class Slide(Protocol):
+class Readable(Protocol):
+    """Pixels of a pyramid.
+
+    Attributes:
+        shape_px: Level-0 pixels (h, w).
+        mpp_um: Micrometres per level-0 pixel (y, x).
+        levels: The pyramid, level 0 first.
+        background: (3,) uint8, the colour where there is no image.
+    """
+
+    shape_px: tuple[int, int]
+    mpp_um: tuple[float, float]
+    levels: tuple[Level, ...]
+    background: NDArray[np.uint8]
+
+    def read(self, level: int, row: int, col: int, height: int, width: int) -> NDArray[np.uint8]:
+        """RGB (height, width, 3) of a window in pixels of ``level``; background outside the image."""
+        ...
+
+
+class Slide(Readable, Protocol):
     """An opened slide.
 
     Attributes:
         path: Where it is.
         backend: "openslide", "tiff", "flat" or "zarr": which reader it is.
-        shape_px: Level-0 pixels (h, w).
-        mpp_um: Micrometres per level-0 pixel (y, x).
-        levels: The pyramid, level 0 first.
-        background: (3,) uint8, the colour where there is no image.
         profile: Its embedded ICC profile; None where it has none.
         icc: "srgb" where the profile is applied, "none" where pixels are as stored.
     """
@@ -61,18 +77,10 @@ class Slide(Protocol):
     backend: Backend
     icc: Icc
     profile: bytes | None
-    shape_px: tuple[int, int]
-    mpp_um: tuple[float, float]
-    levels: tuple[Level, ...]
-    background: NDArray[np.uint8]
 
     @property
     def decoded(self) -> int | None:
         """Native tiles decoded so far by this process; None where the reader does not count."""
-        ...
-
-    def read(self, level: int, row: int, col: int, height: int, width: int) -> NDArray[np.uint8]:
-        """RGB (height, width, 3) of a window in pixels of ``level``; background outside the image."""
         ...
 
     def close(self) -> None:
@@ -241,7 +249,7 @@ def whole_downsample(full: int, reduced: int) -> float:
 
 
 def read_area(
-    slide: Slide,
+    slide: Readable,
     origin_um: tuple[float, float],
     shape_px: tuple[int, int],
     mpp_um: float | tuple[float, float],
@@ -283,7 +291,7 @@ def read_area(
 
 
 def area_axes(
-    slide: Slide, origin_um: tuple[float, float], shape_px: tuple[int, int], mpp_um: tuple[float, float]
+    slide: Readable, origin_um: tuple[float, float], shape_px: tuple[int, int], mpp_um: tuple[float, float]
 ) -> tuple[int, tuple[Axis, Axis]]:
     """The level that `read_area` reads for a window, and the window's overlaps with it along y and x."""
     level = adequate_level(slide, mpp_um)
@@ -302,7 +310,7 @@ def area_axes(
     return level, (y, x)
 
 
-def adequate_level(slide: Slide, mpp_um: tuple[float, float]) -> int:
+def adequate_level(slide: Readable, mpp_um: tuple[float, float]) -> int:
     """The coarsest level that is no coarser than wanted on either axis; level 0 where none is."""
     best = 0
     for k, level in enumerate(slide.levels):

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
-from deepfere.readers.slide import Reading, Slide, read_area
+from deepfere.readers.slide import Readable, Reading, Slide, read_area
 from deepfere.readers.slide_area import snapped, source_per_output
+from deepfere.readers.slide_damaged import ReadAround
 
 TISSUE_UM = 8.0
 """Pixel size of the tissue mask."""
@@ -65,12 +66,23 @@ class TissueMask:
 
     @classmethod
     def of(cls, slide: Slide, mpp_um: float = TISSUE_UM) -> TissueMask:
-        """Tissue by colour, as the fusion finds it (`deepfere.model.features`), from the pyramid."""
+        """Tissue by colour, as the fusion finds it (`deepfere.model.features`), from the pyramid.
+
+        What is damaged there counts as tissue, so that its tiles are planned: reading them tells, or succeeds.
+
+        Raises:
+            InputError: Nothing of it can be read.
+        """
         from deepfere.model.features import base_planes, stain_reference
 
-        rgb, coverage, spacing = tissue_overview(slide, mpp_um)
+        around = ReadAround(slide)
+        rgb, coverage, spacing = tissue_overview(around, mpp_um)
+        damaged = around.damaged(coverage.shape, spacing)
+        coverage = np.where(damaged, 0, coverage).astype(np.float32)
+        if around.first is not None and not coverage.any():
+            raise around.first
         planes = base_planes(rgb, coverage, 1, stain_reference(rgb, coverage))
-        return cls(planes[5] > 127, spacing)
+        return cls((planes[5] > 127) | damaged, spacing)
 
     def shares(self, corner_um: NDArray[np.float64], side_um: float) -> NDArray[np.float32]:
         """Share of each square (n corners (y, x), one side) that is tissue: exact, all at once.
@@ -96,7 +108,7 @@ class TissueMask:
 
 
 def tissue_overview(
-    slide: Slide, mpp_um: float = TISSUE_UM
+    slide: Readable, mpp_um: float = TISSUE_UM
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], tuple[float, float]]:
     """All of a slide, small: RGB (h, w, 3), coverage (h, w), and pixel size (y, x), not finer than the slide's."""
     spacing = (max(mpp_um, slide.mpp_um[0]), max(mpp_um, slide.mpp_um[1]))
