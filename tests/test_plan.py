@@ -355,6 +355,37 @@ def test_patches_hold_what_lies_there(source):
                     np.testing.assert_array_equal(patch[name][:, a, b], expected)
 
 
+@pytest.mark.parametrize("most_bytes", [1, 6 * 16 * 16 * 7, 1 << 20])
+def test_kept_chunks_make_the_same_windows(source, monkeypatch, most_bytes):
+    from deepfere.readers.kept_tiles import KeptTiles
+    from deepfere.tiling.cache import PlaneReader, PlaneWindows
+
+    monkeypatch.setattr("deepfere.tiling.cache.CHUNK_PX", 16)
+    patches, planes, _ = source
+    reader, read = PlaneReader(patches.cache, GuideSpec.from_dict(patches.spec)), []
+
+    def counted(*window):
+        read.append(window)
+        return reader(*window)
+
+    kept = KeptTiles(most_bytes)
+    ours, other = (PlaneWindows(look, kept, n) for n, look in enumerate((counted, lambda *w: 255 - reader(*w))))
+    rng = np.random.default_rng(1)
+    for _ in range(40):
+        (r0, r1), (c0, c1) = (np.sort(rng.choice(size + 1, 2, replace=False)) for size in planes.shape[1:])
+        height, width = r1 - r0 + rng.integers(0, 5), c1 - c0 + rng.integers(0, 5)
+        pad = [(0, height - (r1 - r0)), (0, width - (c1 - c0)), (0, 0)]
+        want = np.pad(planes[:, r0:r1, c0:c1].transpose(1, 2, 0), pad, mode="edge")
+        for windows, expected in ((ours, want), (other, 255 - want)):
+            np.testing.assert_array_equal(windows((r0, r1, c0, c1), (height, width)), expected)
+    assert kept.bytes <= max(most_bytes, 16 * 16 * 7)
+    covered = np.zeros((4, 4), int)
+    for r0, r1, c0, c1 in read:
+        covered[r0 // 16 : r1 // 16, c0 // 16 : c1 // 16] += 1
+    # Where all fit, none is asked for twice but what lies between missing ones.
+    assert (len(read) <= 16) == (most_bytes == 1 << 20) and covered.min() >= 1
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("count", [0, 1, 7, 60, 700])
 def test_groups_hold_every_shard_once_and_are_compact(seed, count):

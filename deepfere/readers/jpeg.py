@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 from numpy.typing import NDArray
 
 _STREAMED = 32
+_MARKER = re.compile(rb"\xff[^\x00]")
 
 
 def pixel_memory(height: int, width: int) -> NDArray[np.uint8]:
@@ -34,9 +37,11 @@ def jpeg_damage(data: bytes) -> str | None:
             restarts = True
         position += 2 + int.from_bytes(data[position + 2 : position + 4])
         if marker == 0xDA:
-            end = data.rfind(b"\xff\xd9")
+            end, first = data.rfind(b"\xff\xd9"), _MARKER.search(data, position)
             if end < position:
                 return "it is cut off"
+            if first is not None and first.start() == end:
+                return None  # as nearly always; what follows takes five times as long
             scan = np.frombuffer(data, np.uint8, end - position, position)
             after = scan[np.flatnonzero(scan[:-1] == 0xFF) + 1]
             strange = (after != 0) & ~((after >= 0xD0) & (after < 0xD8) & restarts)

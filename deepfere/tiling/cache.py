@@ -5,6 +5,7 @@ A shard is written whole by one writer (`write_shard`); the slide is read at the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from deepfere.errors import DeepfereError, InputError
 from deepfere.model.artefacts import Artefacts
 from deepfere.model.features import PLANES, StainReference, base_planes
 from deepfere.model.guide import GuideSpec
+from deepfere.readers.kept_tiles import KeptTiles
 from deepfere.readers.slide import Reading, Slide, area_axes, opened, read_area
 from deepfere.store import create_array, open_group, shard_object, sync_shard
 from deepfere.tiling.plan import CHUNK_PX, SHARD_PX, PlaneGrid
@@ -143,3 +145,46 @@ class PlaneReader:
     def __call__(self, r0: int, r1: int, c0: int, c1: int) -> NDArray[np.uint8]:
         """Planes (7, r1 - r0, c1 - c0) uint8."""
         return np.asarray(self._array[:, r0:r1, c0:c1])
+
+
+class PlaneWindows:
+    """Windows of a cache for training, which come again and overlap: decoded chunks are kept.
+
+    Args:
+        planes: The cache.
+        kept: Where chunks are kept, as (rows, columns, 7); caches may share it.
+        number: This cache's among those that share.
+    """
+
+    def __init__(self, planes: PlaneReader, kept: KeptTiles, number: int = 0) -> None:
+        self._planes, self._kept, self._number = planes, kept, number
+
+    def __call__(self, window: tuple[int, int, int, int], shape_px: tuple[int, int]) -> NDArray[np.uint8]:
+        """Planes (h, w, 7) uint8 of a window (r0, r1, c0, c1), as large as ``shape_px``: its edge goes on."""
+        r0, r1, c0, c1 = window
+        height, width = r1 - r0, c1 - c0
+        out = np.empty((*shape_px, len(PLANES)), np.uint8)
+        for row, col, chunk in self._chunks(r0 // CHUNK_PX, -(-r1 // CHUNK_PX), c0 // CHUNK_PX, -(-c1 // CHUNK_PX)):
+            y, x = row * CHUNK_PX, col * CHUNK_PX
+            a, b, c, d = max(y, r0), min(y + CHUNK_PX, r1), max(x, c0), min(x + CHUNK_PX, c1)
+            out[a - r0 : b - r0, c - c0 : d - c0] = chunk[a - y : b - y, c - x : d - x]
+        out[:height, width:] = out[:height, width - 1 : width]
+        out[height:] = out[height - 1 : height]
+        return out
+
+    def _chunks(self, r0: int, r1: int, c0: int, c1: int) -> Iterator[tuple[int, int, NDArray[np.uint8]]]:
+        places = [(row, col) for row in range(r0, r1) for col in range(c0, c1)]
+        found = dict(zip(places, self._kept.find((self._number, *place) for place in places), strict=True))
+        missing = np.array([place for place, chunk in found.items() if chunk is None])
+        if len(missing):
+            # One look at all that is missing: its chunks are decoded side by side.
+            (top, left), (bottom, right) = missing.min(0).tolist(), missing.max(0).tolist()
+            edges = (top, bottom + 1, left, right + 1)
+            block = self._planes(*(CHUNK_PX * edge for edge in edges)).transpose(1, 2, 0)
+            for row, col in missing.tolist():
+                y, x = (row - top) * CHUNK_PX, (col - left) * CHUNK_PX
+                found[row, col] = np.ascontiguousarray(block[y : y + CHUNK_PX, x : x + CHUNK_PX])
+        for (row, col), chunk in found.items():
+            assert chunk is not None
+            self._kept.used((self._number, row, col), chunk, again=True)
+            yield row, col, chunk

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from deepfere.tiling.patches import MIXED_GROUPS, PatchReader, PatchSource
+from deepfere.readers.kept_tiles import KeptTiles
+from deepfere.tiling.patches import KEPT_BYTES, MIXED_GROUPS, PatchReader, PatchSource
 
 MOST_BLOCKS = 16384
 """Of a longer training steps share blocks, and several workers then mix their patches otherwise than one does."""
@@ -36,8 +37,11 @@ class LoadPatches:
     """Callable of ``map_batches``: reads the patches of a batch of rows from the caches."""
 
     def __init__(self, sources: list[dict[str, Any]], patch_px: int, shape_px: tuple[int, int]) -> None:
+        kept = KeptTiles(KEPT_BYTES)
         # Patches come from a few sections at a time (`deepfere.tiling.patches.order_of`).
-        self._reader = lru_cache(maxsize=2 * MIXED_GROUPS)(lambda n: PatchReader(PatchSource(**sources[n]), patch_px))
+        self._reader = lru_cache(maxsize=2 * MIXED_GROUPS)(
+            lambda n: PatchReader(PatchSource(**sources[n]), patch_px, kept, n)
+        )
         self._shape = shape_px
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from deepfere.frame import Alignment
 from deepfere.measured.operator import take
 from deepfere.model.guide import Cells, GuideSpec
 from deepfere.places import reading
-from deepfere.tiling.cache import PlaneReader
+from deepfere.readers.kept_tiles import KeptTiles
+from deepfere.tiling.cache import PlaneReader, PlaneWindows
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ GROUP_PATCHES = 64
 """Neighbouring patches of one section that are drawn at about the same time: they share shards of its cache."""
 MIXED_GROUPS = 8
 """Groups whose patches are drawn in one order: what is open at a time does not grow with the study."""
+KEPT_BYTES = 256 << 20
+"""Decoded chunks that a loader keeps: patches overlap, and those of a few groups come mixed."""
 
 
 def order_of(patches: list[tuple[int, int]], rng: np.random.Generator) -> list[int]:
@@ -103,13 +106,16 @@ class PatchReader:
     Args:
         source: The section.
         patch_px: Side in measured pixels.
+        kept: Decoded chunks of planes; readers of several sections may share it.
+        number: This section's among those that share.
     """
 
-    def __init__(self, source: PatchSource, patch_px: int) -> None:
+    def __init__(self, source: PatchSource, patch_px: int, kept: KeptTiles | None = None, number: int = 0) -> None:
         self.source, self.side = source, patch_px
         self.spec = GuideSpec.from_dict(source.spec)
         self.alignment = Alignment.from_dict(source.alignment)
-        self._planes = PlaneReader(source.cache, self.spec)
+        kept = KeptTiles(KEPT_BYTES) if kept is None else kept
+        self._planes = PlaneWindows(PlaneReader(source.cache, self.spec), kept, number)
         with reading(source.arrays) as path, np.load(path) as arrays:
             self._factors, self._pooled, self._weight = arrays["factors"], arrays["pooled"], arrays["weight"]
 
@@ -130,17 +136,14 @@ class PatchReader:
             and in held-out blocks).
         """
         i0, j0 = self.source.cells[patch]
-        r0, r1, c0, c1 = self.window(patch)
-        planes = self._planes(r0, r1, c0, c1).transpose(1, 2, 0)
-        pad = [(0, shape_px[0] - planes.shape[0]), (0, shape_px[1] - planes.shape[1]), (0, 0)]
-        planes = np.pad(planes, pad, mode="edge")
+        where = self.window(patch)
         ny, nx = self._weight.shape
         rows, cols = np.arange(i0, i0 + self.side), np.arange(j0, j0 + self.side)
         inside = ((rows >= 0) & (rows < ny))[:, None] & ((cols >= 0) & (cols < nx))[None]
         window = (i0, i0 + self.side, j0, j0 + self.side)
         return {
-            "planes": np.ascontiguousarray(planes),
-            "origin": np.array([r0, c0], np.int64),
+            "planes": self._planes(where, shape_px),
+            "origin": np.array([where[0], where[2]], np.int64),
             "cell": np.array([i0, j0], np.int64),
             "pooled": take(self._pooled, *window).astype(np.float32),
             "target": take(self._factors, *window).astype(np.float32),

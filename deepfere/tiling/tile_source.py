@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ray.data.block import Block, BlockAccessor, BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from deepfere.tiling.groups import TileReader, group_tiles
+from deepfere.tiling.groups import Group, TileReader, group_tiles
 from deepfere.tiling.tiles import TilePlan
 
 TASK_BYTES = 1 << 30
@@ -36,6 +36,9 @@ class SlideTiles(Datasource):
         plans: Tiles of each slide, all of one side.
         apply: See `tile_dataset`.
 
+    Attributes:
+        block_bytes: Pixels of a whole block, of the plan where that is least; known after `get_read_tasks`.
+
     Raises:
         ValueError: Their sides differ.
     """
@@ -46,6 +49,7 @@ class SlideTiles(Datasource):
         if len({plan.spec.tile_px for plan in plans}) > 1:
             raise ValueError("tiles of one dataset have one side")
         self._plans = list(plans)
+        self.block_bytes = BLOCK_BYTES
 
     def estimate_inmemory_data_size(self) -> int:
         """Bytes of all tiles' pixels: exact, as shapes are fixed. What ``apply`` makes of them is not known."""
@@ -59,6 +63,9 @@ class SlideTiles(Datasource):
         tasks = []
         for plan in self._plans:
             groups = group_tiles(plan)
+            if groups:
+                whole = _groups_per_block(plan, groups) * _most_tiles(groups) * _tile_bytes(plan)
+                self.block_bytes = min(self.block_bytes, whole)
             size = len(plan) * _tile_bytes(plan)
             wanted = max(1, round(size / TASK_BYTES), round(parallelism * size / total))
             for part in np.array_split(np.arange(len(groups)), min(wanted, len(groups))) if groups else ():
@@ -98,8 +105,9 @@ def tile_dataset(
         tasks = max(1, int(4 * ray.cluster_resources().get("CPU", 1.0))) if ray.is_initialized() else 1
     # Ray splits the blocks of a source that has fewer tasks than it asks for, and then fuses nothing.
     out = ray.data.read_datasource(source, override_num_blocks=len(source.get_read_tasks(tasks)) or None, **options)
-    # Blocks are to go on as they are: small ones Ray would join by copying, which needs more than half of this.
-    out.context.target_max_block_size = BLOCK_BYTES // 2
+    # Blocks are to go on as they are: Ray joins those that are smaller than this, and cuts those that are half as large
+    # again, both by copying.
+    out.context.target_max_block_size = int(0.95 * source.block_bytes)
     # A thread that asks the kernel once a second what the task's memory is made of holds up its page faults.
     out.context.memory_usage_poll_interval_s = None
     return out
@@ -109,10 +117,18 @@ def _tile_bytes(plan: TilePlan) -> int:
     return plan.spec.tile_px**2 * 3
 
 
+def _most_tiles(groups: list[Group]) -> int:
+    return max(len(group.tiles) for group in groups)
+
+
+def _groups_per_block(plan: TilePlan, groups: list[Group]) -> int:
+    return max(1, BLOCK_BYTES // (_tile_bytes(plan) * _most_tiles(groups)))
+
+
 def read_tiles(plan: TilePlan, numbers: NDArray[np.int64]) -> Iterator[Block]:
     """A plan's tiles, whose numbers in the whole plan are ``numbers``, in blocks of some neighbouring groups."""
     reader, groups = TileReader(plan), group_tiles(plan)
-    side, each = plan.spec.tile_px, max(1, BLOCK_BYTES // (_tile_bytes(plan) * max(len(g.tiles) for g in groups)))
+    side, each = plan.spec.tile_px, _groups_per_block(plan, groups)
     for first in range(0, len(groups), each):
         members = groups[first : first + each]
         tiles = np.concatenate([group.tiles for group in members])
