@@ -181,3 +181,17 @@ def test_slurm_says_how_it_is_used(slurm, arguments):
     assert slurm.run(*arguments) == 2
     assert slurm.output.startswith("usage: sbatch")
     assert not slurm.log()
+
+
+def test_a_folder_with_a_percent_sign(tmp_path):
+    """Slurm reads %j and its like in the name of the log; the folder is told to it as it is."""
+    from deepfere.submit import slurm
+    from deepfere.submit.submission import Submission
+
+    out = tmp_path / "100%j"
+    submission = Submission("fuse", ("a.imzML",), load_config(None, []), "a.imzML", str(out), "job", {})
+    script = slurm.Slurm().script(submission, "job")
+    *_, log = re.findall(r"^#SBATCH '?--output=([^'\n]*)", script, re.MULTILINE)  # Slurm takes the last
+    assert log == f"{tmp_path}/100%%j.jobs/job-%j.out"
+    *_, folder = re.findall(r"^#SBATCH '?--chdir=([^'\n]*)", script, re.MULTILINE)
+    assert folder == f"{out}.jobs"

@@ -98,6 +98,8 @@ def test_two_workers_learn_what_one_learns(stage, manifest, place, tracking, cli
 
 
 def test_reconstruct_writes_every_section(stage, manifest, tracking):
+    from mlflow import MlflowClient
+
     before = markers(manifest)
     done = stage("reconstruct")
     assert done.code == 0, done
@@ -107,6 +109,9 @@ def test_reconstruct_writes_every_section(stage, manifest, tracking):
         assert result.ions["consistency"].max() <= 1e-5
         assert result.provenance["model"]["version"] == "1"
         assert result.provenance["section"]["name"] == name
+    recorded = MlflowClient(tracking).get_run(result.provenance["run"]["run_id"]).data.metrics
+    assert {"one.consistency_worst", "two.consistency_worst"} <= recorded.keys()
+    assert recorded.keys().isdisjoint({"consistency_worst", "ions_informed"})
     finished, runs = markers(manifest), endings(tracking)
     again = stage("reconstruct")
     assert again.code == 0 and again.out.count("finished already") == 2
