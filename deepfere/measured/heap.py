@@ -8,6 +8,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+_AFTER = {"MMAP": 32 << 20, "TRIM": 64 << 20}
+"""Bytes of glibc's thresholds afterwards, unless the environment names them (workers': `deepfere.cluster.MEMORY`)."""
+
 
 @contextmanager
 def tidy_heap() -> Iterator[None]:
@@ -20,7 +23,8 @@ def tidy_heap() -> Iterator[None]:
     try:
         yield
     finally:
-        _limits(32 << 20, int(os.environ.get("MALLOC_TRIM_THRESHOLD_", 64 << 20)))
+        kept = (os.environ.get(f"MALLOC_{name}_THRESHOLD_", default) for name, default in _AFTER.items())
+        _limits(*map(int, kept))
 
 
 def _limits(mmap_bytes: int, trim_bytes: int) -> None:
