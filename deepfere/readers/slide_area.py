@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -77,17 +78,25 @@ class Axis:
         """Sparse (outputs, sources) overlaps of output pixels [begin, end), and the sources' range."""
         from scipy import sparse
 
-        start, stop = self.start[begin:end], self.stop[begin:end]
-        counts = stop - start
+        indptr, source, overlap = self._overlaps
         first, last = self.reach(begin, end)
-        indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        source = np.arange(indptr[-1]) - np.repeat(indptr[:-1], counts) + np.repeat(start, counts)
-        low, high = np.repeat(self.edges[begin:end], counts), np.repeat(self.edges[begin + 1 : end + 1], counts)
+        a, b = indptr[begin], indptr[end]
+        matrix = sparse.csr_array(
+            (overlap[a:b], source[a:b] - np.int32(first), indptr[begin : end + 1] - a),
+            shape=(end - begin, last - first),
+        )
+        return matrix, first, last
+
+    @cached_property
+    def _overlaps(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
+        """Of all output pixels one after the other: where each begins, source pixels, overlaps with them."""
+        counts = self.stop - self.start
+        indptr = np.concatenate([[0], np.cumsum(counts)])
+        source = np.arange(indptr[-1]) - np.repeat(indptr[:-1], counts) + np.repeat(self.start, counts)
+        low, high = np.repeat(self.edges[:-1], counts), np.repeat(self.edges[1:], counts)
         right = np.where(source == self.size - 1, self.last, source + 1.0)
         overlap = np.minimum(high, right) - np.maximum(low, source)
-        columns = (source - first).astype(np.int32)
-        matrix = sparse.csr_array((overlap.astype(np.float32), columns, indptr), shape=(end - begin, last - first))
-        return matrix, first, last
+        return indptr.astype(np.int32), source.astype(np.int32), overlap.astype(np.float32)
 
 
 def source_per_output(wanted_um: float, level_um: float) -> float:
