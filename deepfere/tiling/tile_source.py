@@ -60,12 +60,11 @@ class SlideTiles(Datasource):
     ) -> list[ReadTask]:
         """Read tasks of about `TASK_BYTES`, more if so many are asked for; each a run of neighbouring groups."""
         total = max(1, self.estimate_inmemory_data_size())
-        tasks = []
+        tasks, sizes = [], []
         for plan in self._plans:
             groups = group_tiles(plan)
             if groups:
-                whole = _groups_per_block(plan, groups) * _most_tiles(groups) * _tile_bytes(plan)
-                self.block_bytes = min(self.block_bytes, whole)
+                sizes.append(_groups_per_block(plan, groups) * _most_tiles(groups) * _tile_bytes(plan))
             size = len(plan) * _tile_bytes(plan)
             wanted = max(1, round(size / TASK_BYTES), round(parallelism * size / total))
             for part in np.array_split(np.arange(len(groups)), min(wanted, len(groups))) if groups else ():
@@ -80,6 +79,7 @@ class SlideTiles(Datasource):
                 taken = plan.take(tiles), tiles
                 task = partial(read_tiles, *taken) if apply is None else partial(apply_tiles, *taken, apply)
                 tasks.append(ReadTask(task, metadata, per_task_row_limit=per_task_row_limit))
+        self.block_bytes = min(sizes, default=BLOCK_BYTES)
         return tasks
 
 
