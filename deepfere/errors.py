@@ -35,6 +35,10 @@ class IdentityError(InputError):
     """A result or work folder made from other inputs or settings stands at the wanted path."""
 
 
+class DamagedPixels(InputError):
+    """Pixels of a slide that lie there but cannot be decoded; the rest of it can be read."""
+
+
 class StorageError(DeepfereError):
     """A store at a URL keeps failing, or stopped answering; what lies there stays as it is."""
 

@@ -164,6 +164,23 @@ def test_damage_does_not_keep_tissue_from_being_found(tmp_path, backend):
         plan_tiles(open_slide(path, backend=backend), spec)
 
 
+def test_what_is_no_damage_ends_the_job(slide_path, monkeypatch):
+    """A store that lets nobody in any more: not asked tile by tile, and no tile is given out as damaged."""
+    slide = open_slide(slide_path, backend="openslide")
+    plan, asked = plan_tiles(slide, TileSpec(64, 0.5)), []
+
+    def refuse(*window):
+        asked.append(window)
+        raise InputError("access is refused", where="s3://bucket/s.tif")
+
+    monkeypatch.setattr(slide, "read", refuse)
+    with pytest.raises(InputError, match="access is refused"):
+        TissueMask.of(slide)
+    with pytest.raises(InputError, match="access is refused"):
+        read_all(plan, slide)
+    assert len(asked) == 2
+
+
 @pytest.mark.ray
 def test_ray_rows_are_the_tiles(tmp_path, monkeypatch, ray_session):
     import deepfere.tiling.tile_source as source

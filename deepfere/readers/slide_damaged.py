@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from deepfere.errors import InputError
+from deepfere.errors import DamagedPixels
 from deepfere.readers.slide import Slide
 
 
@@ -22,7 +22,7 @@ class ReadAround:
     def __init__(self, slide: Slide) -> None:
         self.shape_px, self.mpp_um, self.levels = slide.shape_px, slide.mpp_um, slide.levels
         self.background = slide.background
-        self.first: InputError | None = None
+        self.first: DamagedPixels | None = None
         self._slide = slide
         self._damaged: list[tuple[int, int, int, int, int]] = []
 
@@ -30,7 +30,7 @@ class ReadAround:
         """See `deepfere.readers.slide.Slide.read`; a window that cannot be read is read native tile by native tile."""
         try:
             return self._slide.read(level, row, col, height, width)
-        except InputError as error:
+        except DamagedPixels as error:
             self.first = self.first or error
         out = np.empty((height, width, 3), np.uint8)
         out[:] = self.background
@@ -41,7 +41,7 @@ class ReadAround:
                 a, b, c, d = max(y, top), min(y + th, bottom), max(x, left), min(x + tw, right)
                 try:
                     out[a - row : b - row, c - col : d - col] = self._slide.read(level, a, c, b - a, d - c)
-                except InputError:
+                except DamagedPixels:
                     self._damaged.append((level, a, b, c, d))
         return out
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deepfere.errors import InputError
+from deepfere.errors import DamagedPixels, DeepfereError, InputError
 from deepfere.readers.ranges import Ranges, first_bytes, open_ranges
 from deepfere.readers.slide import (
     Backend,
@@ -97,10 +97,10 @@ class FlatSlide:
             rows, cols = cols, rows
         try:
             image = self._stored[level][1](rows[0], cols[0], rows[1], cols[1])
-        except InputError:
+        except DeepfereError:
             raise
         except Exception as error:  # codecs raise whatever they like
-            raise InputError(
+            raise DamagedPixels(
                 f"level {level} cannot be decoded at row {top}, column {left} ({error})",
                 where=self.path,
                 remedy="copy or export the picture again",

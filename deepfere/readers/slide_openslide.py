@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deepfere.errors import InputError
+from deepfere.errors import DamagedPixels, InputError
 from deepfere.readers.slide import Backend, Icc, Level, on_background, open_slide, whole_downsample
 from deepfere.readers.slide_mpp import number, trusted_mpp
 
@@ -117,7 +117,7 @@ class OpenSlideSlide:
             # After an error OpenSlide refuses everything: what else the slide holds is read through a new handle.
             self._handle = openslide.OpenSlide(self.path)
             self._handle.set_cache(self._cache)
-            raise InputError(
+            raise DamagedPixels(
                 f"level {level} cannot be decoded at row {top}, column {left} ({error})",
                 where=self.path,
                 remedy="copy or scan the slide again",

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deepfere.errors import InputError
+from deepfere.errors import DamagedPixels, InputError
 from deepfere.readers.jpeg import jpeg_damage, pixel_memory
 from deepfere.readers.kept_tiles import KeptTiles
 from deepfere.readers.ranges import Ranges, open_ranges
@@ -190,9 +190,9 @@ class TiffSlide:
         self.decoded += 1
         return out
 
-    def _damaged(self, level: int, r: int, c: int, why: str) -> InputError:
+    def _damaged(self, level: int, r: int, c: int, why: str) -> DamagedPixels:
         th, tw = self.tiled[level].tile_px
-        return InputError(
+        return DamagedPixels(
             f"level {level} cannot be decoded at row {r * th}, column {c * tw}: its tile {r}, {c} (row, column) is "
             f"damaged ({why})",
             where=self.path,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deepfere.errors import InputError
+from deepfere.errors import DamagedPixels, InputError
 from deepfere.readers.kept_tiles import KeptTiles
 from deepfere.readers.slide import Backend, Icc, Level, open_slide, whole_downsample
 from deepfere.readers.slide_mpp import trusted_mpp
@@ -133,7 +133,7 @@ class ZarrSlide:
             except Exception as error:  # codecs raise whatever they like
                 if is_url(self.path) and (isinstance(error, OSError) or is_passing(error)):
                     raise
-                raise InputError(
+                raise DamagedPixels(
                     f"level {level} cannot be decoded at row {r * th}, column {first * tw}: of its chunks {r}, {first} "
                     f"to {r}, {last - 1} (row, column) one is damaged ({type(error).__name__}: {error})",
                     where=self.path,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from deepfere.errors import InputError
+from deepfere.errors import DamagedPixels
 from deepfere.readers.slide import Slide, opened
 from deepfere.readers.slide_area import Axis, average
 from deepfere.readers.slide_tiff import TiffSlide
@@ -121,14 +121,14 @@ class TileReader:
                 else:
                     self._cut(group, self._source(group.window_px, group.use), out)
                 return out, errors
-            except InputError:
+            except DamagedPixels:
                 pass  # which tiles it costs shows when they are read one by one
         for k, number in enumerate(group.tiles):
             r0, r1, c0, c1 = (int(v) for v in self.plan.window_px[number])
             single = Group(group.tiles[k : k + 1], (r0, r1, c0, c1), _ONE)
             try:
                 self._cut(single, self._source(single.window_px, None), out[k : k + 1])
-            except InputError as error:
+            except DamagedPixels as error:
                 out[k], errors[k] = self.slide.background, str(error)
         return out, errors
 
