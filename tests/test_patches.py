@@ -1,0 +1,188 @@
+"""Training patches: their order, what one holds, and what their loaders keep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deepfere.frame import Alignment, SectionGrid
+from deepfere.model.guide import Cells, GuideSpec
+from deepfere.tiling.patches import (
+    GROUP_PATCHES,
+    MIXED_GROUPS,
+    PatchReader,
+    PatchSource,
+    draw,
+    order_of,
+    plane_shape,
+)
+from deepfere.tiling.plan import plan_patches
+
+
+def test_every_patch_is_drawn_before_any_is_drawn_again():
+    patches = [(s, p) for s in range(2) for p in range(5)]
+    rows = draw(patches, steps=15, batch=2, seed=3)
+    assert [(r["step"], r["slot"]) for r in rows] == [(n // 2, n % 2) for n in range(30)]
+    for begin in (0, 10, 20):
+        assert sorted((r["section"], r["patch"]) for r in rows[begin : begin + 10]) == patches
+    assert {(r["flip_y"], r["flip_x"]) for r in rows} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    assert draw(patches, 15, 2, 3) == rows
+    assert draw(patches, 15, 2, 4) != rows
+    # A longer training begins like the shorter one, in its order of patches.
+    assert [r["patch"] for r in draw(patches, 30, 2, 3)][:30] == [r["patch"] for r in rows]
+
+
+def test_a_large_study_is_shuffled_by_groups_then_locally():
+    patches = [(s, p) for s in range(40) for p in range(2 * GROUP_PATCHES)]
+    order = order_of(patches, np.random.default_rng(0))
+    assert sorted(order) == list(range(len(patches)))
+    pool = MIXED_GROUPS * GROUP_PATCHES
+    for begin in range(0, len(order), pool):
+        part = order[begin : begin + pool]
+        sections = [patches[n][0] for n in part]
+        assert len(set(sections)) <= MIXED_GROUPS, "few sections are open at a time"
+        # Within it no section is through before the next begins.
+        assert np.mean(np.diff(sections) != 0) > 0.5
+        # Neighbours are drawn together.
+        assert len({(s, patches[n][1] // GROUP_PATCHES) for s, n in zip(sections, part, strict=True)}) <= MIXED_GROUPS
+    firsts = [patches[order[k]][0] for k in range(0, len(order), pool)]
+    assert firsts != sorted(firsts)
+    assert order != order_of(patches, np.random.default_rng(1))
+    few = [(s, p) for s in range(3) for p in range(20)]
+    mixed = [few[n][0] for n in order_of(few, np.random.default_rng(0))]
+    assert set(mixed[:20]) == {0, 1, 2}
+
+
+def test_loaders_hold_few_sections(source, monkeypatch):
+    patches, _, _ = source
+    from dataclasses import asdict
+
+    from deepfere.tiling import dataset
+
+    opened = []
+
+    def reader(*arguments):
+        opened.append(arguments)
+        return PatchReader(*arguments)
+
+    monkeypatch.setattr(dataset, "PatchReader", reader)
+    load = dataset.LoadPatches([asdict(patches)] * 100, 4, plane_shape([patches], 4))
+    assert not opened
+    rows = {"section": np.array([3, 3, 99]), "patch": np.zeros(3, int), "step": np.zeros(3, int)}
+    flips = {"flip_y": np.zeros(3, int), "flip_x": np.zeros(3, int)}
+    out = load(rows | flips)
+    assert len(opened) == 2 and out["section"].tolist() == [3, 3, 99]
+    load({k: np.repeat(v[:1], 100) for k, v in (rows | flips).items()} | {"section": np.arange(100)})
+    assert load._reader.cache_info().currsize == 2 * MIXED_GROUPS
+
+
+@pytest.mark.ray
+def test_the_executor_of_the_patches_rests_between_steps(ray_session, source):
+    """Once, however many datasets a process makes; other datasets have their own."""
+    import ray
+
+    from deepfere.tiling import dataset
+
+    patches, _, _ = source
+    rows = [{"section": 0, "patch": 0, "step": n, "flip_y": 0, "flip_x": 0} for n in range(4)]
+    shape = plane_shape([patches], 5)
+    for _ in range(2):
+        made = dataset.patch_dataset(rows, [patches], 5, shape, 2, 1)
+        (rest,) = made.context.custom_execution_callback_classes
+        assert rest().on_execution_step(None) is None
+        assert not ray.data.DataContext.get_current().custom_execution_callback_classes
+    batches = list(made.iter_batches(batch_size=2))
+    assert [batch["step"].tolist() for batch in batches] == [[0, 1], [2, 3]]
+
+
+@pytest.fixture
+def source(tmp_path):
+    from deepfere.store import create_array, open_group
+
+    rng = np.random.default_rng(0)
+    grid = SectionGrid((9, 7), (20.0, 20.0))
+    spec = GuideSpec(grid, 2, (5.0, 5.0), (60, 50), (240.0, 240.0, 240.0), 0.15)
+    planes = rng.integers(0, 255, (7, 60, 50)).astype(np.uint8)
+    group = open_group(str(tmp_path / "planes.zarr"), "w")
+    create_array(group, "planes", planes.shape, "uint8", (7, 16, 16), (7, 32, 32))[:] = planes
+    group.attrs["spacing_um"] = list(spec.spacing_um)
+    arrays: dict[str, Any] = {
+        "factors": rng.standard_normal((3, 9, 7)),
+        "pooled": rng.standard_normal((4, 9, 7)),
+        "weight": rng.random((9, 7)),
+    }
+    np.savez(tmp_path / "arrays.npz", **arrays)
+    alignment = Alignment(np.array([[1.0, 0.1], [-0.1, 1.0]]), np.array([40.0, 50.0]))
+    cells = plan_patches(grid, np.ones((9, 7), bool), 5, 1).tolist()
+    patches = PatchSource(
+        cache=str(tmp_path / "planes.zarr"),
+        arrays=str(tmp_path / "arrays.npz"),
+        spec=spec.to_dict(),
+        alignment=alignment.to_dict(),
+        cells=cells,
+        context_px=1,
+        radius_px=2,
+        margin_px=2,
+    )
+    return patches, planes, arrays
+
+
+def test_patches_hold_what_lies_there(source):
+    patches, planes, arrays = source
+    reader, shape = PatchReader(patches, 5), plane_shape([patches], 5)
+    windows = [reader.window(n) for n in range(len(patches.cells))]
+    assert shape == (max(w[1] - w[0] for w in windows), max(w[3] - w[2] for w in windows))
+    for n, (i0, j0) in enumerate(patches.cells):
+        patch = reader.load(n, shape)
+        r0, r1, c0, c1 = windows[n]
+        assert patch["planes"].shape == (*shape, 7)
+        assert patch["origin"].tolist() == [r0, c0]
+        assert patch["cell"].tolist() == [i0, j0]
+        np.testing.assert_array_equal(patch["planes"][: r1 - r0, : c1 - c0], planes[:, r0:r1, c0:c1].transpose(1, 2, 0))
+        # The planes hold all that the core and its context sample, wherever the slide has it.
+        core = reader.spec.points_um(Cells(i0 + 1, i0 + 4, j0 + 1, j0 + 4), patches.radius_px)
+        at = np.clip(reader.alignment.map(core) / 5.0 - 0.5, 0, [59, 49])
+        assert (np.floor(at) >= [r0, c0]).all()
+        assert (np.ceil(at) < [r1, c1]).all()
+        for a in range(5):
+            for b in range(5):
+                i, j = i0 + a, j0 + b
+                inside = 0 <= i < 9 and 0 <= j < 7
+                near = min(max(i, 0), 8), min(max(j, 0), 6)
+                assert patch["weight"][a, b] == np.float32(arrays["weight"][near] if inside else 0.0)
+                for name, key in (("target", "factors"), ("pooled", "pooled")):
+                    expected = arrays[key][:, near[0], near[1]].astype(np.float32)
+                    np.testing.assert_array_equal(patch[name][:, a, b], expected)
+
+
+@pytest.mark.parametrize("most_bytes", [1, 6 * 16 * 16 * 7, 1 << 20])
+def test_kept_chunks_make_the_same_windows(source, monkeypatch, most_bytes):
+    from deepfere.readers.kept_tiles import KeptTiles
+    from deepfere.tiling.cache import PlaneReader, PlaneWindows
+
+    monkeypatch.setattr("deepfere.tiling.cache.CHUNK_PX", 16)
+    patches, planes, _ = source
+    reader, read = PlaneReader(patches.cache, GuideSpec.from_dict(patches.spec)), []
+
+    def counted(*window):
+        read.append(window)
+        return reader(*window)
+
+    kept = KeptTiles(most_bytes)
+    ours, other = (PlaneWindows(look, kept, n) for n, look in enumerate((counted, lambda *w: 255 - reader(*w))))
+    rng = np.random.default_rng(1)
+    for _ in range(40):
+        (r0, r1), (c0, c1) = (np.sort(rng.choice(size + 1, 2, replace=False)) for size in planes.shape[1:])
+        height, width = r1 - r0 + rng.integers(0, 5), c1 - c0 + rng.integers(0, 5)
+        pad = [(0, height - (r1 - r0)), (0, width - (c1 - c0)), (0, 0)]
+        want = np.pad(planes[:, r0:r1, c0:c1].transpose(1, 2, 0), pad, mode="edge")
+        for windows, expected in ((ours, want), (other, 255 - want)):
+            np.testing.assert_array_equal(windows((r0, r1, c0, c1), (height, width)), expected)
+    assert kept.bytes <= max(most_bytes, 16 * 16 * 7)
+    covered = np.zeros((4, 4), int)
+    for r0, r1, c0, c1 in read:
+        covered[r0 // 16 : r1 // 16, c0 // 16 : c1 // 16] += 1
+    # Where all fit, none is asked for twice but what lies between missing ones.
+    assert (len(read) <= 16) == (most_bytes == 1 << 20) and covered.min() >= 1
