@@ -182,12 +182,10 @@ class _Distances(torch.autograd.Function):
     The gradient is written down rather than recorded: 256 x 256 pairs of 800 windows would be kept several times.
     """
 
-    CHUNK, GPU_CHUNK = 16, 400
-    """Windows at a time: on a CPU what fits its caches, on a GPU few launches."""
+    CHUNK = 16
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, guide: Tensor, starts: Tensor, size: int) -> Tensor:
-        chunk = _Distances.GPU_CHUNK if image.is_cuda else _Distances.CHUNK
         channels, height, width = image.shape
         step = torch.arange(size, device=image.device)
         inside = (step[:, None] * width + step).reshape(-1)
@@ -196,8 +194,8 @@ class _Distances(torch.autograd.Function):
         lit = (led.sum(0) >= BLACK).to(image.dtype)
         total = image.new_zeros((), dtype=torch.float64)
         slope = image.new_empty((channels, *index.shape))
-        for n in range(0, len(index), chunk):
-            some = index[n : n + chunk]
+        for n in range(0, len(index), _Distances.CHUNK):
+            some = index[n : n + _Distances.CHUNK]
             a = flat[:, some]
             gap = _squares(a) - _squares(led[:, some])
             counted = lit[some]
