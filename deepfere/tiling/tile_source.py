@@ -93,7 +93,7 @@ def tile_dataset(
         tasks: At least so many read tasks; None is four for each CPU that the cluster has.
         apply: Takes the columns of some tiles (NumPy arrays of one length); what it gives, columns of one length too,
             become the rows: a network's features of each tile, a score. It is called in the task that reads, while the
-            pixels are in the processor's cache and before anything becomes a block: a tenth faster than with
+            pixels are in the processor's cache and before anything becomes a block: a little faster than with
             ``map_batches``. The pixels' memory is used again afterwards; what is returned is copied. A column that is
             not there for all tiles, or not of one number type, is an error of the job (``ValueError``).
         **options: For ``ray.data.read_datasource``: ``num_cpus``, ``memory``, ``ray_remote_args``, ...
