@@ -20,6 +20,7 @@ from zarr.codecs import BloscCodec, ZstdCodec
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import FsspecStore, LocalStore
 
+from deepfere.codecs import DiskStore
 from deepfere.errors import InputError
 from deepfere.places import Place, UrlPath, place, remove_tree
 from deepfere.remote import FIRST_TRIES, OPTIONS, TRIES, answered, answered_later, is_url
@@ -131,7 +132,7 @@ def open_group(
         # Not Path.exists: of an impossible name, too long or with a null byte, it raises.
         if mode in ("r", "r+") and not os.path.exists(str(url)):  # noqa: PTH110
             raise missing(url)
-        store = LocalStore(Path(str(url)), read_only=mode == "r")
+        store = DiskStore(Path(str(url)), read_only=mode == "r")
     try:
         return zarr.open_group(store, mode=mode, zarr_format=3, attributes=dict(attributes or {}))
     except (FileNotFoundError, zarr.errors.GroupNotFoundError, zarr.errors.ContainsArrayError) as error:

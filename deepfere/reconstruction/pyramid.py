@@ -20,6 +20,8 @@ from deepfere.store import open_group, sync_shard
 
 PIECE_VALUES = 1 << 17
 """Values that are averaged at a time."""
+READ_BYTES = 16 << 20
+"""So much of a level is read at a time, or one row of a shard's chunks."""
 
 
 def pixels_below(start: int, stop: int, level: int, full: int) -> NDArray[np.float32]:
@@ -126,9 +128,8 @@ def _pairs(values: NDArray[np.float32], counts: NDArray[np.float32], axis: int) 
     return out
 
 
-def _halves(start: int, stop: int, side: int) -> list[tuple[int, int]]:
-    middle = min(start + side // 2, stop)
-    return [(a, b) for a, b in ((start, middle), (middle, stop)) if b > a]
+def _steps(start: int, stop: int, step: int) -> list[tuple[int, int]]:
+    return [(at, min(at + step, stop)) for at in range(start, stop, max(step, 1))]
 
 
 class PyramidWorker(RowWorker):
@@ -146,9 +147,12 @@ class PyramidWorker(RowWorker):
         r0, c0 = row["row"] * side_y, row["col"] * side_x
         r1, c1 = min(r0 + side_y, target.shape[1]), min(c0 + side_x, target.shape[2])
         values = np.empty((target.shape[0], r1 - r0, c1 - c0), target.dtype)
-        # A quarter at a time, one shard of the level below: less is held, and whole shards are read faster.
-        for top, bottom in _halves(r0, r1, side_y):
-            for left, right in _halves(c0, c1, side_x):
+        # A shard of the level below at a time, or some of its rows of chunks: what is read is held three times over.
+        width, chunk = side_x // 2, below.chunks[1]
+        held = chunk * 2 * width * len(values) * values.itemsize
+        height = max(1, min(side_y // chunk, READ_BYTES // held)) * chunk // 2
+        for top, bottom in _steps(r0, r1, height):
+            for left, right in _steps(c0, c1, width):
                 y0, y1 = 2 * top, min(2 * bottom, below.shape[1])
                 x0, x1 = 2 * left, min(2 * right, below.shape[2])
                 counts = pixels_below(y0, y1, level - 1, full[0]), pixels_below(x0, x1, level - 1, full[1])

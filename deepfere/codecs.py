@@ -1,0 +1,138 @@
+"""How chunks are encoded and decoded: zarr's codecs, without what makes them slow.
+
+Zarr decodes a shard's chunks one by one as tasks of an event loop, which takes longer than decompressing; what lies on a
+local disk is read by zarrs instead, which does so in Rust. Writing stays zarr's: zarrs writes in place, so that a
+process that is killed leaves half a file under the name of a whole one, and a full disk has no error number.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.abc.store import ByteGetter, ByteSetter, Store
+from zarr.codecs import ShardingCodec
+from zarr.core.array_spec import ArrayConfig, ArraySpec
+from zarr.core.buffer import NDBuffer
+from zarr.core.codec_pipeline import BatchedCodecPipeline
+from zarr.core.indexing import SelectorTuple
+from zarr.core.metadata import ArrayMetadata, ArrayV3Metadata
+from zarr.registry import register_pipeline
+from zarr.storage import LocalStore
+from zarrs import ZarrsCodecPipeline
+
+from deepfere.errors import InputError
+
+_OURS, _ZARRS = "deepfere.codecs.Pipeline", "zarr.core.codec_pipeline.BatchedCodecPipeline"
+
+
+class DiskStore(LocalStore):
+    """A local store of deepfere's, which zarrs reads."""
+
+
+class Pipeline(BatchedCodecPipeline):
+    """Zarr's, but for how it finds that a chunk holds nothing but its fill value and need not be written."""
+
+    @classmethod
+    def from_array_metadata_and_store(cls, array_metadata: ArrayMetadata, store: Store) -> Any:
+        """As in zarr; arrays of a `DiskStore` are read by zarrs."""
+        if not isinstance(store, DiskStore) or not isinstance(array_metadata, ArrayV3Metadata):
+            raise NotImplementedError  # zarr's word for "take `from_codecs`"
+        return ReadInRust.of(array_metadata, store)
+
+    async def write_batch(
+        self,
+        batch_info: Iterable[tuple[ByteSetter, ArraySpec, SelectorTuple, SelectorTuple, bool]],
+        value: NDBuffer,
+        drop_axes: tuple[int, ...] = (),
+    ) -> None:
+        """As in zarr."""
+        if not isinstance(self.array_bytes_codec, ShardingCodec):  # whose chunks come here themselves
+            batch_info = [(at, _sparing(spec, value, out), chunk, out, all_) for at, spec, chunk, out, all_ in batch_info]
+        await super().write_batch(batch_info, value, drop_axes)
+
+
+def _sparing(spec: ArraySpec, value: NDBuffer, selection: SelectorTuple) -> ArraySpec:
+    """The spec of a chunk: not to be compared with its fill value where it is plain that it differs.
+
+    Zarr compares whole chunks, floating-point ones bit by bit, which takes longer than compressing them.
+    """
+    if spec.config.write_empty_chunks or not value.shape:
+        return spec
+    values, fill = value[selection].as_numpy_array(), np.asarray(spec.fill_value)
+    if values.dtype.kind not in "iuf" or not values.size:
+        return spec
+    first = (slice(0, 1),) * values.ndim  # nearly always enough
+    if _differ(values[first], fill) or _differ(values, fill):
+        return replace(spec, config=ArrayConfig(order=spec.config.order, write_empty_chunks=True))
+    return spec
+
+
+def _differ(values: NDArray[Any], fill: NDArray[Any]) -> bool:
+    """Whether some values are not the fill value; a zero's sign counts, what a NaN holds does not."""
+    if fill.dtype.kind == "f" and np.isnan(fill):
+        return not np.isnan(values).all()
+    if fill == 0 and not fill.tobytes().strip(b"\0"):
+        return bool(values.view(f"u{values.dtype.itemsize}").any())
+    return bool((values != fill).any())
+
+
+class ReadInRust(ZarrsCodecPipeline):
+    """Reads with zarrs and writes with zarr."""
+
+    @classmethod
+    def of(cls, metadata: ArrayV3Metadata, store: DiskStore) -> ReadInRust:
+        """For an array of a local store; zarrs knows stores by their class."""
+        with zarr.config.set({"threading.max_workers": _threads()}):
+            pipeline = cls.from_array_metadata_and_store(metadata, LocalStore(store.root, read_only=True))
+        pipeline.python_impl = cast(Any, Pipeline.from_codecs(metadata.codecs))
+        return pipeline
+
+    async def read(
+        self,
+        batch_info: Iterable[tuple[ByteGetter, ArraySpec, SelectorTuple, SelectorTuple, bool]],
+        out: NDBuffer,
+        drop_axes: tuple[int, ...] = (),
+    ) -> Any:
+        """As in zarr.
+
+        Raises:
+            InputError: A chunk is damaged or cut off.
+        """
+        batch = list(batch_info)
+        try:
+            return await super().read(batch, out, drop_axes)
+        except RuntimeError as error:
+            where = Path(self.store.root) / batch[0][0].path if len(batch) == 1 else self.store.root  # type: ignore[attr-defined]
+            raise InputError(
+                f"holds a chunk that cannot be read ({error})", where=where, remedy="copy or make it again"
+            ) from error
+
+    async def write(
+        self,
+        batch_info: Iterable[tuple[ByteSetter, ArraySpec, SelectorTuple, SelectorTuple, bool]],
+        value: NDBuffer,
+        drop_axes: tuple[int, ...] = (),
+    ) -> None:
+        """As in zarr."""
+        assert self.python_impl is not None
+        await self.python_impl.write(batch_info, value, drop_axes)
+
+
+def _threads() -> int:
+    """As many as numerical libraries may use here."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdecimal() and int(given):
+        return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+register_pipeline(Pipeline)
+if zarr.config.get("codec_pipeline.path") == _ZARRS:  # another choice is the user's
+    zarr.config.set({"codec_pipeline.path": _OURS})

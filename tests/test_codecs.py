@@ -1,0 +1,116 @@
+"""Chunks: what zarrs reads and what is written are what zarr itself reads and writes."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from zarr.storage import LocalStore
+
+from deepfere.codecs import Pipeline, ReadInRust
+from deepfere.errors import InputError
+from deepfere.store import create_array, open_group
+
+ZARRS_OWN = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
+SHAPE, CHUNKS, SHARDS = (2, 37, 50), (2, 8, 8), (2, 16, 24)
+
+
+def values_of(dtype, seed=0):
+    """Chunks of every kind: full, empty, all but one value empty, with both zeros, with and of NaN."""
+    rng = np.random.default_rng(seed)
+    values = (rng.random(SHAPE) * 200).astype(dtype)
+    values[:, :16, :24] = 0
+    values[1, 15, 23] = 7
+    values[:, 16:24, :8] = 0
+    if values.dtype.kind == "f":
+        values[:, 24:32, 8:16] = -0.0
+        values[:, 16:24, 24:32] = np.nan
+        values[0, 17, 40] = np.nan
+    return values
+
+
+def filled(folder, dtype, fill, sharded, codec="zstd"):
+    group = open_group(folder, "w")
+    array = create_array(
+        group, "a", SHAPE, dtype, CHUNKS, SHARDS if sharded else None, fill_value=fill, codec=codec
+    )  # fmt: skip
+    array[:, :32] = values_of(dtype)[:, :32]
+    array[:, 3:5, 7:30] = values_of(dtype, 1)[:, 3:5, 7:30]
+    array[:, 16:24, 8:16] = fill
+    return array
+
+
+def objects(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+CASES = [("uint8", 0), ("int32", -3), ("float16", 0), ("float32", 0), ("float32", np.nan), ("float64", 1.5)]
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize(("dtype", "fill"), CASES)
+def test_what_is_written_is_what_zarr_writes(tmp_path, dtype, fill, sharded):
+    assert isinstance(filled(tmp_path / "ours", dtype, fill, sharded).async_array.codec_pipeline, ReadInRust)
+    with zarr.config.set(ZARRS_OWN):
+        filled(tmp_path / "zarr", dtype, fill, sharded)
+    ours, theirs = objects(tmp_path / "ours"), objects(tmp_path / "zarr")
+    assert ours == theirs
+    assert len(ours) > 4
+
+
+@pytest.mark.parametrize("codec", ["zstd", "blosc"])
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize(("dtype", "fill"), CASES)
+def test_what_is_read_is_what_zarr_reads(tmp_path, dtype, fill, sharded, codec):
+    filled(tmp_path / "s", dtype, fill, sharded, codec)
+    with zarr.config.set(ZARRS_OWN):
+        theirs = zarr.open_group(LocalStore(tmp_path / "s"), mode="r")["a"]
+    ours = open_group(tmp_path / "s")["a"]
+    assert type(ours.async_array.codec_pipeline) is ReadInRust
+    assert type(theirs.async_array.codec_pipeline) is not ReadInRust
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.tuples(*(st.tuples(st.integers(0, n - 1), st.integers(1, n)) for n in SHAPE)))
+    def same(window):
+        index = tuple(slice(start, start + length) for start, length in window)
+        a, b = ours[index], theirs[index]
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
+
+    same()
+    np.testing.assert_array_equal(ours[1, 5], theirs[1, 5])
+    np.testing.assert_array_equal(ours.oindex[:, [3, 30, 31], 4:9], theirs.oindex[:, [3, 30, 31], 4:9])
+    np.testing.assert_array_equal(ours.vindex[[0, 1], [3, 30], [4, 44]], theirs.vindex[[0, 1], [3, 30], [4, 44]])
+
+
+@pytest.mark.parametrize("left", [0, 10, -60, -3])
+def test_a_shard_that_is_cut_off_is_no_fill_value(tmp_path, left):
+    array = filled(tmp_path / "s", "uint8", 0, True)
+    shard = tmp_path / "s" / "a" / "c" / "0" / "1" / "1"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:left])
+    with pytest.raises(InputError, match=r"s/a/c/0/1/1: holds a chunk that cannot be read \(.*copy or make it again"):
+        array[:, 16:32, 24:48]
+    with pytest.raises(InputError, match="s: holds a chunk that cannot be read"):
+        array[...]
+    shard.write_bytes(whole)
+    assert array[...].any()
+
+
+def test_a_choice_of_the_users_is_left(tmp_path):
+    code = (
+        "import zarr; zarr.config.set({'codec_pipeline.path': 'zarrs.ZarrsCodecPipeline'}); import deepfere.store;"
+        "print(zarr.config.get('codec_pipeline.path'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "zarrs.ZarrsCodecPipeline"
+
+
+def test_other_stores_are_zarrs_own():
+    array = zarr.create_array({}, shape=(4, 4), chunks=(2, 2), dtype="uint8")
+    array[...] = np.arange(16).reshape(4, 4)
+    assert type(array.async_array.codec_pipeline) is Pipeline
+    np.testing.assert_array_equal(array[1:, 1:], np.arange(16).reshape(4, 4)[1:, 1:])
