@@ -153,9 +153,7 @@ def case(name: str, quick: bool, folder: Path) -> list[Row]:
     # What a process needs to start is no part of a pyramid; reading level 0 is.
     start, mine_b, all_b = spent["start"], peak["mine"], peak["all"]
     mine = spent["mine"] - start
-    theirs, rust = (
-        spent[f"all{how}"] - spent[f"own{how}"] + spent[f"read{how}"] - start for how in ("", " in Rust")
-    )
+    theirs, rust = (spent[f"all{how}"] - spent[f"own{how}"] + spent[f"read{how}"] - start for how in ("", " in Rust"))
     apart = compare(path, folder / f"{name}-all.zarr")
     shown = {
         "deepfere": (mine, mine_b),

@@ -1,7 +1,7 @@
 """How chunks are encoded and decoded: zarr's codecs, without what makes them slow.
 
-Zarr decodes a shard's chunks one by one as tasks of an event loop, which takes longer than decompressing; what lies on a
-local disk is read by zarrs instead, which does so in Rust. Writing stays zarr's: zarrs writes in place, so that a
+Zarr decodes a shard's chunks one by one as tasks of an event loop, which takes longer than decompressing; what lies on
+a local disk is read by zarrs instead, which does so in Rust. Writing stays zarr's: zarrs writes in place, so that a
 process that is killed leaves half a file under the name of a whole one, and a full disk has no error number.
 """
 
@@ -54,7 +54,9 @@ class Pipeline(BatchedCodecPipeline):
     ) -> None:
         """As in zarr."""
         if not isinstance(self.array_bytes_codec, ShardingCodec):  # whose chunks come here themselves
-            batch_info = [(at, _sparing(spec, value, out), chunk, out, all_) for at, spec, chunk, out, all_ in batch_info]
+            batch_info = [
+                (at, _sparing(spec, value, out), chunk, out, all_) for at, spec, chunk, out, all_ in batch_info
+            ]
         await super().write_batch(batch_info, value, drop_axes)
 
 

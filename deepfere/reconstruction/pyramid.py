@@ -18,7 +18,7 @@ from deepfere.reconstruction.shards import delete_shard
 from deepfere.rows import Phase, Phases, Row, RowWorker
 from deepfere.store import open_group, sync_shard
 
-PIECE_VALUES = 1 << 17
+PIECE_VALUES = 1 << 18
 """Values that are averaged at a time."""
 READ_BYTES = 16 << 20
 """So much of a level is read at a time, or one row of a shard's chunks."""
