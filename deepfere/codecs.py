@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +27,7 @@ from zarr.core.metadata import ArrayMetadata, ArrayV3Metadata
 from zarr.registry import register_pipeline
 from zarr.storage import LocalStore
 from zarrs import ZarrsCodecPipeline
+from zarrs.pipeline import UnsupportedMetadataError, ZarrsCodecPipelineState, get_codec_pipeline_impl
 
 from deepfere.errors import InputError
 
@@ -91,10 +93,19 @@ class ReadInRust(ZarrsCodecPipeline):
     @classmethod
     def of(cls, metadata: ArrayV3Metadata, store: DiskStore) -> ReadInRust:
         """For an array of a local store; zarrs knows stores by their class."""
-        with zarr.config.set({"threading.max_workers": _threads()}):
-            pipeline = cls.from_array_metadata_and_store(metadata, LocalStore(store.root, read_only=True))
-        pipeline.python_impl = cast(Any, Pipeline.from_codecs(metadata.codecs))
+        pipeline = cls(metadata, LocalStore(store.root, read_only=True), None, None)
+        pipeline._begin()
         return pipeline
+
+    def __setstate__(self, state: ZarrsCodecPipelineState) -> None:
+        self.metadata, self.store = state["metadata"], state["store"]  # type: ignore[typeddict-item]
+        self._begin()
+
+    def _begin(self) -> None:
+        self.python_impl = Pipeline.from_codecs(cast(ArrayV3Metadata, self.metadata).codecs)
+        self.impl = None  # zarr reads what zarrs does not know
+        with zarr.config.set({"threading.max_workers": _threads()}), suppress(UnsupportedMetadataError):
+            self.impl = get_codec_pipeline_impl(self.metadata, self.store, strict=True)
 
     async def read(
         self,
@@ -108,6 +119,8 @@ class ReadInRust(ZarrsCodecPipeline):
             InputError: A chunk is damaged or cut off.
         """
         batch = list(batch_info)
+        if _forked:  # threads are not forked, and zarrs would wait for them
+            self.impl = None
         try:
             return await super().read(batch, out, drop_axes)
         except RuntimeError as error:
@@ -127,6 +140,14 @@ class ReadInRust(ZarrsCodecPipeline):
         await self.python_impl.write(batch_info, value, drop_axes)
 
 
+_forked = False
+
+
+def _in_child() -> None:
+    global _forked
+    _forked = True
+
+
 def _threads() -> int:
     """As many as numerical libraries may use here."""
     given = os.environ.get("OMP_NUM_THREADS", "")
@@ -135,6 +156,8 @@ def _threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
 register_pipeline(Pipeline)
 if zarr.config.get("codec_pipeline.path") == _ZARRS:  # another choice is the user's
     zarr.config.set({"codec_pipeline.path": _OURS})

@@ -1,5 +1,7 @@
 """Chunks: what zarrs reads and what is written are what zarr itself reads and writes."""
 
+import os
+import pickle
 import subprocess
 import sys
 
@@ -98,6 +100,39 @@ def test_a_shard_that_is_cut_off_is_no_fill_value(tmp_path, left):
         array[...]
     shard.write_bytes(whole)
     assert array[...].any()
+
+
+@pytest.mark.parametrize("threads", ["1", "3"])
+def test_a_forked_process_reads(tmp_path, threads):
+    """Readers of a training program may be such: zarrs' threads are not among what is forked."""
+    filled(tmp_path / "s", "uint8", 0, True)
+    code = (
+        "import os, signal, sys; from deepfere.store import open_group; a = open_group(sys.argv[1])['a']; x = a[...]\n"
+        "if not (pid := os.fork()):\n"
+        "    signal.alarm(30); os._exit((a[...] == x).all() and (open_group(sys.argv[1])['a'][...] == x).all() and 7)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "s"], capture_output=True, text=True, check=True,
+        env={**os.environ, "OMP_NUM_THREADS": threads},
+    )  # fmt: skip
+    assert done.stdout.strip() == "7"
+
+
+def test_an_array_travels(tmp_path):
+    array = filled(tmp_path / "s", "float32", np.nan, True)
+    other = pickle.loads(pickle.dumps(array))
+    assert type(other.async_array.codec_pipeline) is ReadInRust
+    np.testing.assert_array_equal(other[...], array[...])
+    other[:, :16, :24] = 5
+    assert (array[:, :16, :24] == 5).all()
+
+
+def test_what_zarrs_does_not_know_is_read_by_zarr(tmp_path):
+    group = open_group(tmp_path / "s", "w")
+    group.create_array("names", shape=(5,), chunks=(2,), dtype=str)
+    group["names"][:] = np.array(list("abcde"))
+    assert list(open_group(tmp_path / "s")["names"][1:4]) == ["b", "c", "d"]
 
 
 def test_a_choice_of_the_users_is_left(tmp_path):
