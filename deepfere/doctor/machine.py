@@ -46,6 +46,7 @@ MINIMUMS = {
     "tifffile": "2025.5",
     "torch": "2.9",
     "zarr": "3.1.6",
+    "zarrs": "0.2.3",
 }
 OPENSLIDE = "4.0.1"  # the first without CVE-2026-54604 (uninitialised pixels)
 GIB = 1 << 30
