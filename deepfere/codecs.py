@@ -7,7 +7,9 @@ process that is killed leaves half a file under the name of a whole one, and a f
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -28,10 +30,13 @@ from zarr.registry import register_pipeline
 from zarr.storage import LocalStore
 from zarrs import ZarrsCodecPipeline
 from zarrs.pipeline import UnsupportedMetadataError, ZarrsCodecPipelineState, get_codec_pipeline_impl
+from zarrs.utils import make_chunk_info_for_rust_with_indices
 
 from deepfere.errors import InputError
 
-_OURS, _ZARRS = "deepfere.codecs.Pipeline", "zarr.core.codec_pipeline.BatchedCodecPipeline"
+_OURS, _DEFAULT = "deepfere.codecs.Pipeline", "zarr.core.codec_pipeline.BatchedCodecPipeline"
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 class DiskStore(LocalStore):
@@ -117,17 +122,31 @@ class ReadInRust(ZarrsCodecPipeline):
 
         Raises:
             InputError: A chunk is damaged or cut off.
+            OSError: The system refuses to read it.
         """
         batch = list(batch_info)
-        if _forked:  # threads are not forked, and zarrs would wait for them
-            self.impl = None
+        # Threads are not forked, and zarrs would wait for them.
+        boxes = None if _forked or drop_axes or self.impl is None else _boxes(batch, out)
         try:
-            return await super().read(batch, out, drop_axes)
-        except RuntimeError as error:
-            where = Path(self.store.root) / batch[0][0].path if len(batch) == 1 else self.store.root  # type: ignore[attr-defined]
-            raise InputError(
-                f"holds a chunk that cannot be read ({error})", where=where, remedy="copy or make it again"
-            ) from error
+            if boxes is not None and self.impl is not None:
+                chunks, pixels = boxes
+                known = make_chunk_info_for_rust_with_indices(chunks, (), pixels.shape)
+                await asyncio.to_thread(
+                    self.impl.retrieve_chunks_and_apply_index, known.chunk_info_with_indices, pixels
+                )
+                return None
+            self._refuse_empty(batch)
+            assert self.python_impl is not None
+            return await self.python_impl.read(batch, out, drop_axes)
+        except (RuntimeError, ValueError, OSError) as error:
+            text = " ".join(str(error).split())
+            if (number := _OS_ERROR.search(text)) is not None:
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(self._array(batch))) from error
+            if (isinstance(error, OSError) and error.errno) or (
+                isinstance(error, ValueError) and "checksum" not in text
+            ):
+                raise
+            raise self._damaged(self._array(batch), text) from error
 
     async def write(
         self,
@@ -136,8 +155,63 @@ class ReadInRust(ZarrsCodecPipeline):
         drop_axes: tuple[int, ...] = (),
     ) -> None:
         """As in zarr."""
+        batch = list(batch_info)
+        self._refuse_empty([part for part in batch if not part[4]])
         assert self.python_impl is not None
-        await self.python_impl.write(batch_info, value, drop_axes)
+        await self.python_impl.write(batch, value, drop_axes)
+
+    def _refuse_empty(self, batch: list[Any]) -> None:
+        """Zarr takes what is cut to nothing for fill values."""
+        for getter, *_ in batch:
+            path = Path(self.store.root) / getter.path  # type: ignore[attr-defined]
+            if path.exists() and not (path.is_file() and path.stat().st_size):
+                raise self._damaged(path, "nothing is in it")
+
+    def _array(self, batch: list[Any]) -> Path:
+        """What was read: the one object, or the array."""
+        path = str(batch[0][0].path)
+        return Path(self.store.root) / (path if len(batch) == 1 else path.rpartition("/c/")[0] or path)  # type: ignore[attr-defined]
+
+    @staticmethod
+    def _damaged(where: Path, why: str) -> InputError:
+        return InputError(f"holds a chunk that cannot be read ({why})", where=where, remedy="copy or make it again")
+
+
+def _boxes(batch: list[Any], out: NDBuffer) -> tuple[list[Any], NDArray[Any]] | None:
+    """What is read (as in zarr) where it is whole boxes of pixels, axes of a single index kept, and where it goes.
+
+    Of other selections, and of single indices, zarrs (0.2) mistakes some.
+    """
+    pixels = out.as_ndarray_like()
+    if not batch or not isinstance(pixels, np.ndarray) or not pixels.flags.c_contiguous or not pixels.dtype.isnative:
+        return None
+    single: list[bool] = []
+    chunks = []
+    for getter, spec, chosen, target, whole in batch:
+        if not isinstance(chosen, tuple) or not isinstance(target, tuple):
+            return None
+        if spec.dtype.to_native_dtype().kind not in "biuf":
+            return None
+        single = [isinstance(part, (int, np.integer)) for part in chosen]
+        if len(target) != single.count(False) or not all(
+            isinstance(part, slice) and part.step in (None, 1)
+            for part in (*target, *(p for p, one in zip(chosen, single, strict=True) if not one))
+        ):
+            return None
+        axes = iter(target)
+        chunks.append(
+            (
+                getter,
+                spec,
+                tuple(slice(int(p), int(p) + 1) if one else p for p, one in zip(chosen, single, strict=True)),
+                tuple(slice(0, 1) if one else next(axes) for one in single),
+                whole,
+            )
+        )
+    sides = iter(pixels.shape)
+    if pixels.ndim != single.count(False):
+        return None
+    return chunks, pixels.reshape([1 if one else next(sides) for one in single])
 
 
 _forked = False
@@ -159,5 +233,5 @@ def _threads() -> int:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_in_child)
 register_pipeline(Pipeline)
-if zarr.config.get("codec_pipeline.path") == _ZARRS:  # another choice is the user's
+if zarr.config.get("codec_pipeline.path") == _DEFAULT:  # another choice is the user's
     zarr.config.set({"codec_pipeline.path": _OURS})

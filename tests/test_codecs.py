@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from zarr.storage import LocalStore
 
 from deepfere.codecs import Pipeline, ReadInRust
 from deepfere.errors import InputError
+from deepfere.measured.store import MeasuredWriter
 from deepfere.store import create_array, open_group
 
 ZARRS_OWN = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
@@ -88,6 +90,60 @@ def test_what_is_read_is_what_zarr_reads(tmp_path, dtype, fill, sharded, codec):
     np.testing.assert_array_equal(ours.vindex[[0, 1], [3, 30], [4, 44]], theirs.vindex[[0, 1], [3, 30], [4, 44]])
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_selection_of_any_grid_is_zarrs(data):
+    """Single indices, steps, lists and coordinates too; shards and chunks of which the last is a pixel wide."""
+    side = st.integers(1, 5)
+    chunks = data.draw(st.lists(st.integers(1, 2), min_size=1, max_size=3))
+    shards = [c * data.draw(st.integers(1, 2)) for c in chunks]
+    shape = [data.draw(side) for _ in chunks]
+    values = np.arange(1, 1 + np.prod(shape), dtype="int16").reshape(shape)
+    with tempfile.TemporaryDirectory() as folder:
+        group = open_group(folder, "a")
+        array = create_array(group, "a", shape, "int16", chunks, shards if data.draw(st.booleans()) else None)
+        array[...] = values
+        for _ in range(6):
+            box = tuple(data.draw(st.one_of(st.integers(0, n - 1), st.slices(n).filter(forward))) for n in shape)
+            np.testing.assert_array_equal(array[box], values[box])
+            lists = tuple(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=3)) for n in shape)
+            np.testing.assert_array_equal(array.oindex[lists], values[np.ix_(*lists)])
+            points = data.draw(st.lists(st.tuples(*(st.integers(0, n - 1) for n in shape)), min_size=1, max_size=4))
+            where = tuple(list(axis) for axis in zip(*points, strict=True))
+            np.testing.assert_array_equal(array.vindex[where], values[where])
+
+
+def forward(part):
+    return part.step is None or part.step > 0
+
+
+def test_ion_images_of_two_bands_of_which_one_is_a_row(tmp_path):
+    writer = MeasuredWriter(tmp_path / "m.zarr", np.array([100.0, 200.0]), (65, 80), band_rows=64)
+    cube = np.random.default_rng(0).random((2, 65, 80)).astype(np.float32)
+    for begin, end in writer.bands:
+        writer.write_images(begin, cube[:, begin:end])
+    np.testing.assert_array_equal(writer.ions[1], cube[1])
+
+
+@pytest.mark.parametrize("damage", [lambda b: bytes(50) + b[50:], lambda b: b[:-60], lambda b: b""])
+@pytest.mark.parametrize("how", [lambda a: a[...], lambda a: a[1], lambda a: a[:, ::2], lambda a: a.vindex[0, 20, 30]])
+def test_damage_is_one_line_however_it_is_read(tmp_path, damage, how):
+    array = filled(tmp_path / "s", "uint8", 0, True)
+    shard = tmp_path / "s" / "a" / "c" / "0" / "1" / "1"
+    shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.raises(InputError, match=r"s/a.*: holds a chunk that cannot be read \(.*\); copy or make it again"):
+        how(array)
+
+
+def test_a_part_is_not_written_into_what_is_cut_to_nothing(tmp_path):
+    array = filled(tmp_path / "s", "uint8", 0, True)
+    (tmp_path / "s" / "a" / "c" / "0" / "1" / "1").write_bytes(b"")
+    with pytest.raises(InputError, match="nothing is in it"):
+        array[:, 20:22, 30:32] = 1
+    array[:, 16:32, 24:48] = 1  # all of it is new
+    assert (array[:, 16:32, 24:48] == 1).all()
+
+
 @pytest.mark.parametrize("left", [0, 10, -60, -3])
 def test_a_shard_that_is_cut_off_is_no_fill_value(tmp_path, left):
     array = filled(tmp_path / "s", "uint8", 0, True)
@@ -96,7 +152,7 @@ def test_a_shard_that_is_cut_off_is_no_fill_value(tmp_path, left):
     shard.write_bytes(whole[:left])
     with pytest.raises(InputError, match=r"s/a/c/0/1/1: holds a chunk that cannot be read \(.*copy or make it again"):
         array[:, 16:32, 24:48]
-    with pytest.raises(InputError, match="s: holds a chunk that cannot be read"):
+    with pytest.raises(InputError, match="s/a: holds a chunk that cannot be read"):
         array[...]
     shard.write_bytes(whole)
     assert array[...].any()
