@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -32,11 +32,18 @@ from zarrs import ZarrsCodecPipeline
 from zarrs.pipeline import UnsupportedMetadataError, ZarrsCodecPipelineState, get_codec_pipeline_impl
 from zarrs.utils import make_chunk_info_for_rust_with_indices
 
+from deepfere.cores import usable_cores
 from deepfere.errors import InputError
 
 _OURS, _DEFAULT = "deepfere.codecs.Pipeline", "zarr.core.codec_pipeline.BatchedCodecPipeline"
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+Asked = tuple[ByteGetter, ArraySpec, SelectorTuple, SelectorTuple, bool]
+"""What zarr asks a pipeline for: where a shard or chunk lies, what it is, which part of it, where that goes in the
+result, and whether it is the whole."""
+Written = tuple[ByteSetter, ArraySpec, SelectorTuple, SelectorTuple, bool]
+"""The same of what is written."""
 
 
 class DiskStore(LocalStore):
@@ -50,12 +57,12 @@ class Pipeline(BatchedCodecPipeline):
     def from_array_metadata_and_store(cls, array_metadata: ArrayMetadata, store: Store) -> Any:
         """As in zarr; arrays of a `DiskStore` are read by zarrs."""
         if not isinstance(store, DiskStore) or not isinstance(array_metadata, ArrayV3Metadata):
-            raise NotImplementedError  # zarr's word for "take `from_codecs`"
+            return super().from_array_metadata_and_store(array_metadata, store)
         return ReadInRust.of(array_metadata, store)
 
     async def write_batch(
         self,
-        batch_info: Iterable[tuple[ByteSetter, ArraySpec, SelectorTuple, SelectorTuple, bool]],
+        batch_info: Iterable[Written],
         value: NDBuffer,
         drop_axes: tuple[int, ...] = (),
     ) -> None:
@@ -114,7 +121,7 @@ class ReadInRust(ZarrsCodecPipeline):
 
     async def read(
         self,
-        batch_info: Iterable[tuple[ByteGetter, ArraySpec, SelectorTuple, SelectorTuple, bool]],
+        batch_info: Iterable[Asked],
         out: NDBuffer,
         drop_axes: tuple[int, ...] = (),
     ) -> Any:
@@ -142,6 +149,7 @@ class ReadInRust(ZarrsCodecPipeline):
             text = " ".join(str(error).split())
             if (number := _OS_ERROR.search(text)) is not None:
                 raise OSError(int(number[1]), os.strerror(int(number[1])), str(self._array(batch))) from error
+            # What the system says has a number; a ValueError is a damaged index or the caller's mistake.
             if (isinstance(error, OSError) and error.errno) or (
                 isinstance(error, ValueError) and "checksum" not in text
             ):
@@ -150,7 +158,7 @@ class ReadInRust(ZarrsCodecPipeline):
 
     async def write(
         self,
-        batch_info: Iterable[tuple[ByteSetter, ArraySpec, SelectorTuple, SelectorTuple, bool]],
+        batch_info: Iterable[Written],
         value: NDBuffer,
         drop_axes: tuple[int, ...] = (),
     ) -> None:
@@ -160,27 +168,39 @@ class ReadInRust(ZarrsCodecPipeline):
         assert self.python_impl is not None
         await self.python_impl.write(batch, value, drop_axes)
 
-    def _refuse_empty(self, batch: list[Any]) -> None:
+    def _refuse_empty(self, batch: Sequence[Asked | Written]) -> None:
         """Zarr takes what is cut to nothing for fill values."""
-        for getter, *_ in batch:
-            path = Path(self.store.root) / getter.path  # type: ignore[attr-defined]
+        for at, *_ in batch:
+            path = self._path(at)
             if path.exists() and not (path.is_file() and path.stat().st_size):
                 raise self._damaged(path, "nothing is in it")
 
-    def _array(self, batch: list[Any]) -> Path:
+    def _path(self, at: Any) -> Path:
+        """Of a shard or chunk."""
+        return Path(self.store.root) / at.path  # type: ignore[attr-defined]
+
+    def _array(self, batch: list[Asked]) -> Path:
         """What was read: the one object, or the array."""
-        path = str(batch[0][0].path)
-        return Path(self.store.root) / (path if len(batch) == 1 else path.rpartition("/c/")[0] or path)  # type: ignore[attr-defined]
+        path = self._path(batch[0][0])
+        return path if len(batch) == 1 else Path(str(path).rpartition("/c/")[0] or path)
 
     @staticmethod
     def _damaged(where: Path, why: str) -> InputError:
         return InputError(f"holds a chunk that cannot be read ({why})", where=where, remedy="copy or make it again")
 
 
-def _boxes(batch: list[Any], out: NDBuffer) -> tuple[list[Any], NDArray[Any]] | None:
-    """What is read (as in zarr) where it is whole boxes of pixels, axes of a single index kept, and where it goes.
+def _boxes(batch: list[Asked], out: NDBuffer) -> tuple[list[Asked], NDArray[Any]] | None:
+    """What is read, as boxes of pixels.
 
     Of other selections, and of single indices, zarrs (0.2) mistakes some.
+
+    Args:
+        batch: What is asked for.
+        out: Result (n, ...), without the axes of single indices.
+
+    Returns:
+        The same, single indices as boxes one pixel wide, and a view of the result (n, ...) with their axes; None where
+        it is no such box or no plain numbers.
     """
     pixels = out.as_ndarray_like()
     if not batch or not isinstance(pixels, np.ndarray) or not pixels.flags.c_contiguous or not pixels.dtype.isnative:
@@ -227,7 +247,7 @@ def _threads() -> int:
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given.isdecimal() and int(given):
         return int(given)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cores()
 
 
 if hasattr(os, "register_at_fork"):

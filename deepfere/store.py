@@ -21,6 +21,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import FsspecStore, LocalStore
 
 from deepfere.codecs import DiskStore
+from deepfere.cores import usable_cores
 from deepfere.errors import InputError
 from deepfere.places import Place, UrlPath, place, remove_tree
 from deepfere.remote import FIRST_TRIES, OPTIONS, TRIES, answered, answered_later, is_url
@@ -220,8 +221,8 @@ def chunks_at_once() -> Iterator[None]:
 
     Those beyond only wait: copied already, they fill memory and have left the cache when their turn comes.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with zarr.config.set({"async.concurrency": min(cores, zarr.config.get("async.concurrency"))}):
+    cores = usable_cores()
+    with zarr.config.set({"async.concurrency": min(usable_cores(), zarr.config.get("async.concurrency"))}):
         yield
 
 

@@ -18,7 +18,7 @@ from deepfere.errors import InputError
 from deepfere.measured.store import MeasuredWriter
 from deepfere.store import create_array, open_group
 
-ZARRS_OWN = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
+ZARR_ALONE = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
 SHAPE, CHUNKS, SHARDS = (2, 37, 50), (2, 8, 8), (2, 16, 24)
 
 
@@ -58,7 +58,7 @@ CASES = [("uint8", 0), ("int32", -3), ("float16", 0), ("float32", 0), ("float32"
 @pytest.mark.parametrize(("dtype", "fill"), CASES)
 def test_what_is_written_is_what_zarr_writes(tmp_path, dtype, fill, sharded):
     assert isinstance(filled(tmp_path / "ours", dtype, fill, sharded).async_array.codec_pipeline, ReadInRust)
-    with zarr.config.set(ZARRS_OWN):
+    with zarr.config.set(ZARR_ALONE):
         filled(tmp_path / "zarr", dtype, fill, sharded)
     ours, theirs = objects(tmp_path / "ours"), objects(tmp_path / "zarr")
     assert ours == theirs
@@ -70,7 +70,7 @@ def test_what_is_written_is_what_zarr_writes(tmp_path, dtype, fill, sharded):
 @pytest.mark.parametrize(("dtype", "fill"), CASES)
 def test_what_is_read_is_what_zarr_reads(tmp_path, dtype, fill, sharded, codec):
     filled(tmp_path / "s", dtype, fill, sharded, codec)
-    with zarr.config.set(ZARRS_OWN):
+    with zarr.config.set(ZARR_ALONE):
         theirs = zarr.open_group(LocalStore(tmp_path / "s"), mode="r")["a"]
     ours = open_group(tmp_path / "s")["a"]
     assert type(ours.async_array.codec_pipeline) is ReadInRust

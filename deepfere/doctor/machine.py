@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from deepfere.cores import usable_cores
 from deepfere.doctor.check import Check, error_line
 from deepfere.errors import DeepfereError
 
@@ -174,7 +175,7 @@ def torch() -> Check:
 
 def cpu() -> Check:
     """Cores that may be used, the container's quota counted."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = usable_cores()
     text = f"{count} usable"
     quota = _cgroup("cpu.max").split()
     if len(quota) == 2 and quota[0].isdigit():
