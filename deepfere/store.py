@@ -221,7 +221,6 @@ def chunks_at_once() -> Iterator[None]:
 
     Those beyond only wait: copied already, they fill memory and have left the cache when their turn comes.
     """
-    cores = usable_cores()
     with zarr.config.set({"async.concurrency": min(usable_cores(), zarr.config.get("async.concurrency"))}):
         yield
 
