@@ -13,7 +13,10 @@ from safetensors.numpy import load_file
 
 import deepfere
 from deepfere.frame import Alignment
+from deepfere.model.fit import SectionFit
 from deepfere.model.guide import Cells
+from deepfere.phantom import PhantomSpec, write_phantom
+from deepfere.pipeline import learn
 from deepfere.training import tracking as registry
 from tests.conftest import FACTOR
 
@@ -227,6 +230,28 @@ def test_fuse_takes_a_promoted_model_and_its_ions(
     assert other.code == 2 and "other inputs or settings" in other.errors[0]
     plain = cli("fuse", phantom.imzml, "-o", tmp_path / "p.zarr", "--no-guide", "--factor", FACTOR, *settings, *model)
     assert plain.code == 2 and "about the stain" in plain.errors[0] and not (tmp_path / "p.zarr.work").exists()
+
+
+def test_a_model_on_a_section_that_it_never_saw(cli, manifest, place, tracking, tmp_path, monkeypatch):
+    """Other tissue, other grid, other place on its slide: the last layer is solved anew, and all blocks judge it."""
+    spec = PhantomSpec(shape_px=(20, 23), slide_mpp_um=2.0, factor=FACTOR, seed=11, chemistry=3)
+    new = write_phantom(tmp_path / "new", spec)
+    judged, chosen = [], learn.choose
+    monkeypatch.setattr(learn, "choose", lambda *a, **k: judged.append((a[6], chosen(*a, **k))) or judged[-1][1])
+    monkeypatch.setattr(learn, "train_network", lambda *_: pytest.fail("it was trained"))
+    settings = [s for s in place.overrides if not s.startswith("tracking")] + [f"tracking.uri={tracking}"]
+    given = ["--alignment", new.truth / "alignment.json", "--factor", FACTOR, "model.tier=T2"]
+    model = ["--model", "models:/deepfere@champion"]
+    out = tmp_path / "new.zarr"
+    done = cli("fuse", new.imzml, new.slide, "-o", out, *given, *settings, *model)
+    assert done.code == 0, done
+    result = deepfere.open(out)
+    assert (result.provenance["model"]["name"], result.provenance["model"]["tier"]) == ("deepfere", "T2")
+    assert result.ions["consistency"].max() <= 1e-5
+    [(held, learned)] = judged
+    assert held.all()
+    study = SectionFit.load(manifest.parent / "work" / "sections" / "one" / "fit.npz")
+    assert learned.fit.weights.shape == study.weights.shape and not np.allclose(learned.fit.weights, study.weights)
 
 
 def test_a_promoted_model_brings_its_own_reach_and_may_be_left_aside(stage, manifest, monkeypatch):

@@ -26,6 +26,9 @@ from deepfere.training.loop import LoopSettings, SectionTask
 from deepfere.training.storage import run_storage
 from deepfere.training.worker import CHECKPOINT, HISTORY, TELL_EVERY_S, work
 
+MOST_FAILURES = 2
+"""Workers that may be lost before it counts whether training got any further."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -47,7 +50,8 @@ def preflight(settings: TrainSettings) -> None:
     """Refuse resources that the cluster does not have, before anything starts.
 
     Raises:
-        InputError: More workers or GPUs than the cluster holds; Ray itself would wait for ever.
+        InputError: More workers or GPUs than the cluster holds, where Ray itself would wait for ever; a step's patches
+            cannot be dealt to them evenly.
     """
     import ray
 
@@ -65,6 +69,15 @@ def preflight(settings: TrainSettings) -> None:
             f"{settings.workers} CPU workers are asked for and the cluster has {cpus:g} CPUs",
             where="train.workers",
             remedy=f"give at most {most}",
+        )
+    # Rounded up, the same settings would mean another training with more workers.
+    slots = settings.workers * settings.accumulate
+    if settings.batch % slots:
+        of = f"{settings.workers} workers" + f", {settings.accumulate} parts each" * (settings.accumulate > 1)
+        raise InputError(
+            f"a step of {settings.batch} patches cannot be dealt evenly to {of}",
+            where="train.batch",
+            remedy=f"give a multiple of {slots}",
         )
 
 
@@ -109,48 +122,59 @@ def train_joint(
     storage, path = run_storage(folder)
     patches = [(s, p) for s, source in enumerate(sources) for p in range(len(source.cells))]
     slots = train.workers * train.accumulate
-    batch = -(-settings.batch // slots) * slots
     shape = plane_shape(sources, settings.patch_px)
-    rows = draw(patches, settings.steps, batch, settings.seed)
+    rows = draw(patches, settings.steps, settings.batch, settings.seed)
     cpus = ray.cluster_resources().get("CPU", 1.0)
     per_worker = 1.0 if cpus >= train.workers else 0.5
-    trainer = TorchTrainer(
-        work,
-        train_loop_config={
-            "settings": {**asdict(settings), "batch": batch},
-            "sections": [asdict(s) for s in sections],
-            "digest": digest,
-            "parts": train.accumulate,
-            "report_every": train.report_every,
-            "threads": 1,
-            "progress": str(progress) if on_step else None,
-            "stop": str(current() or ""),
-            "run": str(folder / name),
-        },
-        torch_config=GroupConfig(timeout_s=300),
-        scaling_config=ScalingConfig(
-            # Where hosts are lost and not replaced, fewer workers go on.
-            num_workers=(1, train.workers) if train.workers > 1 else 1,  # type: ignore[arg-type]
-            use_gpu=train.use_gpu,
-            resources_per_worker={"CPU": per_worker, **({"GPU": 1} if train.use_gpu else {})},
-        ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=path,
-            storage_filesystem=storage,
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-            failure_config=FailureConfig(max_failures=2, controller_failure_limit=3),  # type: ignore[call-arg]
-        ),
-        datasets={"train": patch_dataset(rows, sources, settings.patch_px, shape, batch // slots, train.workers)},
-    )
-    try:
-        with saving(), _watch(progress, on_step), keep_signals():
-            result = trainer.fit()
-    except SystemExit as stop:
-        # Ray's own handler of Ctrl-C ends the process with success when the controller is gone already.
-        raise KeyboardInterrupt from stop
-    except Exception as error:
-        raise DeepfereError(f"training failed: {_why(error)}") from error
+
+    def trainer() -> TorchTrainer:
+        return TorchTrainer(
+            work,
+            train_loop_config={
+                "settings": asdict(settings),
+                "sections": [asdict(s) for s in sections],
+                "digest": digest,
+                "parts": train.accumulate,
+                "report_every": train.report_every,
+                "threads": 1,
+                "progress": str(progress) if on_step else None,
+                "stop": str(current() or ""),
+                "run": str(folder / name),
+            },
+            torch_config=GroupConfig(timeout_s=300),
+            scaling_config=ScalingConfig(
+                # Where hosts are lost and not replaced, fewer workers go on.
+                num_workers=(1, train.workers) if train.workers > 1 else 1,  # type: ignore[arg-type]
+                use_gpu=train.use_gpu,
+                resources_per_worker={"CPU": per_worker, **({"GPU": 1} if train.use_gpu else {})},
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=path,
+                storage_filesystem=storage,
+                checkpoint_config=CheckpointConfig(num_to_keep=1),
+                failure_config=FailureConfig(  # type: ignore[call-arg]
+                    max_failures=MOST_FAILURES, controller_failure_limit=3
+                ),
+            ),
+            datasets={
+                "train": patch_dataset(rows, sources, settings.patch_px, shape, settings.batch // slots, train.workers)
+            },
+        )
+
+    reached, result = _Reached(on_step), None
+    while result is None:
+        before = reached.step
+        try:
+            with saving(), _watch(progress, reached if on_step else None), keep_signals():
+                result = trainer().fit()
+        except SystemExit as stop:
+            # Ray's own handler of Ctrl-C ends the process with success when the controller is gone already.
+            raise KeyboardInterrupt from stop
+        except Exception as error:
+            # Machines that are lent may go often; what fails at the same step again is no such thing.
+            if reached.step <= before:
+                raise DeepfereError(f"training failed: {_why(error)}") from error
     if result.error is not None:
         raise DeepfereError(f"training failed: {_why(result.error)}") from result.error
     found: dict[str, Any] = {"step": 0}
@@ -165,6 +189,18 @@ def train_joint(
         # Ray Train turns Ctrl-C into an aborted run that looks like a finished one.
         raise KeyboardInterrupt
     return Trained(state["model"], found["losses"], found["timing"])
+
+
+class _Reached:
+    """The furthest step that a run has told of; every step is passed on."""
+
+    def __init__(self, on_step: Callable[[int], None] | None) -> None:
+        self.step, self._on_step = 0, on_step
+
+    def __call__(self, step: int) -> None:
+        self.step = max(self.step, step)
+        if self._on_step is not None:
+            self._on_step(step)
 
 
 @contextmanager
