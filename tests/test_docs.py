@@ -164,8 +164,8 @@ def test_setting_names_in_the_text_exist(page):
     resolved = Config().resolved()
     sections = [name for name, value in resolved.items() if isinstance(value, dict)]
     for section, key in re.findall(rf"\b({'|'.join(sections)})\.([a-z_]+)\b(?!\()", page.read_text()):
-        # Ray's own function, and files called like a section, are no settings.
-        names = ("init", "npz", "py", "sbatch", "svs", "tiff", "yaml", "zarr")
+        # What is Ray's own, and files called like a section, are no settings.
+        names = ("data", "init", "npz", "py", "sbatch", "svs", "tiff", "yaml", "zarr")
         assert key in resolved[section] or key in names, f"{section}.{key}"
 
 

@@ -171,6 +171,8 @@ def test_a_damaged_chunk_is_named_and_costs_its_tiles_alone(tmp_path):
     tiles, errors = TileReader(plan, slide).read(group)
     assert [k for k, e in enumerate(errors) if e] == [1 * 4 + 2]
     np.testing.assert_array_equal(tiles[5], image[64:128, 64:128])
+    # The damage is a part of what the slide is known by.
+    assert plan.slide_sha256 != slide_digest(write_ome_zarr(tmp_path / "whole.zarr", image, factors=(1,)))
 
 
 def changed(root, how):

@@ -226,17 +226,17 @@ def test_a_function_in_the_task_that_reads(tmp_path, monkeypatch, ray_session):
     def mixed(tiles):
         return {"sum": [int(tiles["pixels"].sum()) if 0 in tiles["tile"] else 2**64 - 1]}
 
-    blocks = list(source.apply_tiles(plan, np.arange(len(plan)), apply))
+    blocks = list(source.apply_tiles(plan, plan.key, np.arange(len(plan)), apply))
     assert len(blocks) > 1 and sum(block.num_rows for block in blocks) == len(expected)
     monkeypatch.setattr(source, "BLOCK_BYTES", 1 << 20)
     with pytest.raises(ValueError, match="column sum is of the types int64, uint64"):
-        list(source.apply_tiles(plan, np.arange(len(plan)), mixed))
+        list(source.apply_tiles(plan, plan.key, np.arange(len(plan)), mixed))
 
     def uneven(tiles):
         return {"first" if 0 in tiles["tile"] else "other": tiles["tile"]}
 
     with pytest.raises(ValueError, match="columns differ"):
-        list(source.apply_tiles(plan, np.arange(len(plan)), uneven))
+        list(source.apply_tiles(plan, plan.key, np.arange(len(plan)), uneven))
 
     def broken(tiles):
         raise ValueError("not today")

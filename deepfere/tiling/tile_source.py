@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,11 @@ from ray.data.block import Block, BlockAccessor, BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from deepfere.tiling.groups import Group, TileReader, group_tiles
+from deepfere.tiling.tile_files import missing_tiles, with_text_errors
 from deepfere.tiling.tiles import TilePlan
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TASK_BYTES = 1 << 30
 """Pixels of a read task, about: a second's work, beside which starting it is nothing. It holds one block of them."""
@@ -27,33 +31,35 @@ Apply = Callable[[Batch], Batch]
 class SlideTiles(Datasource):
     """Tiles of slides as rows (`tile_dataset` reads them).
 
-    Columns: ``slide`` (path), ``tile`` (number in its plan), ``row_px`` and ``col_px`` (corner, output pixels),
-    ``y_um`` and ``x_um`` (the same, slide micrometres), ``tissue`` (share), ``valid_h`` and ``valid_w`` (pixels
-    that the slide reaches), ``error`` (None, or what is wrong; the tile is background then) and ``pixels``
-    (side, side, 3) uint8.
+    Columns: ``plan`` (its key), ``slide`` (path), ``tile`` (number in its plan), ``row_px`` and ``col_px`` (corner,
+    output pixels), ``y_um`` and ``x_um`` (the same, slide micrometres), ``tissue`` (share), ``valid_h`` and
+    ``valid_w`` (pixels that the slide reaches), ``error`` (None, or what is wrong; the tile is background then) and
+    ``pixels`` (side, side, 3) uint8.
 
     Args:
         plans: Tiles of each slide, all of one side.
         apply: See `tile_dataset`.
+        done: See `tile_dataset`.
 
     Attributes:
         block_bytes: Pixels of a whole block, of the plan where that is least; known after `get_read_tasks`.
 
     Raises:
         ValueError: Their sides differ.
+        InputError: See `tile_dataset`.
     """
 
-    def __init__(self, plans: Sequence[TilePlan], apply: Apply | None = None) -> None:
+    def __init__(self, plans: Sequence[TilePlan], apply: Apply | None = None, done: pd.DataFrame | None = None) -> None:
         super().__init__()
         self._apply = apply
         if len({plan.spec.tile_px for plan in plans}) > 1:
             raise ValueError("tiles of one dataset have one side")
-        self._plans = list(plans)
+        self._left = missing_tiles(plans, done)
         self.block_bytes = BLOCK_BYTES
 
     def estimate_inmemory_data_size(self) -> int:
         """Bytes of all tiles' pixels: exact, as shapes are fixed. What ``apply`` makes of them is not known."""
-        return sum(len(plan) * _tile_bytes(plan) for plan in self._plans)
+        return sum(len(part) * _tile_bytes(part) for part, _, _ in self._left)
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
@@ -61,7 +67,7 @@ class SlideTiles(Datasource):
         """Read tasks of about `TASK_BYTES`, more if so many are asked for; each a run of neighbouring groups."""
         total = max(1, self.estimate_inmemory_data_size())
         tasks, sizes = [], []
-        for plan in self._plans:
+        for plan, key, numbers in self._left:
             groups = group_tiles(plan)
             if groups:
                 sizes.append(_groups_per_block(plan, groups) * _most_tiles(groups) * _tile_bytes(plan))
@@ -76,7 +82,7 @@ class SlideTiles(Datasource):
                     input_files=(plan.path,),
                     exec_stats=None,
                 )
-                taken = plan.take(tiles), tiles
+                taken = plan.take(tiles), key, numbers[tiles]
                 task = partial(read_tiles, *taken) if apply is None else partial(apply_tiles, *taken, apply)
                 tasks.append(ReadTask(task, metadata, per_task_row_limit=per_task_row_limit))
         self.block_bytes = min(sizes, default=BLOCK_BYTES)
@@ -84,7 +90,11 @@ class SlideTiles(Datasource):
 
 
 def tile_dataset(
-    plans: Sequence[TilePlan], tasks: int | None = None, apply: Apply | None = None, **options: Any
+    plans: Sequence[TilePlan],
+    tasks: int | None = None,
+    apply: Apply | None = None,
+    done: pd.DataFrame | None = None,
+    **options: Any,
 ) -> Any:
     """A Ray Dataset of tiles, whose reading fuses with the map that follows it.
 
@@ -96,11 +106,15 @@ def tile_dataset(
             pixels are in the processor's cache and before anything becomes a block: a little faster than with
             ``map_batches``. The pixels' memory is used again afterwards; what is returned is copied. A column that is
             not there for all tiles, or not of one number type, is an error of the job (``ValueError``).
+        done: Tiles that are not wanted again, from `deepfere.tiling.tile_files.tiles_done`.
         **options: For ``ray.data.read_datasource``: ``num_cpus``, ``memory``, ``ray_remote_args``, ...
+
+    Raises:
+        InputError: Of a slide of these plans, ``done`` holds tiles of another plan.
     """
     import ray
 
-    source = SlideTiles(plans, apply)
+    source = SlideTiles(plans, apply, done)
     if tasks is None:
         tasks = max(1, int(4 * ray.cluster_resources().get("CPU", 1.0))) if ray.is_initialized() else 1
     # Ray splits the blocks of a source that has fewer tasks than it asks for, and then fuses nothing.
@@ -125,8 +139,8 @@ def _groups_per_block(plan: TilePlan, groups: list[Group]) -> int:
     return max(1, BLOCK_BYTES // (_tile_bytes(plan) * _most_tiles(groups)))
 
 
-def read_tiles(plan: TilePlan, numbers: NDArray[np.int64]) -> Iterator[Block]:
-    """A plan's tiles, whose numbers in the whole plan are ``numbers``, in blocks of some neighbouring groups."""
+def read_tiles(plan: TilePlan, key: str, numbers: NDArray[np.int64]) -> Iterator[Block]:
+    """A plan's tiles, ``numbers`` of the whole plan ``key``, in blocks of some neighbouring groups."""
     reader, groups = TileReader(plan), group_tiles(plan)
     side, each = plan.spec.tile_px, _groups_per_block(plan, groups)
     for first in range(0, len(groups), each):
@@ -137,10 +151,10 @@ def read_tiles(plan: TilePlan, numbers: NDArray[np.int64]) -> Iterator[Block]:
         for group in members:
             done = len(errors)
             errors += reader.read(group, pixels[done : done + len(group.tiles)])[1]
-        yield BlockAccessor.batch_to_block(_columns(plan, numbers, tiles, pixels, errors))
+        yield with_text_errors(BlockAccessor.batch_to_block(_columns(plan, key, numbers, tiles, pixels, errors)))
 
 
-def apply_tiles(plan: TilePlan, numbers: NDArray[np.int64], apply: Apply) -> Iterator[Block]:
+def apply_tiles(plan: TilePlan, key: str, numbers: NDArray[np.int64], apply: Apply) -> Iterator[Block]:
     """What a function gives for a plan's tiles, group by group, in blocks of about `BLOCK_BYTES`."""
     reader, groups = TileReader(plan), group_tiles(plan)
     side = plan.spec.tile_px
@@ -149,7 +163,7 @@ def apply_tiles(plan: TilePlan, numbers: NDArray[np.int64], apply: Apply) -> Ite
     size = 0
     for group in groups:
         own, errors = reader.read(group, pixels[: len(group.tiles)])
-        given = apply(_columns(plan, numbers, group.tiles, own, list(errors)))
+        given = apply(_columns(plan, key, numbers, group.tiles, own, list(errors)))
         found.append({name: np.array(column) for name, column in given.items()})
         size += sum(column.nbytes for column in found[-1].values())
         if size > BLOCK_BYTES:
@@ -167,11 +181,13 @@ def _joined(batches: list[Batch]) -> Block:
         if len(kinds) > 1 and any(kind.kind in "biufc" for kind in kinds):
             # NumPy would make one of them: of uint64 and int64 a float64, which holds neither.
             raise ValueError(f"column {name} is of the types {', '.join(sorted(map(str, kinds)))}: return one of them")
-    return BlockAccessor.batch_to_block({name: np.concatenate([b[name] for b in batches]) for name in batches[0]})
+    columns = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
+    return with_text_errors(BlockAccessor.batch_to_block(columns))
 
 
 def _columns(
     plan: TilePlan,
+    key: str,
     numbers: NDArray[np.int64],
     tiles: NDArray[np.int64],
     pixels: NDArray[np.uint8],
@@ -179,6 +195,7 @@ def _columns(
 ) -> dict[str, Any]:
     corner, valid = plan.corner_px[tiles], plan.valid_px[tiles]
     return {
+        "plan": np.full(len(tiles), key, object),
         "slide": np.full(len(tiles), plan.path, object),
         "tile": numbers[tiles],
         "row_px": corner[:, 0],

@@ -5,16 +5,21 @@ The grid lies in output pixels from the slide's origin, so that a tile is the sa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
-from deepfere.readers.slide import Readable, Reading, Slide, read_area
+from deepfere.places import Place
+from deepfere.readers.slide import Readable, Reading, Slide, read_area, slide_digest
 from deepfere.readers.slide_area import snapped, source_per_output
 from deepfere.readers.slide_damaged import ReadAround
+from deepfere.remote import is_url
 
 TISSUE_UM = 8.0
 """Pixel size of the tissue mask."""
@@ -123,7 +128,8 @@ class TilePlan:
 
     Attributes:
         spec: What a tile is.
-        path: The slide.
+        path: The slide: an absolute path, or a URL.
+        slide_sha256: Its content (`deepfere.readers.slide.slide_digest`).
         slide_mpp_um: Its level-0 pixel size (y, x).
         reading: From which level they are read, by which reader, and how much they are reduced.
         level_px: Pixels (h, w) of that level.
@@ -137,6 +143,7 @@ class TilePlan:
 
     spec: TileSpec
     path: str
+    slide_sha256: str
     slide_mpp_um: tuple[float, float]
     reading: Reading
     level_px: tuple[int, int]
@@ -157,6 +164,39 @@ class TilePlan:
         r0, r1, c0, c1 = self.window_px.T
         return np.stack([r0 // th, -(-r1 // th), c0 // tw, -(-c1 // tw)], axis=1)
 
+    @property
+    def key(self) -> str:
+        """16 hexadecimal digits that it is known by: of its tiles, and of its slide's content, wherever that lies."""
+        what = asdict(self.spec), self.slide_sha256, self.slide_mpp_um, asdict(self.reading), self.level_px
+        sha = hashlib.sha256(json.dumps([*what, self.native_px]).encode())
+        for numbers in (self.corner_px, self.window_px, self.valid_px):
+            sha.update(np.ascontiguousarray(numbers, "<i8").tobytes())
+        return sha.hexdigest()[:16]
+
+    def to_parquet(self, path: str | Path | Place) -> None:
+        """Write the plan to a Parquet file or ``s3://`` URL: a row for each tile, everything else in its metadata.
+
+        Equal plans give equal bytes.
+        """
+        from deepfere.tiling.tile_files import save_plan
+
+        save_plan(self, path)
+
+    @classmethod
+    def from_parquet(cls, path: str | Path | Place, slide: str | Path | None = None) -> TilePlan:
+        """The plan that `to_parquet` wrote.
+
+        Args:
+            path: The file, or the URL of one.
+            slide: Where the slide lies now; None is where it lay.
+
+        Raises:
+            InputError: It is no plan; its slide cannot be read, or has changed since.
+        """
+        from deepfere.tiling.tile_files import load_plan
+
+        return load_plan(path, slide)
+
     def take(self, tiles: NDArray[np.int64]) -> TilePlan:
         """Some of the tiles, for one of several readers."""
         names = ("corner_px", "window_px", "valid_px", "tissue")
@@ -175,7 +215,7 @@ def plan_tiles(slide: Slide, spec: TileSpec, tissue: TissueMask | None = None) -
     """The tiles of a slide that hold enough tissue.
 
     Args:
-        slide: An opened slide; only its geometry is used, and the mask is made from it where none is given.
+        slide: An opened slide; only its geometry and digest are used, and the mask is made from it where none is given.
         spec: What a tile is.
         tissue: Where tissue is; None makes it if ``spec.tissue`` asks for any.
 
@@ -215,7 +255,9 @@ def plan_tiles(slide: Slide, spec: TileSpec, tissue: TissueMask | None = None) -
     window = np.stack([r0[rows], r1[rows], c0[cols], c1[cols]], axis=1)
     return TilePlan(
         spec,
-        slide.path,
+        # Absolute: workers may stand in another folder.
+        slide.path if is_url(slide.path) else str(Path(slide.path).resolve()),
+        slide_digest(slide.path),
         slide.mpp_um,
         reading,
         level.shape_px,
