@@ -19,6 +19,7 @@ from deepfere.readers.slide import (
 )
 
 from .realdata import real_data
+from .test_reader_tiff import write_jpeg_tiff
 
 RNG = np.random.default_rng(7)
 
@@ -208,6 +209,22 @@ def test_openslide_levels_that_are_no_whole_fraction_stay_consistent(tmp_path):
     smooth = np.abs(np.diff(want, axis=1)).max(2)[:, 1:] < 9  # away from the sawtooth's jumps
     assert np.abs(whole[:, 1:-1].astype(int) - want[:, 1:-1]).max(2)[smooth].max() <= 3
     np.testing.assert_array_equal(slide.read(2, 100, 133, 77, 99), whole[100:177, 133:232])
+
+
+def test_openslide_keeps_more_than_its_own_cache_holds(tmp_path):
+    """48 MiB of decoded tiles, where its default is 32: read again after the file was overwritten."""
+    path = write_jpeg_tiff(tmp_path / "s.tif", np.tile(noise(256, 256), (12, 16, 1)), factors=(1,), tile=256)
+    with tifffile.TiffFile(path) as file:
+        stored = list(zip(file.pages[0].dataoffsets, file.pages[0].databytecounts, strict=True))
+    slide = open_slide(path, backend="openslide")
+    want = slide.read(0, 0, 0, 3072, 4096)
+    with path.open("r+b") as handle:
+        for start, count in stored:
+            handle.seek(start)
+            handle.write(bytes(count))
+    np.testing.assert_array_equal(slide.read(0, 0, 0, 3072, 4096), want)
+    with pytest.raises(InputError, match="cannot be decoded"):
+        open_slide(path, 0.5, backend="openslide").read(0, 0, 0, 256, 256)
 
 
 def test_given_mpp_wins_and_is_checked(tmp_path):

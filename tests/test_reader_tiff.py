@@ -39,7 +39,9 @@ def tiles_of(image, tile, kind):
             yield imagecodecs.jpeg8_encode(piece, level=80, colorspace="rgb", **how)
 
 
-def write_jpeg_tiff(path, image, kind="420", factors=(1, 2, 4), tile=64, mpp=0.5, description=None, empty=()):
+def write_jpeg_tiff(
+    path, image, kind="420", factors=(1, 2, 4), tile=64, mpp=0.5, description=None, empty=(), profile=None
+):
     """A pyramid of JPEG tiles; ``empty`` are numbers of level-0 tiles that are left out."""
     with tifffile.TiffWriter(path) as tif:
         for f in factors:
@@ -60,6 +62,7 @@ def write_jpeg_tiff(path, image, kind="420", factors=(1, 2, 4), tile=64, mpp=0.5
                 resolution=(1e4 / (mpp * f), 1e4 / (mpp * f)),
                 resolutionunit="CENTIMETER",
                 description=description if f == 1 else None,
+                extratags=[(34675, "B", len(profile), profile, True)] if profile and f == 1 else [],
                 metadata=None,
             )
     return path

@@ -2,22 +2,24 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import deepfere.tiling.tiles as tiles_module
 from deepfere.errors import InputError
-from deepfere.readers.slide import open_slide, read_area
+from deepfere.readers.slide import open_slide, opened, read_area
 from deepfere.tiling.groups import TileReader, group_tiles
 from deepfere.tiling.tiles import TileSpec, TissueMask, plan_tiles
 
 from .test_reader_tiff import damage, picture, write_jpeg_tiff
+from .test_slide_colour import profile
 
 
 @pytest.fixture(scope="module")
 def slide_path(tmp_path_factory):
-    return write_jpeg_tiff(tmp_path_factory.mktemp("tiles") / "s.tif", picture(700, 900))
+    return write_jpeg_tiff(tmp_path_factory.mktemp("tiles") / "s.tif", picture(700, 900), profile=profile())
 
 
 def read_all(plan, slide, block_px=(256, 256)):
@@ -35,7 +37,7 @@ def read_all(plan, slide, block_px=(256, 256)):
     return out, errors
 
 
-@pytest.mark.parametrize("backend", ["tiff", "openslide"])
+@pytest.mark.parametrize(("backend", "icc"), [("tiff", "none"), ("openslide", "none"), ("tiff", "srgb")])
 @pytest.mark.parametrize(
     "spec",
     [
@@ -50,8 +52,8 @@ def read_all(plan, slide, block_px=(256, 256)):
     ],
     ids=str,
 )
-def test_tiles_are_the_exact_area_reading_whatever_they_are_grouped_with(slide_path, spec, backend):
-    slide = open_slide(slide_path, backend=backend)
+def test_tiles_are_the_exact_area_reading_whatever_they_are_grouped_with(slide_path, spec, backend, icc):
+    slide = open_slide(slide_path, backend=backend, icc=icc)
     plan = plan_tiles(slide, spec)
     got, errors = read_all(plan, slide)
     assert not any(errors) and len(plan) == plan.candidates
@@ -77,8 +79,10 @@ def test_tiles_are_the_exact_area_reading_whatever_they_are_grouped_with(slide_p
     ids=str,
 )
 @pytest.mark.parametrize("share", [0.0, 0.3])
-def test_every_native_tile_is_decoded_once_and_no_other(slide_path, spec, share):
-    slide = open_slide(slide_path, backend="tiff")
+@pytest.mark.parametrize("icc", ["none", "srgb"])
+def test_every_native_tile_is_decoded_once_and_no_other(slide_path, spec, share, icc):
+    slide = open_slide(slide_path, backend="tiff", icc=icc)
+    assert slide.icc == icc
     rng = np.random.default_rng(1)
     mask = TissueMask(rng.random((7, 9)) < 0.4, (50.0, 50.0))
     spec = TileSpec(spec.tile_px, spec.mpp_um, spec.stride_px, spec.offset_px, share)
@@ -96,14 +100,14 @@ def test_every_native_tile_is_decoded_once_and_no_other(slide_path, spec, share)
 
 
 @pytest.mark.parametrize("spec", [TileSpec(64, 0.5, stride_px=32), TileSpec(64, 0.54), TileSpec(64, 0.5)], ids=str)
-@pytest.mark.parametrize("backend", ["tiff", "openslide"])
-def test_a_corrupt_native_tile_costs_its_tiles_alone(tmp_path, spec, backend):
-    path = write_jpeg_tiff(tmp_path / "s.tif", picture(512, 512))
-    whole = open_slide(path, backend="tiff")
+@pytest.mark.parametrize(("backend", "icc"), [("tiff", "none"), ("openslide", "none"), ("tiff", "srgb")])
+def test_a_corrupt_native_tile_costs_its_tiles_alone(tmp_path, spec, backend, icc):
+    path = write_jpeg_tiff(tmp_path / "s.tif", picture(512, 512), profile=profile())
+    whole = open_slide(path, backend="tiff", icc=icc)
     plan = plan_tiles(whole, spec)
     want, _ = read_all(plan, whole)
     damage(path, 3 * 8 + 5, "tail")  # row 3, column 5
-    got, errors = read_all(plan, open_slide(path, backend=backend))
+    got, errors = read_all(plan, open_slide(path, backend=backend, icc=icc))
     hit = np.array([a <= 3 < b and c <= 5 < d for a, b, c, d in plan.native])
     assert 0 < hit.sum() < len(plan)
     assert [error is not None for error in errors] == hit.tolist()
@@ -253,6 +257,30 @@ def test_refused(slide_path):
     for name, value in [*wrong, ("offset_px", (-1, 0))]:
         with pytest.raises(InputError, match="no tiling"):
             TileSpec(**{"tile_px": 64, "mpp_um": 0.5} | {name: value})
+
+
+@pytest.mark.parametrize(("backend", "icc"), [("tiff", "none"), ("flat", "srgb"), ("openslide", "none")])
+def test_few_slides_stay_open_and_none_is_closed_in_use(tmp_path, backend, icc):
+    paths = [write_jpeg_tiff(tmp_path / f"{k}.tif", picture(128, 128), profile=profile()) for k in range(10)]
+
+    def held():
+        """How many of the files are mapped, or open."""
+        links = [p.readlink() for p in Path("/proc/self/fd").iterdir() if p.is_symlink()]
+        return {p for p in paths if p in links or str(p) in Path("/proc/self/maps").read_text()}
+
+    opened.cache_clear()
+    assert not held()
+    first = opened(str(paths[0]), (0.5, 0.5), backend, icc)
+    want = first.read(0, 0, 0, 128, 128)
+    assert opened(str(paths[0]), (0.5, 0.5), backend, icc) is first
+    for path in paths[1:]:
+        opened(str(path), (0.5, 0.5), backend, icc).read(0, 0, 0, 64, 64)
+        assert len(held()) <= 5
+    np.testing.assert_array_equal(first.read(0, 0, 0, 128, 128), want)
+    assert opened(str(paths[0]), (0.5, 0.5), backend, icc) is not first
+    del first
+    opened.cache_clear()
+    assert not held()
 
 
 def test_the_plan_says_what_is_read(slide_path):

@@ -209,7 +209,10 @@ def _open_url(url: str, given: tuple[float, float] | None, backend: Backend) -> 
 
 @lru_cache(maxsize=4)
 def opened(path: str, mpp_um: tuple[float, float], backend: Backend, icc: Icc = "none") -> Slide:
-    """`open_slide`, once per process: workers take up many pieces of the same few slides."""
+    """`open_slide`, once per process: workers take up many pieces of the same few slides.
+
+    One that has to make room is closed when the last of those who use it lets go of it.
+    """
     return open_slide(path, mpp_um, backend, icc)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from deepfere.errors import InputError
 from deepfere.readers.slide import Backend, Icc, Slide, open_slide
+from deepfere.readers.slide_native import NativeTile, NativeTiles, Straight, read_native
 
 STRIP_PX = 1 << 20
 AS_THEY_ARE = "leave out --slide-icc (slide.icc=none)"
@@ -46,8 +48,6 @@ class SrgbSlide:
 
     def read(self, level: int, row: int, col: int, height: int, width: int) -> NDArray[np.uint8]:
         """See `deepfere.readers.slide.Slide.read`."""
-        from PIL import Image, ImageCms
-
         out = self._slide.read(level, row, col, height, width)
         h, w = self.levels[level].shape_px
         top, left, bottom, right = max(row, 0), max(col, 0), min(row + height, h), min(col + width, w)
@@ -58,10 +58,15 @@ class SrgbSlide:
         inside = out[top - row : bottom - row, left - col : right - col]
         step = max(1, STRIP_PX // inside.shape[1])
         for first in range(0, len(inside), step):
-            strip = Image.fromarray(np.ascontiguousarray(inside[first : first + step]))
-            ImageCms.applyTransform(strip, self._transform, inPlace=True)
-            inside[first : first + step] = np.asarray(strip)
+            inside[first : first + step] = self._converted(inside[first : first + step])
         return out
+
+    def _converted(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        from PIL import Image, ImageCms
+
+        picture = Image.fromarray(np.ascontiguousarray(pixels))
+        ImageCms.applyTransform(picture, self._transform, inPlace=True)
+        return np.asarray(picture)
 
     def close(self) -> None:
         """See `deepfere.readers.slide.Slide.close`."""
@@ -71,13 +76,55 @@ class SrgbSlide:
         return open_slide, (self.path, self.mpp_um, self.backend, "srgb")
 
 
+class SrgbTiles(SrgbSlide):
+    """The same of a slide that decodes the native tiles that are wanted alone, and here converts no others.
+
+    Args:
+        slide: The opened slide; it has a profile.
+
+    Raises:
+        InputError: See `SrgbSlide`.
+    """
+
+    def __init__(self, slide: Slide) -> None:
+        super().__init__(slide)
+        assert isinstance(slide, NativeTiles)
+        self._tiled: NativeTiles = slide
+
+    def read(self, level: int, row: int, col: int, height: int, width: int) -> NDArray[np.uint8]:
+        """See `deepfere.readers.slide.Slide.read`."""
+        return read_native(self, level, row, col, height, width)
+
+    def native_tiles(
+        self, level: int, first_row: int, first_col: int, use: NDArray[np.uint8], straight: Straight
+    ) -> Iterator[NativeTile]:
+        """See `deepfere.readers.slide_native.NativeTiles`."""
+        into: NDArray[np.uint8] | None = None
+
+        def noted(r: int, c: int) -> NDArray[np.uint8] | None:
+            nonlocal into
+            into = straight(r, c)
+            return into
+
+        for r, c, tile in self._tiled.native_tiles(level, first_row, first_col, use, noted):
+            if tile is not None:
+                # A copy: the slide may keep the tile for a later window.
+                yield r, c, self._converted(tile)
+                continue
+            assert into is not None
+            into[:] = self._converted(into)
+            yield r, c, None
+
+
 def in_srgb(slide: Slide) -> Slide:
     """The slide in sRGB; as it is where no profile says what its colours are.
 
     Raises:
         InputError: See `SrgbSlide`.
     """
-    return slide if slide.profile is None else SrgbSlide(slide)
+    if slide.profile is None:
+        return slide
+    return SrgbTiles(slide) if isinstance(slide, NativeTiles) else SrgbSlide(slide)
 
 
 def profile_text(profile: bytes) -> str:

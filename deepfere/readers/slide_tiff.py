@@ -8,7 +8,7 @@ calls ``aperio`` and ``generic-tiff`` whose levels are all 8-bit RGB or YCbCr JP
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from deepfere.readers.kept_tiles import KeptTiles
 from deepfere.readers.ranges import Ranges, open_ranges
 from deepfere.readers.slide import Backend, Icc, Level, Slide, open_slide, whole_downsample
 from deepfere.readers.slide_mpp import trusted_mpp
+from deepfere.readers.slide_native import NativeTile, Straight, read_native
 from deepfere.readers.slide_tiff_levels import TiledLevel, aperio_or_stated_mpp, tiled_levels
 
 WHITE = np.array([255, 255, 255], dtype=np.uint8)
@@ -66,85 +67,18 @@ class TiffSlide:
         self._kept = KeptTiles(CACHE_BYTES)
         self._local = threading.local()
 
-    def read(
-        self,
-        level: int,
-        row: int,
-        col: int,
-        height: int,
-        width: int,
-        out: NDArray[np.uint8] | None = None,
-        use: NDArray[np.uint8] | None = None,
-    ) -> NDArray[np.uint8]:
+    def read(self, level: int, row: int, col: int, height: int, width: int) -> NDArray[np.uint8]:
         """See `deepfere.readers.slide.Slide.read`.
-
-        Args:
-            level: Level.
-            row: First row, pixels of the level; may lie outside.
-            col: First column.
-            height: Rows.
-            width: Columns.
-            out: (height, width, 3) to write into; None makes one.
-            use: For each native tile of the window (rows, columns): 0 leaves it out (its pixels in ``out`` stay as
-                they are), 1 wants it, 2 wants it now and again later. None wants all, and again those that
-                the window uses in part.
 
         Raises:
             InputError: A native tile is damaged or lies beyond the end of the file; names it.
         """
-        if out is None:
-            out = np.empty((height, width, 3), dtype=np.uint8)
-        plane = self.tiled[level]
-        (h, w), (th, tw) = plane.shape_px, plane.tile_px
-        top, left, bottom, right = max(row, 0), max(col, 0), min(row + height, h), min(col + width, w)
-        if (bottom - top, right - left) != (height, width):
-            out[:] = self.background
-        if top >= bottom or left >= right:
-            return out
-        r0, r1, c0, c1 = top // th, -(-bottom // th), left // tw, -(-right // tw)
-        if use is None:
-            whole = [
-                (np.arange(a, b) * n >= first) & (np.minimum(np.arange(a + 1, b + 1) * n, size) <= last)
-                for a, b, n, first, last, size in ((r0, r1, th, top, bottom, h), (c0, c1, tw, left, right, w))
-            ]
-            use = np.where(np.logical_and.outer(*whole), 1, 2).astype(np.uint8)
-
-        def place(r: int, c: int) -> tuple[NDArray[np.uint8], tuple[slice, slice]]:
-            y, x = r * th, c * tw
-            a, b, d, e = max(top, y), min(bottom, y + th), max(left, x), min(right, x + tw)
-            return out[a - row : b - row, d - col : e - col], (slice(a - y, b - y), slice(d - x, e - x))
-
-        for r, c, tile in self.native_tiles(level, r0, c0, use, lambda r, c: place(r, c)[0]):
-            into, part = place(r, c)
-            if tile is not None:
-                into[:] = tile[part]
-        return out
+        return read_native(self, level, row, col, height, width)
 
     def native_tiles(
-        self,
-        level: int,
-        first_row: int,
-        first_col: int,
-        use: NDArray[np.uint8],
-        straight: Callable[[int, int], NDArray[np.uint8] | None],
-    ) -> Iterator[tuple[int, int, NDArray[np.uint8] | None]]:
-        """Decoded native tiles, one after the other, still in the processor's cache.
-
-        Args:
-            level: Level.
-            first_row: Row of native tiles that ``use`` begins with.
-            first_col: Column of native tiles that it begins with.
-            use: As for `read`.
-            straight: Where a tile (row, column) is wanted; decoded there at once if that is one whole tile in
-                one piece.
-
-        Yields:
-            Row and column of a native tile, and its pixels, valid until the next one; None if they are where they
-            are wanted already.
-
-        Raises:
-            InputError: See `read`.
-        """
+        self, level: int, first_row: int, first_col: int, use: NDArray[np.uint8], straight: Straight
+    ) -> Iterator[NativeTile]:
+        """See `deepfere.readers.slide_native.NativeTiles`."""
         th, tw = self.tiled[level].tile_px
         flags = {(first_row + int(r), first_col + int(c)): int(use[r, c]) for r, c in np.argwhere(use)}
         found = dict(zip(flags, self._kept.find((level, *p) for p in flags), strict=True))

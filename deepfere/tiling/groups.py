@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from deepfere.errors import DamagedPixels
 from deepfere.readers.slide import Slide, opened
 from deepfere.readers.slide_area import Axis, average
-from deepfere.readers.slide_tiff import TiffSlide
+from deepfere.readers.slide_native import NativeTiles, read_native
 from deepfere.tiling.tiles import TilePlan
 
 BLOCK_PX = (512, 4096)
@@ -91,6 +91,7 @@ class TileReader:
     def __init__(self, plan: TilePlan, slide: Slide | None = None) -> None:
         self.plan = plan
         self.slide = slide or opened(plan.path, plan.slide_mpp_um, plan.reading.backend, plan.reading.icc)
+        self._tiled = self.slide if isinstance(self.slide, NativeTiles) else None
         self._level = self.slide.levels[plan.reading.level]
         # Where output pixels are pixels of the level, up to its very end, tiles are cut out as they are.
         whole = all(n * d == full for n, d, full in zip(*self._sizes(), strict=True))
@@ -114,10 +115,10 @@ class TileReader:
             out = np.empty((len(group.tiles), side, side, 3), np.uint8)
         errors: list[str | None] = [None] * len(group.tiles)
         # Of a group with many gaps, a reader that cannot leave native tiles out is asked tile by tile.
-        if isinstance(self.slide, TiffSlide) or _is_dense(group):
+        if self._tiled is not None or _is_dense(group):
             try:
-                if self._copies and isinstance(self.slide, TiffSlide):
-                    self._scatter(self.slide, group, out)
+                if self._copies and self._tiled is not None:
+                    self._scatter(self._tiled, group, out)
                 else:
                     self._cut(group, self._source(group.window_px, group.use), out)
                 return out, errors
@@ -132,7 +133,7 @@ class TileReader:
                 out[k], errors[k] = self.slide.background, str(error)
         return out, errors
 
-    def _scatter(self, slide: TiffSlide, group: Group, out: NDArray[np.uint8]) -> None:
+    def _scatter(self, slide: NativeTiles, group: Group, out: NDArray[np.uint8]) -> None:
         """Every native tile into all tiles that it touches, as soon as it is decoded."""
         (th, tw), side = self.plan.native_px, self.plan.spec.tile_px
         corners, valid = (k[group.tiles].tolist() for k in (self.plan.corner_px, self.plan.valid_px))
@@ -162,10 +163,10 @@ class TileReader:
     def _source(self, window: tuple[int, int, int, int], use: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
         """Level pixels of a window; what ``use`` leaves out is whatever was there before."""
         r0, r1, c0, c1 = window
-        if not isinstance(self.slide, TiffSlide):
+        if self._tiled is None:
             return self.slide.read(self.plan.reading.level, r0, c0, r1 - r0, c1 - c0)
         band = self._memory("_band", (r1 - r0, c1 - c0, 3))
-        return self.slide.read(self.plan.reading.level, r0, c0, r1 - r0, c1 - c0, out=band, use=use)
+        return read_native(self._tiled, self.plan.reading.level, r0, c0, r1 - r0, c1 - c0, band, use)
 
     def _cut(self, group: Group, source: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
         """Tiles out of the level pixels around them: as they are, or averaged, all at once where they lie densely."""
