@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -257,6 +257,20 @@ class Journal:
             return
         for path in self.folder.glob("*.jsonl"):
             path.unlink(missing_ok=True)
+
+    def drop(self, units: Collection[str]) -> None:
+        """Forget some units, while nobody works on the others: what was made for them is gone, or of no use.
+
+        What stays is recorded again before the files go that hold all: whatever ends this loses no other unit.
+        """
+        if not units:
+            return
+        files: list[Place] = list(self.folder.glob("*.jsonl"))
+        self._begin()
+        self.record({unit: record for unit, record in self.done().items() if unit not in units})
+        self._begin()
+        for file in files:
+            file.unlink(missing_ok=True)
 
     def record(self, units: Mapping[str, Mapping[str, Any]]) -> None:
         """Add finished units, each with plain values to keep; they stay when this returns: all of them, or none."""

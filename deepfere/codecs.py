@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from zarr.abc.store import ByteGetter, ByteSetter, Store
 from zarr.codecs import ShardingCodec
 from zarr.core.array_spec import ArrayConfig, ArraySpec
-from zarr.core.buffer import NDBuffer
+from zarr.core.buffer import Buffer, NDBuffer
 from zarr.core.codec_pipeline import BatchedCodecPipeline
 from zarr.core.indexing import SelectorTuple
 from zarr.core.metadata import ArrayMetadata, ArrayV3Metadata
@@ -46,8 +47,28 @@ Written = tuple[ByteSetter, ArraySpec, SelectorTuple, SelectorTuple, bool]
 """The same of what is written."""
 
 
-class DiskStore(LocalStore):
+class Noting:
+    """Part of a store that is written to: it can note what its objects came to.
+
+    Attributes:
+        noted: Bytes and their CRC-32 of every object that was written, by its key; None where nobody asks.
+    """
+
+    noted: dict[str, list[int]] | None = None
+
+    def note(self, key: str, value: Buffer) -> None:
+        """Note an object that has been written."""
+        if self.noted is not None:
+            self.noted[key] = [len(value), zlib.crc32(value.as_buffer_like())]
+
+
+class DiskStore(Noting, LocalStore):
     """A local store of deepfere's, which zarrs reads."""
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """As in zarr."""
+        await super().set(key, value)
+        self.note(key, value)
 
 
 class Pipeline(BatchedCodecPipeline):

@@ -39,6 +39,18 @@ class DamagedPixels(InputError):
     """Pixels of a slide that lie there but cannot be decoded; the rest of it can be read."""
 
 
+class Damaged(DeepfereError):
+    """What the work itself has made is gone or damaged; the same command again makes it anew.
+
+    Args:
+        where: The object, or the store that it is in.
+        what: What is wrong with it.
+    """
+
+    def __init__(self, where: object, what: str) -> None:
+        super().__init__(" ".join(f"{where}: {what}; the same command again makes it anew".split()))
+
+
 class StorageError(DeepfereError):
     """A store at a URL keeps failing, or stopped answering; what lies there stays as it is."""
 

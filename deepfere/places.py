@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
@@ -233,6 +233,30 @@ def texts(folder: Place, pattern: str) -> Iterator[str]:
             # Asked again one by one: of many objects one would fail in every try, where one request in some does.
             told = content[key]
             yield told.decode() if isinstance(told, bytes) else (folder / key.rpartition("/")[2]).read_text()
+
+
+def sizes(folder: Place) -> dict[str, int]:
+    """Bytes of every file below a folder, by their names in it (``0/3``); nothing where nothing is."""
+    if isinstance(folder, Path):
+        found: dict[str, int] = {}
+        waiting = [""]
+        while waiting:
+            below = waiting.pop()
+            with suppress(FileNotFoundError), os.scandir(folder / below) as entries:
+                for entry in entries:
+                    name = f"{below}{entry.name}"
+                    if entry.is_dir():
+                        waiting.append(f"{name}/")
+                    else:
+                        found[name] = entry.stat().st_size
+        return found
+
+    def ask(store: object, path: str) -> dict[str, int]:
+        start = len(path.rstrip("/")) + 1
+        listed = store.find(path, detail=True)  # type: ignore[attr-defined]
+        return {name[start:]: int(about["size"]) for name, about in listed.items()}
+
+    return folder._ask(ask)
 
 
 def check_outside_stores(target: Place) -> None:

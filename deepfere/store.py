@@ -15,14 +15,15 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 from zarr.abc.store import ByteRequest
 from zarr.codecs import BloscCodec, ZstdCodec
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import FsspecStore, LocalStore
 
-from deepfere.codecs import DiskStore
+from deepfere.codecs import DiskStore, Noting
 from deepfere.cores import usable_cores
-from deepfere.errors import InputError
+from deepfere.errors import Damaged, InputError
 from deepfere.places import Place, UrlPath, place, remove_tree
 from deepfere.remote import FIRST_TRIES, OPTIONS, TRIES, answered, answered_later, is_url
 
@@ -31,7 +32,7 @@ StorageOptions = Mapping[str, Any]
 Codec = Literal["zstd", "blosc"]
 
 
-class RemoteStore(FsspecStore):
+class RemoteStore(Noting, FsspecStore):
     """A store at a URL that asks again where it throttles or fails, and says the rest in one line."""
 
     async def _ask(self, key: str, ask: Callable[[], Awaitable[Answer]]) -> Answer:
@@ -53,6 +54,7 @@ class RemoteStore(FsspecStore):
         """As in zarr."""
         asked = super().set
         await self._ask(key, lambda: asked(key, value, byte_range))
+        self.note(key, value)
 
     async def exists(self, key: str) -> bool:
         """As in zarr."""
@@ -272,6 +274,50 @@ def sync_shard(root: str | Place, array: str, row: int, col: int) -> None:
         # Its folders may be as new as itself.
         for part in (path, *path.parents[:4]):
             sync(part)
+
+
+def write_shard(root: str | Place, array: Any, row: int, col: int, values: NDArray[Any]) -> list[int] | None:
+    """Write one whole shard of a (c, y, x) array: nothing of a torn or older one is left, and it is on disk afterwards.
+
+    Args:
+        root: The store.
+        array: In it, opened to be written.
+        row: Which shard.
+        col: Which shard.
+        values: (c, h, w), less than a shard only where the array ends.
+
+    Returns:
+        Bytes of its object and their CRC-32; None where it is of fill values alone, and has none.
+    """
+    top, left = row * array.shards[1], col * array.shards[2]
+    # Else what is read back first, since zarr reads a shard before it writes it, might be torn.
+    shard_object(root, array.path, row, col).unlink(missing_ok=True)
+    store = array.store
+    store.noted = {}
+    try:
+        array[:, top : top + values.shape[1], left : left + values.shape[2]] = values
+        written: list[int] | None = store.noted.get(f"{array.path}/c/0/{row}/{col}")
+    finally:
+        store.noted = None
+    sync_shard(root, array.path, row, col)
+    return written
+
+
+@contextmanager
+def reading_again(root: str | Place) -> Iterator[None]:
+    """Read a store that the work itself has made: where that is damaged, the input is not wrong.
+
+    Raises:
+        Damaged: It is.
+    """
+    try:
+        yield
+    except InputError as error:
+        if is_url(root):  # which refuses
+            raise
+        raise Damaged(error.where or root, error.what) from error
+    except (RuntimeError, ValueError) as error:  # what zarr's codecs make of it
+        raise Damaged(root, f"cannot be read ({error})") from error
 
 
 def settle(root: Place) -> None:

@@ -254,7 +254,7 @@ def test_a_shard_of_planes_is_whole_and_on_disk_before_it_is_recorded(tmp_path, 
     file.write_bytes(b"torn")
     values = np.full((7, 60, 50), 9, np.uint8)
     monkeypatch.setattr(cache, "compute_shard", lambda *_: values)
-    monkeypatch.setattr(cache, "sync_shard", lambda *_: seen.append((file.stat().st_size > 4, journal.done())))
+    monkeypatch.setattr("deepfere.store.sync_shard", lambda *_: seen.append((file.stat().st_size > 4, journal.done())))
     monkeypatch.setattr("deepfere.reconstruction.shards.slide_of", lambda _: SimpleNamespace(decoded=None))
     CacheWorker(spec, str(journal.folder), "abc").work({"unit": "0/0", "shards": [[0, 0]]})
     assert seen == [(True, {})] and set(journal.done()) == {"0/0"}

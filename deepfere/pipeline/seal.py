@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from deepfere import __version__
+from deepfere.cluster import Journal
 from deepfere.config import Config
 from deepfere.frame import Alignment
 from deepfere.model.artefacts import ARTEFACTS
@@ -25,8 +26,9 @@ from deepfere.places import Place, copy_file, copy_tree, reading, writing
 from deepfere.reconstruction.inferred import section_shares
 from deepfere.reconstruction.ome import multiscale
 from deepfere.reconstruction.result import FORMAT, FORMAT_VERSION, Result, sealing
+from deepfere.reconstruction.whole import check_there
 from deepfere.rows import Phase, Phases, Record, Row, RowWorker
-from deepfere.store import create_array, open_group, remove, settle, sync
+from deepfere.store import create_array, open_group, reading_again, remove, settle, sync
 from deepfere.tiling.plan import ShardGrid
 
 IONS = 8
@@ -64,6 +66,7 @@ class Unsealed:
         outcome: For the provenance.
         root: The folder of the unfinished work.
         config: Settings.
+        journals: What says which objects its images have.
     """
 
     prep: Prepared
@@ -73,6 +76,7 @@ class Unsealed:
     outcome: Outcome
     root: Place
     config: Config
+    journals: tuple[Journal, ...]
 
     @cached_property
     def model(self) -> dict[str, Any]:
@@ -123,7 +127,7 @@ class CheckWorker(RowWorker):
         """Consistency of the row's ions."""
         one, first = self._unsealed, row["first"]
         ions = range(first, min(first + IONS, len(one.prep.measured.mz)))
-        with sealing(one.out):  # which otherwise refuses unfinished results
+        with reading_again(one.out), sealing(one.out):  # which otherwise refuses unfinished results
             worst = check_ions(Result(str(one.out)), one.whole, one.config.seed, ions, self._scheduler)
         return {"first": first, "worst": worst.tolist()}
 
@@ -138,11 +142,14 @@ class CompleteWorker(RowWorker):
         """The whole of it."""
         out = self._unsealed.out
         group: Any = open_group(out, "r+")
-        with sealing(out):
+        with reading_again(out), sealing(out):
             shares, group.attrs["inferred_share"] = section_shares(Result(str(out)), self._unsealed.shards.chunk_px)
         _small(group["basis"], "consistency", self._worst)
         _small(group["basis"], "inferred_share", shares)
         settle(out)
+        # Last of all: a lost shard reads as empty, and nothing else would tell.
+        for journal in self._unsealed.journals:
+            check_there(out, journal.done())
         group.attrs["complete"] = True
         sync(out / "zarr.json")
         return {}

@@ -24,9 +24,10 @@ from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace, writ
 from deepfere.places import Place, reading
 from deepfere.readers.slide import Reading
 from deepfere.reconstruction.shards import CacheWorker, PoolWorker
+from deepfere.reconstruction.whole import check_there, lost, unsound_phases
 from deepfere.rows import Phase, Phases
 from deepfere.store import create_array, open_group
-from deepfere.tiling.cache import CacheSpec, create_cache, distinct_native_tiles, is_cache
+from deepfere.tiling.cache import CacheSpec, create_cache, distinct_native_tiles, doubt_of, is_cache
 from deepfere.tiling.plan import group_shards, needed_shards, plan_planes, plan_windows
 
 POOL_PX = 1024
@@ -91,17 +92,26 @@ def tile_phases(
     shards = needed_shards(cache.planes, alignment, prep.measured.grid, wanted, margin)
     smoothings = smoothings_pitch(config)
     depends = [inputs, spec.to_dict(), cache.fingerprint, alignment.to_dict(), shards.tolist(), smoothings]
+    # Planes do not depend on the alignment: another one, or a wider reach, adds the shards that it needs.
+    journal = Journal(folder.journal / "tile", cache.fingerprint)
+    units = ["{}/{}".format(*shard) for shard in shards.tolist()]
+    doubt = doubt_of(cache.url)
+    if work.done("tile", digest(depends), name) is not None and (
+        not is_cache(cache) or doubt.exists() or lost(cache.url, _of(journal, units))
+    ):
+        work.forget("tile", name)
     with work.stage("tile", depends, name) as facts:
         if facts is None:
             return
         write_json(folder.plan, {"guide": spec.to_dict(), "planes": cache.planes.to_dict()})
-        # Planes do not depend on the alignment: another one, or a wider reach, adds the shards that it needs.
-        journal = Journal(folder.journal / "tile", cache.fingerprint)
         if not is_cache(cache):
             journal.clear()
             create_cache(cache)
+        wrong = yield from unsound_phases(f"checking {name}", cache.url, journal)
+        journal.drop({unit for unit, _ in wrong})
+        doubt.unlink(missing_ok=True)
         finished = journal.done()
-        todo = shards[np.array(["{}/{}".format(*shard) not in finished for shard in shards.tolist()], bool)]
+        todo = shards[np.array([unit not in finished for unit in units], bool)]
         groups = group_shards(todo)
         rows = ({"unit": f"{group[0, 0]}/{group[0, 1]}", "shards": group.tolist()} for group in groups)
         counter = _Counter(progress, "tile", len(shards), len(shards) - len(todo), 0.0, 0.7)
@@ -109,11 +119,19 @@ def tile_phases(
         yield Phase(f"tiling {name}", CacheWorker, arguments, rows, len(groups), counter.step)
         yield pool(prep, spec, alignment, progress, folder.pooled, smoothings)
         facts["shards"] = len(shards)
-        facts["slide"] = asdict(cache.reading) | {"native_tiles": native_tiles(cache, shards, journal.done())}
+        finished = _of(journal, units)
+        check_there(cache.url, finished)
+        facts["slide"] = asdict(cache.reading) | {"native_tiles": native_tiles(cache, shards, finished)}
         if config.slide.icc != cache.reading.icc:
             facts["warnings"] = [
                 f"slide.icc={config.slide.icc}: the slide carries no profile; its colours are as stored"
             ]
+
+
+def _of(journal: Journal, units: list[str]) -> dict[str, dict[str, Any]]:
+    """What a journal says of the units that are wanted; one that it does not know has no record to hold."""
+    finished = journal.done()
+    return {unit: finished.get(unit, {}) for unit in units}
 
 
 def native_tiles(

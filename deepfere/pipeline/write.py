@@ -19,9 +19,10 @@ from deepfere.pipeline.seal import Outcome, Unsealed, detail_scale, seal_phases
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.places import Place, UrlPath
 from deepfere.reconstruction.ome import AXIS_NAMES, level_shapes
-from deepfere.reconstruction.pyramid import level_counts, pyramid_phases
+from deepfere.reconstruction.pyramid import Counts, averaged_from, level_counts, pyramid_phases
 from deepfere.reconstruction.result import FORMAT
 from deepfere.reconstruction.shards import DetailWorker, SectionModel
+from deepfere.reconstruction.whole import row_col, unsound_phases
 from deepfere.rows import Phase, Phases, RowWorker
 from deepfere.store import create_array, open_group
 from deepfere.tiling.plan import ShardGrid
@@ -73,7 +74,11 @@ def reconstruct_phases(
     stands = attributes_of(made)
     # A complete one that stands there is to be replaced: else nobody would have come here.
     begun = stands.get("identity") == outcome.identity and stands.get("complete") is not True
-    if not begun:
+    pyramid = Journal(prep.folder.journal / "pyramid", fingerprint)
+    counts = level_counts(shapes, shards.shard_px, ("detail", "stain"))
+    if begun:
+        yield from _mended(f"checking {name}", made, journal, pyramid, counts, lambda: work.forget("reconstruct", name))
+    else:
         work.forget("reconstruct", name)
 
     def tell(low: float, high: float) -> Callable[[float], None]:
@@ -81,7 +86,6 @@ def reconstruct_phases(
 
     with work.stage("reconstruct", [fingerprint], name) as facts:
         if facts is not None:
-            pyramid = Journal(prep.folder.journal / "pyramid", fingerprint)
             finished = journal.done()
             if not finished or not begun:
                 journal.clear()
@@ -99,12 +103,29 @@ def reconstruct_phases(
             # A shard that was done twice counts once.
             facts["uncovered_px"] = sum(record["uncovered"] for record in journal.done().values())
             if config.guide:
-                counts = level_counts(shapes, shards.shard_px, ("detail", "stain"))
                 yield from pyramid_phases(str(made), counts, pyramid, f"pyramids of {name}", tell(0.7, 0.85))
-    unsealed = Unsealed(prep, made, shards, len(shapes), outcome, work.root, config)
+    unsealed = Unsealed(prep, made, shards, len(shapes), outcome, work.root, config, (journal, pyramid))
     yield from seal_phases(unsealed, "synchronous" if config.guide else "threads", tell(0.85, 0.99))
     publish(made, out)
     progress("reconstruct", 1.0)
+
+
+def _mended(
+    what: str, made: Place, journal: Journal, pyramid: Journal, counts: Counts, forget: Callable[[], None]
+) -> Phases:
+    """Drop what an earlier run recorded and what is not there as it was written, and what was averaged from it."""
+    wrong = yield from unsound_phases(what, made, journal)
+    above = yield from unsound_phases(what, made, pyramid)
+    if not wrong and not above:
+        return
+    forget()
+    units = {unit for unit, _ in above}
+    for unit, array in wrong | above:
+        if array:
+            units.update(averaged_from(array, *row_col(unit), counts))
+    # The pyramid's first: as long as a shard below is recorded, the next run finds out about it again.
+    pyramid.drop(units)
+    journal.drop({unit for unit, _ in wrong})
 
 
 def shard_phases(

@@ -14,9 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from deepfere.cluster import Journal
-from deepfere.reconstruction.shards import delete_shard
 from deepfere.rows import Phase, Phases, Row, RowWorker
-from deepfere.store import open_group, sync_shard
+from deepfere.store import open_group, reading_again, write_shard
 
 PIECE_VALUES = 1 << 18
 """Values that are averaged at a time."""
@@ -156,12 +155,10 @@ class PyramidWorker(RowWorker):
                 y0, y1 = 2 * top, min(2 * bottom, below.shape[1])
                 x0, x1 = 2 * left, min(2 * right, below.shape[2])
                 counts = pixels_below(y0, y1, level - 1, full[0]), pixels_below(x0, x1, level - 1, full[1])
-                part = halve(np.asarray(below[:, y0:y1, x0:x1]), *counts)
-                values[:, top - r0 : bottom - r0, left - c0 : right - c0] = part
-        delete_shard(target, self._out, f"{row['image']}/{level}", row["row"], row["col"])
-        target[:, r0:r1, c0:c1] = values
-        sync_shard(self._out, f"{row['image']}/{row['level']}", row["row"], row["col"])
-        return {}
+                with reading_again(self._out):
+                    pixels = np.asarray(below[:, y0:y1, x0:x1])
+                values[:, top - r0 : bottom - r0, left - c0 : right - c0] = halve(pixels, *counts)
+        return {"wrote": {target.path: write_shard(self._out, target, row["row"], row["col"], values)}}
 
 
 def pyramid_rows(level: int, counts: dict[str, tuple[int, int]]) -> Iterator[Row]:
@@ -185,6 +182,21 @@ def level_counts(shapes: Sequence[tuple[int, int]], shard_px: int, images: Seque
     """How many shards of a side there are where all images have levels of the same shapes, level 0 the first."""
     counts = [(-(-height // shard_px), -(-width // shard_px)) for height, width in shapes]
     return {level: dict.fromkeys(images, count) for level, count in enumerate(counts) if level}
+
+
+def averaged_from(array: str, row: int, col: int, counts: Counts) -> Iterator[str]:
+    """The units that stand above one shard: what is averaged from its pixels.
+
+    Args:
+        array: ``IMAGE/LEVEL``.
+        row: Of the shard.
+        col: Of the shard.
+        counts: Shards of each level.
+    """
+    image, level = array.split("/")
+    for higher in range(int(level) + 1, max(counts, default=0) + 1):
+        row, col = row // 2, col // 2
+        yield f"{image}/{higher}/{row}/{col}"
 
 
 def pyramid_phases(

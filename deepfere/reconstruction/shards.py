@@ -1,7 +1,8 @@
 """Computing the detail planes and the stain on the section grid, one whole output shard at a time.
 
-A shard's objects are deleted before they are written and recorded in the journal afterwards; a rerun
-computes only what is not recorded. Pixels stay in the worker.
+A shard's objects are deleted before they are written, and recorded in the journal afterwards with what they came to; a
+rerun computes only what is not recorded, or no longer there (`deepfere.reconstruction.whole`). Pixels
+stay in the worker.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from deepfere.model.guide import Cells, GuideSpec, stain_of
 from deepfere.model.network import network_from_config
 from deepfere.places import reading
 from deepfere.schedule import RowWorker
-from deepfere.store import open_group, shard_object, sync_shard
-from deepfere.tiling.cache import CacheSpec, PlaneReader, slide_of, write_shard
+from deepfere.store import open_group, write_shard
+from deepfere.tiling.cache import CacheSpec, PlaneReader, slide_of, write_planes
 from deepfere.tiling.plan import ShardGrid
 
 TILE_PX, GPU_TILE_PX = 384, 1024
@@ -96,10 +97,10 @@ class CacheWorker(RowWorker):
         """Write and record the shards of one group, one after the other."""
         for r, c in row["shards"]:
             before = slide_of(self._spec).decoded
-            write_shard(self._spec, r, c)
+            written = write_planes(self._spec, r, c)
             after = slide_of(self._spec).decoded
             decoded = None if before is None or after is None else after - before
-            self._recorded.record({f"{r}/{c}": {"decoded": decoded}})
+            self._recorded.record({f"{r}/{c}": {"decoded": decoded, "wrote": {"planes": written}}})
         return {"shards": len(row["shards"])}
 
 
@@ -143,11 +144,6 @@ def exact_gpu() -> None:
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 
-def delete_shard(array: Any, root: str, name: str, row: int, col: int) -> None:
-    """Remove one shard's object, so that nothing of a torn or older one is read back."""
-    shard_object(root, name, row, col).unlink(missing_ok=True)
-
-
 class DetailWorker(RowWorker):
     """Reconstructs one output shard per row: detail planes (K) and the stain (RGB)."""
 
@@ -189,10 +185,9 @@ class DetailWorker(RowWorker):
             else:
                 colours, _ = stain_of(self._model.spec, self._planes, self._model.alignment, cells, self._device)
                 stain[:, rows, cols] = as_bytes(colours)
-        at = (slice(whole.i0 * f, whole.i1 * f), slice(whole.j0 * f, whole.j1 * f))
         group: Any = open_group(self._out, "r+")
-        for name, values in (("detail", (detail / self._scale).astype(np.float16)), ("stain", stain)):
-            delete_shard(group[name]["0"], self._out, f"{name}/0", row["row"], row["col"])
-            group[name]["0"][:, at[0], at[1]] = values
-            sync_shard(self._out, f"{name}/0", row["row"], row["col"])
-        return {"uncovered": uncovered}
+        wrote = {
+            f"{name}/0": write_shard(self._out, group[name]["0"], row["row"], row["col"], values)
+            for name, values in (("detail", (detail / self._scale).astype(np.float16)), ("stain", stain))
+        }
+        return {"uncovered": uncovered, "wrote": wrote}

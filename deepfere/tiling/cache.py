@@ -1,6 +1,6 @@
 """The patch cache: base planes of one slide in Zarr shards, decoded once, read by every epoch.
 
-A shard is written whole by one writer (`write_shard`); the slide is read at the exact fine pixel size.
+A shard is written whole by one writer (`write_planes`); the slide is read at the exact fine pixel size.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deepfere.errors import DeepfereError, InputError
+from deepfere.errors import Damaged, DeepfereError, InputError
 from deepfere.model.artefacts import Artefacts
 from deepfere.model.features import PLANES, StainReference, base_planes
 from deepfere.model.guide import GuideSpec
+from deepfere.places import Place, place
 from deepfere.readers.kept_tiles import KeptTiles
 from deepfere.readers.slide import Reading, Slide, area_axes, opened, read_area
-from deepfere.store import create_array, open_group, shard_object, sync_shard
+from deepfere.store import create_array, open_group, reading_again, write_shard
 from deepfere.tiling.plan import CHUNK_PX, SHARD_PX, PlaneGrid
 
 
@@ -76,6 +77,11 @@ def is_cache(spec: CacheSpec) -> bool:
         return False
 
 
+def doubt_of(url: str) -> Place:
+    """The file that says of a cache that a part of it could not be read."""
+    return place(url).with_suffix(".doubt")
+
+
 def slide_of(spec: CacheSpec) -> Slide:
     """The cache's slide, opened once per process."""
     return opened(spec.slide, spec.mpp_um, spec.reading.backend, spec.reading.icc)
@@ -112,14 +118,10 @@ def compute_shard(spec: CacheSpec, row: int, col: int) -> NDArray[np.uint8]:
     return base_planes(rgb, np.where(marks, 0.0, coverage), block, spec.reference)
 
 
-def write_shard(spec: CacheSpec, row: int, col: int) -> None:
-    """Compute and write one whole shard; nothing of a torn or older one is left, and it is on disk afterwards."""
-    r0, r1, c0, c1 = spec.planes.shard_window(row, col)
-    array: Any = open_group(spec.url, "r+")["planes"]
+def write_planes(spec: CacheSpec, row: int, col: int) -> list[int] | None:
+    """Compute and write one whole shard; what was written (see `write_shard`)."""
     values = compute_shard(spec, row, col)
-    shard_object(spec.url, "planes", row, col).unlink(missing_ok=True)
-    array[:, r0:r1, c0:c1] = values
-    sync_shard(spec.url, "planes", row, col)
+    return write_shard(spec.url, open_group(spec.url, "r+")["planes"], row, col, values)
 
 
 class PlaneReader:
@@ -135,6 +137,7 @@ class PlaneReader:
 
     def __init__(self, url: str, spec: GuideSpec) -> None:
         group: Any = open_group(url, "r")
+        self._url = url
         self._array = group["planes"]
         shape, spacing = tuple(self._array.shape[1:]), tuple(group.attrs["spacing_um"])
         if shape != tuple(spec.planes_shape) or spacing != tuple(spec.spacing_um):
@@ -143,8 +146,17 @@ class PlaneReader:
             )
 
     def __call__(self, r0: int, r1: int, c0: int, c1: int) -> NDArray[np.uint8]:
-        """Planes (7, r1 - r0, c1 - c0) uint8."""
-        return np.asarray(self._array[:, r0:r1, c0:c1])
+        """Planes (7, r1 - r0, c1 - c0) uint8.
+
+        Raises:
+            Damaged: They cannot be read; the next run is told to look at all of them.
+        """
+        try:
+            with reading_again(self._url):
+                return np.asarray(self._array[:, r0:r1, c0:c1])
+        except Damaged:
+            doubt_of(self._url).write_text("")
+            raise
 
 
 class PlaneWindows:
