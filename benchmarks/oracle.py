@@ -48,7 +48,7 @@ def stain_features(case: Case, result: Result, alignment: Alignment) -> tuple[ND
     whole = np.zeros((7, *planes.shape_px), np.uint8)
     for row, col in needed_shards(planes, alignment, grid, result.mask, reach_um(spec, alignment, 0)):
         r0, r1, c0, c1 = planes.shard_window(int(row), int(col))
-        whole[:, r0:r1, c0:c1] = compute_shard(cache, int(row), int(col))
+        whole[:, r0:r1, c0:c1] = compute_shard(cache, int(row), int(col))[0]
 
     def planes_at(r0: int, r1: int, c0: int, c1: int) -> NDArray[Any]:
         return whole[:, r0:r1, c0:c1]

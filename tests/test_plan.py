@@ -238,6 +238,7 @@ def test_a_shard_of_planes_is_whole_and_on_disk_before_it_is_recorded(tmp_path, 
     from deepfere.cluster import Journal
     from deepfere.model.features import StainReference
     from deepfere.readers.slide import Reading
+    from deepfere.readers.slide_damaged import NO_DAMAGE
     from deepfere.reconstruction.shards import CacheWorker
     from deepfere.store import open_group, shard_object
     from deepfere.tiling import cache
@@ -253,7 +254,7 @@ def test_a_shard_of_planes_is_whole_and_on_disk_before_it_is_recorded(tmp_path, 
     file.parent.mkdir(parents=True)
     file.write_bytes(b"torn")
     values = np.full((7, 60, 50), 9, np.uint8)
-    monkeypatch.setattr(cache, "compute_shard", lambda *_: values)
+    monkeypatch.setattr(cache, "compute_shard", lambda *_: (values, NO_DAMAGE))
     monkeypatch.setattr("deepfere.store.sync_shard", lambda *_: seen.append((file.stat().st_size > 4, journal.done())))
     monkeypatch.setattr("deepfere.reconstruction.shards.slide_of", lambda _: SimpleNamespace(decoded=None))
     CacheWorker(spec, str(journal.folder), "abc").work({"unit": "0/0", "shards": [[0, 0]]})

@@ -150,9 +150,10 @@ def test_neighbours_do_not_decode_again_and_memory_is_bounded(tmp_path, monkeypa
     assert slide._kept.bytes <= 3 * 64 * 64 * 3 and slide._kept.bytes == len(slide._kept) * 64 * 64 * 3
 
 
-def damage(path, tile, how):
+def damage(path, tile, how, level=0):
     with tifffile.TiffFile(path) as file:
-        at, count = file.pages[0].dataoffsets[tile], file.pages[0].databytecounts[tile]
+        page = file.pages[level]
+        at, count = page.dataoffsets[tile], page.databytecounts[tile]
     data = bytearray(path.read_bytes())
     rng = np.random.default_rng(0)
     middle = at + count // 2

@@ -17,6 +17,7 @@ from deepfere import remote
 from deepfere.errors import InputError
 from deepfere.inspect import describe
 from deepfere.readers.slide import open_slide, read_area, slide_digest
+from deepfere.readers.slide_damaged import ReadAround
 from deepfere.readers.slide_zarr import is_zarr
 from deepfere.tiling.groups import TileReader, group_tiles
 from deepfere.tiling.tiles import TileSpec, TissueMask, plan_tiles
@@ -161,8 +162,10 @@ def test_neighbours_decode_a_chunk_once_and_memory_is_bounded(tmp_path, monkeypa
 def test_a_damaged_chunk_is_named_and_costs_its_tiles_alone(tmp_path):
     image = picture(256, 256)
     root = write_ome_zarr(tmp_path / "s.zarr", image, factors=(1,))
+    whole = slide_digest(root)
     (root / "0" / "c" / "0" / "1" / "2").write_bytes(b"nothing")
-    slide = open_slide(root, 0.5, "zarr")
+    assert slide_digest(root) != whole
+    slide = open_slide(root, 0.5)
     with pytest.raises(InputError, match=r"level 0 cannot be decoded at row 64, column 128: .*chunk") as caught:
         slide.read(0, 60, 130, 20, 20)
     assert str(root) in str(caught.value) and "\n" not in str(caught.value)
@@ -173,6 +176,10 @@ def test_a_damaged_chunk_is_named_and_costs_its_tiles_alone(tmp_path):
     np.testing.assert_array_equal(tiles[5], image[64:128, 64:128])
     # The damage is a part of what the slide is known by.
     assert plan.slide_sha256 != slide_digest(write_ome_zarr(tmp_path / "whole.zarr", image, factors=(1,)))
+    around = ReadAround(slide)
+    image[64:128, 128:192] = 255
+    np.testing.assert_array_equal(around.read(0, 0, 0, 256, 256), image)
+    assert around.damaged.places == ((0, 1, 2),)
 
 
 def changed(root, how):

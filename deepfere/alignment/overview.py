@@ -16,6 +16,7 @@ from deepfere.frame import SectionGrid
 from deepfere.measured.operator import fill_missing
 from deepfere.model.artefacts import Artefacts
 from deepfere.model.features import StainReference, otsu, smooth_axis, smoothing_radius
+from deepfere.readers.slide_damaged import NO_DAMAGE, DamagedTiles
 
 NO_ARTEFACTS = Artefacts(np.zeros((0, 0), bool), (1.0, 1.0))
 
@@ -31,6 +32,7 @@ class StainOverview:
         artefacts: What on the slide is no stain; painted over with glass in the planes.
         elsewhere: (h, w) other pieces of tissue than the one that is searched, painted over too; None where all of
             the slide is.
+        damaged: Native tiles that could not be decoded: not covered, and painted over too.
     """
 
     planes: NDArray[np.uint8]
@@ -38,6 +40,7 @@ class StainOverview:
     reference: StainReference
     artefacts: Artefacts = NO_ARTEFACTS
     elsewhere: NDArray[np.bool_] | None = None
+    damaged: DamagedTiles = NO_DAMAGE
 
     @property
     def extent_um(self) -> tuple[float, float]:

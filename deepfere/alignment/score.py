@@ -11,6 +11,7 @@ from deepfere.alignment.overview import MeasuredOverview, StainOverview
 from deepfere.alignment.refine import footprint_points
 from deepfere.frame import Alignment
 from deepfere.model.registration import sample_window
+from deepfere.readers.slide_damaged import DamagedTiles
 
 
 def spatial_blocks(mask: NDArray[np.bool_], per_side: int = 4) -> NDArray[np.int64]:
@@ -92,7 +93,14 @@ def placement_r2(
 
 
 def slide_cover(measured: MeasuredOverview, stain: StainOverview, alignment: Alignment) -> float:
-    """Share of the measured tissue pixels whose centre the slide covers."""
+    """Share of the measured tissue pixels whose centre the slide covers, and shows."""
+    return tissue_shown(measured, alignment, stain.extent_um, stain.damaged)
+
+
+def tissue_shown(
+    measured: MeasuredOverview, alignment: Alignment, extent_um: tuple[float, float], damaged: DamagedTiles
+) -> float:
+    """Share of the measured tissue pixels whose centre lies on a slide of this extent, and in no damaged tile of it."""
     centres = alignment.map(measured.grid.centres_um()[measured.tissue])
-    extent = np.asarray(stain.extent_um)
-    return float(((centres >= 0) & (centres <= extent)).all(-1).mean())
+    shown = ((centres >= 0) & (centres <= np.asarray(extent_um))).all(-1)
+    return float((shown & ~damaged.hide(centres)).mean())

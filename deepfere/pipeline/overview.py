@@ -14,9 +14,10 @@ from deepfere.errors import InputError
 from deepfere.frame import SectionGrid
 from deepfere.model.artefacts import find_artefacts
 from deepfere.model.features import base_planes, stain_reference
-from deepfere.readers.slide import Slide, open_slide, read_area
+from deepfere.readers.slide import Readable, Slide, open_slide, read_area
+from deepfere.readers.slide_damaged import ReadAround
 from deepfere.section import Section
-from deepfere.tiling.pieces import Pieces, find_pieces
+from deepfere.tiling.pieces import Piece, Pieces, find_pieces
 
 OVERVIEW_PX = 16_000_000
 MARGIN_UM = 1000.0
@@ -91,41 +92,47 @@ def stain_overview(
         number: Which of them.
 
     Raises:
-        InputError: There is no tissue.
+        InputError: There is no tissue, or nothing of it can be read.
     """
     extent = (slide.shape_px[0] * slide.mpp_um[0], slide.shape_px[1] * slide.mpp_um[1])
     wanted = max(pitch_um / 8, float(np.sqrt(extent[0] * extent[1] / OVERVIEW_PX)), *slide.mpp_um)
     step = max(1, int(wanted / max(slide.mpp_um) + 1e-9))
     spacing = (slide.mpp_um[0] * step, slide.mpp_um[1] * step)
     shape = (max(1, slide.shape_px[0] // step), max(1, slide.shape_px[1] // step))
+    around = ReadAround(slide)
     if pieces is None:
-        rgb, coverage = read_area(slide, (0.0, 0.0), shape, spacing)
+        rgb, coverage = read_area(around, (0.0, 0.0), shape, spacing)
         elsewhere, hidden = None, np.zeros(shape, bool)
     else:
-        rgb, coverage, elsewhere = _one_piece(slide, pieces, number, shape, spacing)
+        piece = pieces.choose(number, slide.path)
+        elsewhere = pieces.elsewhere(number).at((0.0, 0.0), spacing, shape)
+        rgb, coverage = _one_piece(around, piece, elsewhere, spacing)
         hidden = coverage == 0
+    lost = around.hidden((0.0, 0.0), spacing, shape)
+    coverage[lost], hidden = 0.0, hidden | lost
+    if around.first is not None and not coverage.any():
+        raise around.first
     reference = stain_reference(rgb, coverage)
     artefacts = find_artefacts(rgb, coverage, reference, spacing, pitch_um) if ink else NO_ARTEFACTS
     bare = rgb
     if artefacts.mask.any():
         hidden = hidden | artefacts.mask
     if hidden.any():
-        # Marks and other pieces must neither set thresholds nor draw the search: they become glass.
+        # Marks, other pieces and what is damaged must neither set thresholds nor draw the search: they become glass.
         coverage = np.where(hidden, 0.0, coverage)
         reference = stain_reference(rgb, coverage)
         bare = np.where(hidden[..., None], np.asarray(reference.white).round(), rgb).astype(np.uint8)
     planes = base_planes(bare, coverage, 1, reference)
     if (planes[5] > 127).mean() < 0.002:
         raise InputError("shows no tissue", where=slide.path, remedy="give the slide of this section")
-    return StainOverview(planes, spacing, reference, artefacts, elsewhere), rgb
+    return StainOverview(planes, spacing, reference, artefacts, elsewhere, around.damaged), rgb
 
 
 def _one_piece(
-    slide: Slide, pieces: Pieces, number: int, shape_px: tuple[int, int], spacing_um: tuple[float, float]
-) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.bool_]]:
-    """Picture and coverage of a whole overview of which one piece's surroundings alone are read; other pieces."""
-    piece = pieces.choose(number, slide.path)
-    low, high = [], []
+    slide: Readable, piece: Piece, elsewhere: NDArray[np.bool_], spacing_um: tuple[float, float]
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Picture and coverage of a whole overview (h, w) of which one piece's surroundings alone are read."""
+    shape_px, low, high = elsewhere.shape, [], []
     for k in (0, 1):
         low.append(max(0, int((piece.start_um[k] - MARGIN_UM) / spacing_um[k])))
         end = int(np.ceil((piece.start_um[k] + piece.extent_um[k] + MARGIN_UM) / spacing_um[k]))
@@ -134,6 +141,5 @@ def _one_piece(
     rgb, coverage = np.full((*shape_px, 3), 255, np.uint8), np.zeros(shape_px, np.float32)
     corner, size = (low[0] * spacing_um[0], low[1] * spacing_um[1]), (high[0] - low[0], high[1] - low[1])
     rgb[part], coverage[part] = read_area(slide, corner, size, spacing_um)
-    elsewhere = pieces.elsewhere(number).at((0.0, 0.0), spacing_um, shape_px)
     coverage[elsewhere] = 0.0
-    return rgb, coverage, elsewhere
+    return rgb, coverage

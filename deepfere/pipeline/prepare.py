@@ -38,6 +38,7 @@ from deepfere.places import UrlPath, copy_tree, place, reading, writing
 from deepfere.readers.digest import tree_digest
 from deepfere.readers.imzml import IMZML, msi_digest
 from deepfere.readers.mis import MIS, read_mis
+from deepfere.readers.slide_damaged import DamagedTiles
 from deepfere.readers.slide_zarr import is_zarr
 from deepfere.readers.table import is_table, table_digest
 from deepfere.section import Section
@@ -260,12 +261,7 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
             found = bend(measured, stain, found, lambda share: progress("align", 0.8 + 0.2 * share))
         flip, rotation, scale = describe(found)
         cover = slide_cover(measured, stain, found)
-        if cover < MIN_COVER:
-            raise InputError(
-                f"covers {100 * cover:.0f} % of the measured tissue; at least 70 % is needed",
-                where=section.slide,
-                remedy="give a slide that shows the section, or correct the alignment, --pitch-um or --slide-mpp-um",
-            )
+        check_cover(cover, section, stain.damaged)
         found = found.with_evidence(flip=flip, rotation_deg=rotation, scale=scale, slide_cover=cover)
         for alignment, where in ((found, folder.alignment), (start, folder.alignment_start)):
             with writing(where) as path:
@@ -282,11 +278,34 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
         with writing(folder.overview) as path:
             np.savez_compressed(path, rgb=rgb, spacing_um=spacing, artefacts=kinds)
         facts["reference"] = stain.reference.to_dict()
+        facts["damaged_tiles"] = stain.damaged.places
         ink = kinds == ARTEFACTS.index("ink")
         damage = (kinds > 0) & ~ink & (kinds != ARTEFACTS.index("piece"))
         for name, marks in (("ink_share", ink), ("damage_share", damage)):
             facts[name] = float(marks.sum() / max(1, (marks | (stain.planes[5] > 127)).sum()))
         progress("align", 1.0)
+
+
+def check_cover(cover: float, section: Section, damaged: DamagedTiles) -> None:
+    """Refuse a slide that shows too little of the section, some of it perhaps damaged.
+
+    Raises:
+        InputError: It does.
+    """
+    if cover >= MIN_COVER:
+        return
+    share = f"{100 * cover:.0f} % of the measured tissue; at least 70 % is needed"
+    if damaged:
+        raise InputError(
+            f"is damaged in {damaged.text()}, and what can be read of it covers {share}",
+            where=section.slide,
+            remedy="copy or scan it again",
+        )
+    raise InputError(
+        f"covers {share}",
+        where=section.slide,
+        remedy="give a slide that shows the section, or correct the alignment, --pitch-um or --slide-mpp-um",
+    )
 
 
 def _artefacts(

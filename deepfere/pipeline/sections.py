@@ -78,6 +78,8 @@ def prepare_sections(job: Job, work: Workspace, failures: Failures, progress: Pr
     if job.depth >= 3:
         failures.stop("the others are prepared, but learning takes all of them: mend or remove these")
     told = [lines[section.name] for section in job.sections if section.name in lines]
+    if job.stage == "tile":
+        told += [f"{name}: warning: {text}" for name in lines for text in work.facts("tile", name).get("warnings", [])]
     if differ:
         told.append("note: the sections have different ions; train needs one list for all (ingest.mz)")
     return told

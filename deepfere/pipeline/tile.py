@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deepfere.alignment.score import tissue_shown
 from deepfere.cluster import Journal
 from deepfere.config import Config, digest
 from deepfere.frame import Alignment
@@ -19,15 +22,16 @@ from deepfere.model.features import StainReference
 from deepfere.model.guide import GuideSpec
 from deepfere.model.transfer import SMOOTHINGS_PITCH
 from deepfere.pipeline.overview import section_slide
-from deepfere.pipeline.prepare import Prepared, load_alignment
+from deepfere.pipeline.prepare import Prepared, check_cover, load_alignment, measured_overview
 from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace, write_json
 from deepfere.places import Place, reading
 from deepfere.readers.slide import Reading
+from deepfere.readers.slide_damaged import NO_DAMAGE, DamagedTiles
 from deepfere.reconstruction.shards import CacheWorker, PoolWorker
 from deepfere.reconstruction.whole import check_there, lost, unsound_phases
 from deepfere.rows import Phase, Phases
 from deepfere.store import create_array, open_group
-from deepfere.tiling.cache import CacheSpec, create_cache, distinct_native_tiles, doubt_of, is_cache
+from deepfere.tiling.cache import CacheSpec, create_cache, distinct_native_tiles, doubt_of, is_cache, slide_of
 from deepfere.tiling.plan import group_shards, needed_shards, plan_planes, plan_windows
 
 POOL_PX = 1024
@@ -117,13 +121,21 @@ def tile_phases(
         counter = _Counter(progress, "tile", len(shards), len(shards) - len(todo), 0.0, 0.7)
         arguments = (cache, str(journal.folder), cache.fingerprint)
         yield Phase(f"tiling {name}", CacheWorker, arguments, rows, len(groups), counter.step)
+        made = _of(journal, units)
+        damaged = damaged_tiles(cache, shards, made, work.facts("align", name).get("damaged_tiles", []))
+        if damaged:
+            slide = slide_of(cache)
+            extent = slide.shape_px[0] * slide.mpp_um[0], slide.shape_px[1] * slide.mpp_um[1]
+            shown = tissue_shown(measured_overview(prep, config), alignment, extent, damaged)
+            check_cover(shown, prep.section, damaged)
         yield pool(prep, spec, alignment, progress, folder.pooled, smoothings)
         facts["shards"] = len(shards)
-        finished = _of(journal, units)
-        check_there(cache.url, finished)
-        facts["slide"] = asdict(cache.reading) | {"native_tiles": native_tiles(cache, shards, finished)}
+        check_there(cache.url, made)
+        facts["slide"] = asdict(cache.reading) | {"native_tiles": native_tiles(cache, shards, made)}
+        facts["slide"]["damaged_tiles"] = damaged.places
+        facts["warnings"] = [damaged.warning()] if damaged else []
         if config.slide.icc != cache.reading.icc:
-            facts["warnings"] = [
+            facts["warnings"] += [
                 f"slide.icc={config.slide.icc}: the slide carries no profile; its colours are as stored"
             ]
 
@@ -149,6 +161,22 @@ def native_tiles(
     if not decoded or len(decoded) < len(told):
         return None
     return {"decoded": sum(decoded), "distinct": distinct_native_tiles(cache, shards)}
+
+
+def damaged_tiles(
+    cache: CacheSpec, shards: NDArray[np.int64], finished: dict[str, dict[str, Any]], known: Iterable[Any]
+) -> DamagedTiles:
+    """Native tiles that the shards lack, and those that are known already.
+
+    Args:
+        cache: The slide and its planes.
+        shards: (n, 2).
+        finished: Their journal.
+        known: Level, row and column of each.
+    """
+    told = [finished["{}/{}".format(*shard)].get("damaged", []) for shard in shards.tolist()]
+    places = list(chain(known, *told))
+    return DamagedTiles.of(slide_of(cache), places) if places else NO_DAMAGE
 
 
 def reach_um(spec: GuideSpec, alignment: Alignment, network_px: int) -> float:

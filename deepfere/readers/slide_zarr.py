@@ -150,25 +150,23 @@ class ZarrSlide:
         sha = hashlib.sha256()
         for k, level in enumerate(self.levels):
             sha.update(json.dumps([level.shape_px, level.tile_px]).encode())
-            for r, c in self._spread(k, SAMPLED_CHUNKS):
-                try:
-                    sha.update(self._decode(k, r, c, c + 1).tobytes())
-                except DamagedPixels:
-                    sha.update(b"damaged")  # whoever reads it is told
+            for pixels in self.sample(k, SAMPLED_CHUNKS):
+                sha.update(b"damaged" if pixels is None else pixels.tobytes())
         return sha.hexdigest()
 
-    def sample(self, level: int, most: int) -> Iterator[NDArray[np.uint8]]:
-        """RGB of so many chunks of a level at most, evenly spaced."""
-        for r, c in self._spread(level, most):
-            yield self._decode(level, r, c, c + 1)
-
-    def _spread(self, level: int, most: int) -> Iterator[tuple[int, int]]:
-        """Row and column of so many chunks of a level at most, evenly spaced."""
+    def sample(self, level: int, most: int) -> Iterator[NDArray[np.uint8] | None]:
+        """RGB of so many chunks of a level at most, evenly spaced; None for one that is damaged."""
         (h, w), (th, tw) = self.levels[level].shape_px, self.levels[level].tile_px
         cols = -(-w // tw)
         count = -(-h // th) * cols
         for n in np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64)):
-            yield divmod(int(n), cols)
+            r, c = divmod(int(n), cols)
+            try:
+                pixels = self._decode(level, r, c, c + 1)
+            except DamagedPixels:
+                yield None
+            else:
+                yield pixels
 
     def close(self) -> None:
         """See `deepfere.readers.slide.Slide.close`."""
@@ -334,8 +332,9 @@ def _refuse_scales(slide: ZarrSlide, scales: list[list[float] | None], axes: tup
 
 def _refuse_dark(slide: ZarrSlide, where: str) -> None:
     """Three channels may be fluorescence that says nothing of its colours: nearly all of that is dark."""
-    seen = np.concatenate([p.mean(2).ravel() for p in slide.sample(len(slide.levels) - 1, LOOKED_AT)])
-    dark = float((seen < DARK).mean())
+    sample = slide.sample(len(slide.levels) - 1, LOOKED_AT)
+    seen = np.concatenate([np.zeros(0), *(p.mean(2).ravel() for p in sample if p is not None)])
+    dark = float((seen < DARK).mean()) if len(seen) else 0.0
     if dark > DARK_SHARE:
         raise InputError(
             f"{100 * dark:.0f} % of it are dark, as in fluorescence, not in brightfield", where=where, remedy=GIVE_RGB

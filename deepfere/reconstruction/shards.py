@@ -97,10 +97,11 @@ class CacheWorker(RowWorker):
         """Write and record the shards of one group, one after the other."""
         for r, c in row["shards"]:
             before = slide_of(self._spec).decoded
-            written = write_planes(self._spec, r, c)
+            written, damaged = write_planes(self._spec, r, c)
             after = slide_of(self._spec).decoded
             decoded = None if before is None or after is None else after - before
-            self._recorded.record({f"{r}/{c}": {"decoded": decoded, "wrote": {"planes": written}}})
+            found = {"damaged": damaged.places} if damaged else {}
+            self._recorded.record({f"{r}/{c}": {"decoded": decoded, "wrote": {"planes": written}} | found})
         return {"shards": len(row["shards"])}
 
 

@@ -19,6 +19,7 @@ from deepfere.model.guide import GuideSpec
 from deepfere.places import Place, place
 from deepfere.readers.kept_tiles import KeptTiles
 from deepfere.readers.slide import Reading, Slide, area_axes, opened, read_area
+from deepfere.readers.slide_damaged import DamagedTiles, ReadAround
 from deepfere.store import create_array, open_group, reading_again, write_shard
 from deepfere.tiling.plan import CHUNK_PX, SHARD_PX, PlaneGrid
 
@@ -103,25 +104,24 @@ def distinct_native_tiles(spec: CacheSpec, shards: NDArray[np.int64]) -> int:
     return int(touched.sum())
 
 
-def compute_shard(spec: CacheSpec, row: int, col: int) -> NDArray[np.uint8]:
-    """Planes (7, h, w) of one shard, read from the slide."""
+def compute_shard(spec: CacheSpec, row: int, col: int) -> tuple[NDArray[np.uint8], DamagedTiles]:
+    """Planes (7, h, w) of one shard, read from the slide; its damaged native tiles, which they do not cover."""
     r0, r1, c0, c1 = spec.planes.shard_window(row, col)
-    block, spacing = spec.planes.block, spec.planes.spacing_um
-    rgb, coverage = read_area(
-        slide_of(spec),
-        (r0 * spacing[0], c0 * spacing[1]),
-        ((r1 - r0) * block, (c1 - c0) * block),
-        spec.planes.fine_mpp_um,
-    )
-    corner = (r0 * spacing[0], c0 * spacing[1])
-    marks = spec.artefacts.at(corner, spec.planes.fine_mpp_um, coverage.shape)
-    return base_planes(rgb, np.where(marks, 0.0, coverage), block, spec.reference)
+    block, spacing, fine_um = spec.planes.block, spec.planes.spacing_um, spec.planes.fine_mpp_um
+    around, corner = ReadAround(slide_of(spec)), (r0 * spacing[0], c0 * spacing[1])
+    rgb, coverage = read_area(around, corner, ((r1 - r0) * block, (c1 - c0) * block), fine_um)
+    marks = spec.artefacts.at(corner, fine_um, coverage.shape) | around.hidden(corner, fine_um, coverage.shape)
+    return base_planes(rgb, np.where(marks, 0.0, coverage), block, spec.reference), around.damaged
 
 
-def write_planes(spec: CacheSpec, row: int, col: int) -> list[int] | None:
-    """Compute and write one whole shard; what was written (see `write_shard`)."""
-    values = compute_shard(spec, row, col)
-    return write_shard(spec.url, open_group(spec.url, "r+")["planes"], row, col, values)
+def write_planes(spec: CacheSpec, row: int, col: int) -> tuple[list[int] | None, DamagedTiles]:
+    """Compute and write one whole shard.
+
+    Returns:
+        What was written (see `write_shard`), and native tiles of the slide that it lacks, as they are damaged.
+    """
+    values, damaged = compute_shard(spec, row, col)
+    return write_shard(spec.url, open_group(spec.url, "r+")["planes"], row, col, values), damaged
 
 
 class PlaneReader:

@@ -118,12 +118,15 @@ def looked_at_px(slide: Slide) -> int:
 
 
 def find_pieces(slide: Slide) -> Pieces:
-    """The pieces of tissue on a slide; deterministic.
+    """The pieces of tissue on a slide; deterministic. What is damaged of it is no tissue.
 
     Args:
         slide: An opened slide.
+
+    Raises:
+        InputError: Nothing of it can be read.
     """
-    rgb, coverage, spacing = tissue_overview(slide)
+    rgb, coverage, _, spacing = tissue_overview(slide)
     reference = stain_reference(rgb, coverage)
     h, w = (max(1, n // BLOCK) for n in rgb.shape[:2])
     rows, cols = (min(BLOCK, n) for n in rgb.shape[:2])

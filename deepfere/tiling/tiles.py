@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from deepfere.errors import InputError
 from deepfere.places import Place
-from deepfere.readers.slide import Readable, Reading, Slide, read_area, slide_digest
+from deepfere.readers.slide import Reading, Slide, read_area, slide_digest
 from deepfere.readers.slide_area import snapped, source_per_output
 from deepfere.readers.slide_damaged import ReadAround
 from deepfere.remote import is_url
@@ -80,14 +80,9 @@ class TissueMask:
         """
         from deepfere.model.features import base_planes, stain_reference
 
-        around = ReadAround(slide)
-        rgb, coverage, spacing = tissue_overview(around, mpp_um)
-        damaged = around.damaged(coverage.shape, spacing)
-        coverage = np.where(damaged, 0, coverage).astype(np.float32)
-        if around.first is not None and not coverage.any():
-            raise around.first
+        rgb, coverage, hidden, spacing = tissue_overview(slide, mpp_um)
         planes = base_planes(rgb, coverage, 1, stain_reference(rgb, coverage))
-        return cls((planes[5] > 127) | damaged, spacing)
+        return cls((planes[5] > 127) | hidden, spacing)
 
     def shares(self, corner_um: NDArray[np.float64], side_um: float) -> NDArray[np.float32]:
         """Share of each square (n corners (y, x), one side) that is tissue: exact, all at once.
@@ -113,13 +108,24 @@ class TissueMask:
 
 
 def tissue_overview(
-    slide: Readable, mpp_um: float = TISSUE_UM
-) -> tuple[NDArray[np.uint8], NDArray[np.float32], tuple[float, float]]:
-    """All of a slide, small: RGB (h, w, 3), coverage (h, w), and pixel size (y, x), not finer than the slide's."""
+    slide: Slide, mpp_um: float = TISSUE_UM
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.bool_], tuple[float, float]]:
+    """All of a slide, small: RGB (h, w, 3), coverage (h, w), what is damaged of it (h, w), and pixel size (y, x).
+
+    Its pixels are not finer than the slide's; what is damaged is not covered.
+
+    Raises:
+        InputError: Nothing of it can be read.
+    """
+    around = ReadAround(slide)
     spacing = (max(mpp_um, slide.mpp_um[0]), max(mpp_um, slide.mpp_um[1]))
     shape = [max(1, int(n * own / s)) for n, own, s in zip(slide.shape_px, slide.mpp_um, spacing, strict=True)]
-    rgb, coverage = read_area(slide, (0.0, 0.0), (shape[0], shape[1]), spacing)
-    return rgb, coverage, spacing
+    rgb, coverage = read_area(around, (0.0, 0.0), (shape[0], shape[1]), spacing)
+    hidden = around.hidden((0.0, 0.0), spacing, coverage.shape)
+    coverage[hidden] = 0.0
+    if around.first is not None and not coverage.any():
+        raise around.first
+    return rgb, coverage, hidden, spacing
 
 
 @dataclass(frozen=True)
