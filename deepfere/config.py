@@ -6,12 +6,23 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from deepfere.errors import InputError
+from deepfere.targets import Target, parse_target, plain, target_list
 
 
 class _Settings(BaseModel):
@@ -47,21 +58,6 @@ def read_yaml(text: str) -> Any:
     return yaml.load(text, _EachKeyOnce)
 
 
-def target_list(values: Iterable[float]) -> list[float]:
-    """Target m/z in ascending order, each once: the order in which they are given says nothing.
-
-    Raises:
-        ValueError: There is none, or one is not a positive number.
-    """
-    targets = sorted(set(values))
-    if not targets:
-        raise ValueError("there is no m/z in it")
-    for mz in targets:
-        if not 0 < mz < float("inf"):  # false for NaN too
-            raise ValueError(f"{mz:g} is not a positive number")
-    return targets
-
-
 def rising(value: tuple[float, float] | None) -> tuple[float, float] | None:
     """A range of m/z, refused where it is none.
 
@@ -77,7 +73,10 @@ class IngestSettings(_Settings):
     """How the measurement is read."""
 
     tolerance_ppm: float = Field(5.0, gt=0, le=1000, description="half-width of an ion's m/z window")
-    mz: list[float] | None = Field(None, description="target list, sorted; None = the file's axis, or automatic peaks")
+    tolerance_da: float = Field(0.0, ge=0, le=10, description="added to that half-width, whatever the m/z")
+    mz: list[Annotated[float | Target, PlainValidator(parse_target), PlainSerializer(plain)]] | None = Field(
+        None, description="target list, sorted; None = the file's axis, or automatic peaks"
+    )
     mz_range: tuple[float, float] | None = Field(None, description="lowest and highest m/z of automatic peaks")
     normalisation: Literal["none", "tic", "rms", "median", "reference"] = "none"
     reference_mz: float | None = Field(None, gt=0, description="for normalisation: reference")
@@ -93,7 +92,7 @@ class IngestSettings(_Settings):
 
     @field_validator("mz", "lock_mass_mz")
     @classmethod
-    def _targets(cls, value: list[float] | None) -> list[float] | None:
+    def _targets(cls, value: list[float | Target] | None) -> list[float | Target] | None:
         return None if value is None else target_list(value)
 
     @field_validator("mz_range")

@@ -7,6 +7,7 @@ import pytest
 
 from deepfere.errors import InputError
 from deepfere.measured.factors import Moments, factor_weight, factorise, noise_sd
+from deepfere.measured.tolerance import Tolerance
 from deepfere.pipeline.given import GivenModel, given_factoring
 
 
@@ -137,11 +138,11 @@ def test_factors_of_a_given_basis_are_noise_weighted_least_squares():
     (own,) = factorise([cube], [mask], 2)
     model = GivenModel(None, np.arange(6.0) + 500, own.basis, own.noise_sd, [], 0, 0.2, "")  # type: ignore[arg-type]
     moments = Moments.of(cube, mask)
-    found = given_factoring(model, moments, model.mz, 5.0, "here").factors(cube, mask)
+    found = given_factoring(model, moments, model.mz, Tolerance(5.0), "here").factors(cube, mask)
     table = (cube[:, mask] - cube[:, mask].mean(1, keepdims=True)) / own.noise_sd[:, None]
     scores = np.linalg.lstsq(own.basis / own.noise_sd[:, None], table, rcond=None)[0]
     np.testing.assert_allclose(found.images[:, mask], scores, atol=1e-9)
     left = (table - own.basis / own.noise_sd[:, None] @ scores).var(1) / table.var(1)
     np.testing.assert_allclose(found.explained, 1 - left, atol=1e-9)
     with pytest.raises(InputError, match="the model knows 6 ions, the section has 6 others"):
-        given_factoring(model, moments, model.mz + 0.1, 5.0, "here")
+        given_factoring(model, moments, model.mz + 0.1, Tolerance(5.0), "here")

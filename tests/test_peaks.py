@@ -6,6 +6,7 @@ import pytest
 from deepfere.measured.ingest import ingest
 from deepfere.measured.peaks import find_ions
 from deepfere.measured.sampled import PeakSpec, sample_centroids, sample_profiles
+from deepfere.measured.tolerance import Tolerance
 from deepfere.measured.windows import Windows
 
 from .imzml_bytes import write_pair
@@ -21,14 +22,14 @@ def test_profile_area_is_exact():
     axis = np.array([100.0, 100.01, 100.02, 100.03, 100.04])
     triangle = np.array([[0, 5, 10, 5, 0], [1, 1, 1, 1, 1]], np.float32)
     # +-200 ppm of 100.02 is [100.0 - 4e-6, 100.04 + 4e-6]: everything; +-50 ppm cuts inside the lines
-    got = Windows(np.array([100.02]), 200).area(axis, triangle)
+    got = Windows(np.array([100.02]), Tolerance(200)).area(axis, triangle)
     np.testing.assert_allclose(got[:, 0], [0.2, 0.04], rtol=1e-5)
     half = 50e-6 * 100.02
-    got = Windows(np.array([100.02]), 50).area(axis, triangle)
+    got = Windows(np.array([100.02]), Tolerance(50)).area(axis, triangle)
     np.testing.assert_allclose(got[:, 0], [2 * (10 * half - 500 * half**2 / 2), 2 * half], rtol=1e-5)
     # points left out between two peaks: no line across
     gap = np.array([100.0, 100.01, 100.02, 105.0, 105.01, 105.02])
-    got = Windows(np.array([102.0, 105.01]), 1000).area(gap, np.ones((1, 6), np.float32))
+    got = Windows(np.array([102.0, 105.01]), Tolerance(1000)).area(gap, np.ones((1, 6), np.float32))
     np.testing.assert_allclose(got, [[0, 0.02]], atol=1e-6)
 
 

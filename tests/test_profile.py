@@ -8,6 +8,7 @@ import pytest
 from deepfere.errors import InputError
 from deepfere.measured.ingest import ingest
 from deepfere.measured.profile import ProfileSpec, opening, padded_axis, snip
+from deepfere.measured.tolerance import Tolerance
 from deepfere.measured.treatment import Treatment
 from deepfere.measured.windows import Windows
 
@@ -26,7 +27,7 @@ def peaks(axis, height=100.0):
 
 
 def areas(axis, profile):
-    return Windows(np.array(PEAKS), 500).area(axis, np.asarray(profile, np.float32)[None])[0]
+    return Windows(np.array(PEAKS), Tolerance(500)).area(axis, np.asarray(profile, np.float32)[None])[0]
 
 
 TRUE = 100.0 * np.sqrt(2 * np.pi) * WIDTH * np.array(PEAKS)
@@ -74,7 +75,7 @@ def test_smoothing_keeps_area_and_place_and_takes_noise(smoothing):
     clean = peaks(axis)
     got = spec.applied(axis, clean[None])[0]
     at = np.array([m for m in PEAKS if m < axis[-1]])
-    np.testing.assert_allclose(Windows(at, 600).area(axis, got[None])[0], TRUE[: len(at)], rtol=2e-3)
+    np.testing.assert_allclose(Windows(at, Tolerance(600)).area(axis, got[None])[0], TRUE[: len(at)], rtol=2e-3)
     for m in at:
         near = np.abs(axis / m - 1) < 3 * WIDTH
         assert np.average(axis[near], weights=got[near]) == pytest.approx(m, rel=1e-6)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from deepfere.cli.options import CONFIG, OVERRIDES, OVERWRITE, region, targets
+from deepfere.cli.options import CONFIG, OVERRIDES, OVERWRITE, plain_targets, region, targets
 from deepfere.cli.progress import progress_bar
 from deepfere.cli.root import main
 
@@ -19,10 +19,12 @@ from deepfere.cli.root import main
 @OVERRIDES
 @click.option("-o", "--out", required=True, type=click.Path(), help="Result store to write (a folder, .zarr).")
 @click.option("--factor", type=int, help="High-resolution pixels per measured pixel and axis [default: by the data].")
-@click.option("--mz", callback=targets, help="Target m/z: a list 798.54,826.57 or a file with one a line.")
+@click.option("--mz", callback=targets, help="Target m/z: a list 798.54,826.57 or a file (one a line, or a CSV).")
 @click.option("--tolerance-ppm", type=float, help="Half-width of an ion's m/z window [default: 5].")
 @click.option("--representation", type=click.Choice(["centroid", "profile"]), help="Where the file does not say.")
-@click.option("--lock-mass", callback=targets, help="True m/z of peaks that correct each spectrum's m/z: 798.5410,...")
+@click.option(
+    "--lock-mass", callback=plain_targets, help="True m/z of peaks that correct each spectrum's m/z: 798.5410,..."
+)
 @click.option(
     "--normalisation",
     type=click.Choice(["none", "tic", "rms", "median", "reference"]),

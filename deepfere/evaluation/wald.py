@@ -20,6 +20,7 @@ from deepfere.errors import InputError
 from deepfere.evaluation.metrics import ergas, keys_bicubic, pearson, psnr, rmse, sam_deg, ssim
 from deepfere.frame import Alignment, apart_px
 from deepfere.measured.store import write_measured
+from deepfere.measured.tolerance import OWN
 from deepfere.pipeline.fuse import fuse
 from deepfere.pipeline.workspace import Progress
 from deepfere.readers.mis import MIS
@@ -109,7 +110,8 @@ def wald(
 
     with tempfile.TemporaryDirectory() as folder:
         msi = Path(folder) / "measured.zarr"
-        attrs = {"tolerance_ppm": result._measured.tolerance_ppm}
+        known = result._measured.attrs
+        attrs = {name: known[name] for name in ("tolerance_ppm", "tolerance_da", OWN) if name in known}
         write_measured(msi, np.nan_to_num(np.maximum(coarse, 0)), mask, result.ions["mz"], pitch, attrs)
         bare = settings.model_copy(update={"guide": False})
         plain = fuse(msi, None, Path(folder) / "plain.zarr", config=bare, progress=tell("no-guide "))

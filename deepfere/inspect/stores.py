@@ -78,7 +78,7 @@ def _measured(path: str, attrs: dict[str, Any]) -> Description:
     if how == "automatic peaks" and (sections := a.get("peaks", {}).get("sections")):
         how += f" of {sections} sections"
     notes.add("m/z", f"{count_text(len(mz), 'ion')}, {mz[0]:.4f} to {mz[-1]:.4f}" + (f" ({how})" if how else ""))
-    notes.add("tolerance", f"{measured.tolerance_ppm:g} ppm")
+    notes.add("tolerance", str(measured.tolerance))
     for key in ("mode", "representation", "polarity"):
         notes.add(key, a.get(key))
     if "lock_mass" in a:

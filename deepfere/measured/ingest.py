@@ -41,7 +41,9 @@ from deepfere.measured.store import (
 )
 from deepfere.measured.table import TableReducer
 from deepfere.measured.table import choose_ions as choose_table_ions
+from deepfere.measured.tolerance import Targets, Tolerance
 from deepfere.measured.treatment import UNTREATED, Treatment
+from deepfere.measured.windows import Windows
 from deepfere.readers.imzml import ImzmlIndex
 from deepfere.readers.ranges import open_binary
 from deepfere.readers.table import Table
@@ -65,6 +67,7 @@ class _Plan:
 
     Attributes:
         ions: (M,) ascending.
+        tolerance: Half-width of their windows.
         how: How they were chosen, and what is done to spectra.
         band_rows: Image rows of a band.
         reduce: Spectra to ions.
@@ -72,6 +75,7 @@ class _Plan:
     """
 
     ions: NDArray[np.float64]
+    tolerance: Tolerance
     how: dict[str, Any]
     band_rows: int
     reduce: Reduce
@@ -84,9 +88,10 @@ def ingest(
     out_path: str | Path,
     *,
     pitch_um: float | tuple[float, float] | None = None,
-    mz: Sequence[float] | SharedIons | None = None,
+    mz: Sequence[float] | Targets | SharedIons | None = None,
     mz_range: tuple[float, float] | None = None,
     tolerance_ppm: float = 5.0,
+    tolerance_da: float = 0.0,
     representation: str | None = None,
     treatment: Treatment = UNTREATED,
     reference_mz: float | None = None,
@@ -110,9 +115,10 @@ def ingest(
         msi_path: The .imzML or its URL, or the table's store (see `open_table`).
         out_path: Store to write, path or URL.
         pitch_um: Pixel pitch, one value or (y, x); wins over the file's.
-        mz: Target m/z, or ions that were found over the sections of a study.
+        mz: Target m/z, with windows of their own or not, or ions that were found over the sections of a study.
         mz_range: Lowest and highest m/z of automatic ions.
         tolerance_ppm: Half-width of an ion's window.
+        tolerance_da: What is added to it, whatever the m/z.
         representation: "centroid" or "profile"; wins over what the file says.
         treatment: What is done to spectra before windows are taken. With a lock mass the file is read twice, first
             for the shift of every spectrum; an image of them is stored.
@@ -149,15 +155,17 @@ def ingest(
     give_back()
     if not (math.isfinite(tolerance_ppm) and 0 < tolerance_ppm < 1e5):
         raise InputError(f"a tolerance of {tolerance_ppm} ppm", where="--tolerance-ppm", remedy="give a positive one")
+    if not (math.isfinite(tolerance_da) and tolerance_da >= 0):
+        raise InputError(f"a tolerance of {tolerance_da} Da", where="ingest.tolerance_da", remedy="give 0 or more")
     if band_rows < 1:
         raise InputError(f"bands of {band_rows} rows", where="ingest.band_rows", remedy="give a positive number")
     if representation not in (None, "centroid", "profile"):
         raise InputError(f"unknown representation {representation!r}", remedy="give centroid or profile")
     kind = representation or source.representation
-    targets = mz if mz is None or isinstance(mz, SharedIons) else _targets(mz)
+    spec = PeakSpec(tolerance_ppm, mz_range=mz_range, tolerance_da=tolerance_da)
+    targets = mz if mz is None or isinstance(mz, SharedIons) else _targets(mz, spec.tolerance)
     if reference_mz is not None and not 0 < reference_mz < math.inf:
         raise InputError(f"{reference_mz} is no m/z", where="--reference-mz", remedy="give a positive number")
-    spec = PeakSpec(tolerance_ppm, mz_range=mz_range)
     with _open_reduce(source, raster, targets, spec, kind, treatment, reference_mz, band_rows) as plan:
         with _whole_or_not(out_path, storage_options):
             writer = MeasuredWriter(
@@ -194,7 +202,7 @@ def ingest(
             warnings.warn(f"{source.path}: {told(plan.how['lock_mass'])}", UserWarning, stacklevel=3)
         attrs = {
             **plan.how,
-            "tolerance_ppm": float(tolerance_ppm),
+            **plan.tolerance.to_attrs(spec.tolerance),
             "reference_mz": reference_mz,
             "origin_px": list(raster.origin_px),
             "region": region,
@@ -230,19 +238,22 @@ def _provenance(source: Source) -> dict[str, Any]:
 def _open_reduce(
     source: Source,
     raster: Raster,
-    targets: NDArray[np.float64] | SharedIons | None,
+    targets: Targets | SharedIons | None,
     spec: PeakSpec,
     kind: str | None,
     treatment: Treatment,
     reference_mz: float | None,
     band_rows: int,
 ) -> Iterator[_Plan]:
+    tolerance = targets.tolerance if isinstance(targets, Targets) else spec.tolerance
+    reference = None if reference_mz is None else Windows(np.array([reference_mz]), spec.tolerance)
     if isinstance(source, Table):
         treatment.check(source, kind, "list", False)
         ions, how = choose_table_ions(source, raster, targets, kind, spec)
         rows = _band_rows(band_rows, len(ions), raster)
         order = np.concatenate(list(_by_band(raster, fitting_band(rows, raster.shape_px))))
-        yield _Plan(ions, how, rows, TableReducer(source, ions, how["ions"], spec.tolerance_ppm, order, reference_mz))
+        reduce = TableReducer(source, ions, how["ions"], tolerance, order, reference)
+        yield _Plan(ions, tolerance, how, rows, reduce)
         return
     with open_binary(source.ibd_path) as ibd:
         axis = shared_axis(source, ibd)
@@ -259,21 +270,23 @@ def _open_reduce(
             shifts = fill_shifts(found, raster)
             images[SHIFT] = shift_image(shifts, raster).astype(np.float32)
             images[FOUND] = np.isfinite(shift_image(found, raster))
-        reduce = Reducer(
-            source, axis, ions, how["ions"], kind, spec.tolerance_ppm, shifts, treatment.profile, reference_mz
-        )
-        yield _Plan(ions, how, _band_rows(band_rows, len(ions), raster), partial(reduce, ibd), images)
+        spectra = Reducer(source, axis, ions, how["ions"], kind, tolerance, shifts, treatment.profile, reference)
+        yield _Plan(ions, tolerance, how, _band_rows(band_rows, len(ions), raster), partial(spectra, ibd), images)
 
 
 def _band_rows(most: int, ions: int, raster: Raster) -> int:
     return min(most, max(1, BAND_BYTES // (4 * ions * raster.shape_px[1])))
 
 
-def _targets(mz: Sequence[float]) -> NDArray[np.float64]:
-    ions = np.sort(np.asarray(list(mz), dtype=np.float64))
+def _targets(mz: Sequence[float] | Targets, tolerance: Tolerance) -> Targets:
+    ions = mz.mz if isinstance(mz, Targets) else np.sort(np.asarray(list(mz), dtype=np.float64))
     if not len(ions) or not np.isfinite(ions).all() or ions[0] <= 0 or (np.diff(ions) == 0).any():
         raise InputError("is not a list of different positive m/z", where="--mz", remedy="correct it")
-    return ions
+    found = mz if isinstance(mz, Targets) else Targets(ions, tolerance)
+    width = found.tolerance.half_da(ions)
+    if not (np.isfinite(width).all() and (width > 0).all()):
+        raise InputError(f"{width.min():g} Da is no window", where="--mz", remedy="correct its tolerances")
+    return found
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from deepfere.measured.reduce import ascending, check_axis, refuse_range, refuse
 from deepfere.measured.regions import choose_region
 from deepfere.measured.sampled import PeakSpec, Sample, Spectra, sample_centroids, sample_profiles, sample_rows
 from deepfere.measured.table import MAX_VARIABLES, sample_table
+from deepfere.measured.tolerance import Targets
 from deepfere.measured.treatment import UNTREATED, Treatment, true_mz
 from deepfere.readers.imzml import ImzmlIndex, read_index
 from deepfere.readers.imzml_arrays import read_arrays
@@ -122,7 +123,7 @@ def choose_ions(
     index: ImzmlIndex,
     raster: Raster,
     axis: NDArray[np.float64] | None,
-    targets: NDArray[np.float64] | SharedIons | None,
+    targets: Targets | SharedIons | None,
     kind: str | None,
     spec: PeakSpec,
     treatment: Treatment,
@@ -133,7 +134,7 @@ def choose_ions(
         index: Of the file.
         raster: Its pixels.
         axis: What its spectra share, if they do.
-        targets: Given m/z, ascending, or those that a study found.
+        targets: Given m/z, or those that a study found.
         kind: "centroid", "profile" or unknown.
         spec: How peaks are found.
         treatment: What is done to spectra first.
@@ -150,5 +151,5 @@ def choose_ions(
     if isinstance(targets, SharedIons):
         return targets.mz, {"ions": "automatic", "peaks": targets.peaks}
     if targets is not None:
-        return targets, {"ions": "list"}
+        return targets.mz, {"ions": "list"}
     return found_ions(sample_source(index, raster, kind, spec, treatment), spec, index.path)

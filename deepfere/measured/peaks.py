@@ -18,6 +18,7 @@ from scipy import ndimage, signal, stats
 
 from deepfere.errors import InputError
 from deepfere.measured.sampled import Bins, CentroidSample, PeakSpec, ProfileSample, Sample, interpolated
+from deepfere.measured.tolerance import Tolerance
 
 Samples = Callable[[], Iterable[Sample]]
 
@@ -64,7 +65,7 @@ def found_ions(sample: Sample, spec: PeakSpec, where: object) -> tuple[NDArray[n
 def refuse_none(spec: PeakSpec, where: object) -> None:
     """Say that no ion was found."""
     raise InputError(
-        f"no m/z recurs within {spec.tolerance_ppm:g} ppm in {spec.min_fraction:.0%} of its spectra (at least 3)",
+        f"no m/z recurs within {spec.tolerance} in {spec.min_fraction:.0%} of its spectra (at least 3)",
         where=where,
         remedy="give --mz or a wider --tolerance-ppm",
     )
@@ -93,7 +94,7 @@ def _centroid_ions(samples: Samples, spec: PeakSpec) -> NDArray[np.float64]:
     if not len(top):
         return np.empty(0)
     centre = _around(all_bins.moment, top, half) / _around(all_bins.total, top, half)
-    return _merge(centre, smooth[top], spec.tolerance_ppm)
+    return _merge(centre, smooth[top], spec.tolerance)
 
 
 def _evident(bins: Bins, top: NDArray[np.int64], count: int, spec: PeakSpec, false_ions: float) -> NDArray[np.bool_]:
@@ -123,7 +124,7 @@ def _profile_ions(samples: Samples, spec: PeakSpec) -> NDArray[np.float64]:
     if len(alone) > 1:
         # What a single section shows, and the mean of all hides.
         for found in alone:
-            ions = np.sort(np.concatenate([ions, found[_distance_ppm(found, ions) > spec.tolerance_ppm]]))
+            ions = np.sort(np.concatenate([ions, found[_distance_da(found, ions) > spec.tolerance.half_da(found)]]))
     return ions
 
 
@@ -142,19 +143,18 @@ def _common_axis(samples: Samples) -> NDArray[np.float64]:
     return axis
 
 
-def _distance_ppm(mz: NDArray[np.float64], ions: NDArray[np.float64]) -> NDArray[np.float64]:
+def _distance_da(mz: NDArray[np.float64], ions: NDArray[np.float64]) -> NDArray[np.float64]:
     """How far each m/z is from the nearest ion; infinite where there is none."""
     if not len(ions):
         return np.full(len(mz), np.inf)
     k = np.clip(np.searchsorted(ions, mz), 1, max(1, len(ions) - 1))
-    near = np.minimum(np.abs(ions[k - 1] - mz), np.abs(ions[np.minimum(k, len(ions) - 1)] - mz))
-    return near / mz * 1e6
+    return np.minimum(np.abs(ions[k - 1] - mz), np.abs(ions[np.minimum(k, len(ions) - 1)] - mz))
 
 
 def _maxima(axis: NDArray[np.float64], mean: NDArray[np.float64], spec: PeakSpec) -> NDArray[np.float64]:
     """Maxima of a mean spectrum, at their centroid."""
     # Smoothed by half the tolerance, where points are that dense, as the centroids are.
-    points = 0.5 * spec.tolerance_ppm * 1e-6 / float(np.median(np.diff(axis) / axis[1:]))
+    points = 0.5 * spec.tolerance_ppm * 1e-6 / float(np.median(np.diff(axis) / (axis[1:] + spec.offset_da)))
     if points > 0.5:
         mean = ndimage.gaussian_filter1d(mean, points, mode="nearest")
     above = mean - ndimage.median_filter(mean, size=min(len(mean) | 1, 2001), mode="nearest")
@@ -165,7 +165,7 @@ def _maxima(axis: NDArray[np.float64], mean: NDArray[np.float64], spec: PeakSpec
     tops, _ = signal.find_peaks(mean, prominence=limit)
     tops = tops[above[tops] >= limit]
     centres = np.array([peak_centre(axis, mean, int(top)) for top in tops])
-    return _merge(centres, mean[tops], spec.tolerance_ppm)
+    return _merge(centres, mean[tops], spec.tolerance)
 
 
 def peak_centre(m: NDArray[np.float64], v: NDArray[np.float64], top: int) -> float:
@@ -238,12 +238,12 @@ def _separate(top: NDArray[np.int64], smooth: NDArray[Any], half: int) -> NDArra
     return top[kept]
 
 
-def _merge(mz: NDArray[np.float64], weight: NDArray[Any], tolerance_ppm: float) -> NDArray[np.float64]:
+def _merge(mz: NDArray[np.float64], weight: NDArray[Any], tolerance: Tolerance) -> NDArray[np.float64]:
     """Ascending m/z; those within the tolerance of one another become their weighted mean."""
     order = np.argsort(mz, kind="stable")
     out: list[list[float]] = []
     for m, w in zip(mz[order].tolist(), np.asarray(weight, float)[order].tolist(), strict=True):
-        if out and m - out[-1][0] <= tolerance_ppm * 1e-6 * m:
+        if out and m - out[-1][0] <= tolerance.ppm * 1e-6 * m + tolerance.da:
             last, heavy = out[-1]
             out[-1] = [(last * heavy + m * w) / (heavy + w), heavy + w]
         else:

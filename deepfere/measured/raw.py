@@ -17,6 +17,7 @@ from deepfere.measured.normalise import FACTORS
 from deepfere.measured.raster import batches, plan_raster
 from deepfere.measured.reduce import Reduce, Reducer, put, shared_axis
 from deepfere.measured.table import TableReducer
+from deepfere.measured.tolerance import Tolerance
 from deepfere.places import place
 from deepfere.readers.imzml import read_index
 from deepfere.readers.imzml_arrays import spectrum
@@ -103,13 +104,13 @@ class RawMeasured:
     def _reduce(self, ions: NDArray[np.float64], width: float, representation: str | None) -> Iterator[Reduce]:
         source = self._source
         if isinstance(source, Table):
-            yield TableReducer(source, ions, "list", width, np.arange(len(source)))
+            yield TableReducer(source, ions, "list", Tolerance(width), np.arange(len(source)))
             return
         kind = representation or source.representation
         if kind not in ("centroid", "profile"):
             raise InputError("says neither centroid nor profile", where=self.path, remedy="give representation")
         with open_binary(source.ibd_path) as ibd:
-            yield partial(Reducer(source, shared_axis(source, ibd), ions, "list", kind, width), ibd)
+            yield partial(Reducer(source, shared_axis(source, ibd), ions, "list", kind, Tolerance(width)), ibd)
 
     def spectrum(self, y: int, x: int) -> tuple[NDArray[np.float64], NDArray[np.float32] | NDArray[np.float64]]:
         """m/z and intensity of one pixel (row, column) of the grid, as they are in the file.

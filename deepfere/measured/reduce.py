@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from deepfere.errors import InputError
 from deepfere.measured.normalise import ragged_factors, spectrum_factors
 from deepfere.measured.profile import ProfileSpec
+from deepfere.measured.tolerance import Tolerance
 from deepfere.measured.treatment import true_mz
 from deepfere.measured.windows import Windows
 from deepfere.readers.imzml import ImzmlIndex
@@ -105,10 +106,10 @@ class Reducer:
         ions: (M,) ascending.
         how: "axis" where the ions are the axis itself.
         kind: "centroid", "profile" or unknown.
-        tolerance_ppm: Half-width of an ion's window.
+        tolerance: Half-width of the ions' windows.
         shifts: (N,) by how many ppm the m/z of each spectrum are off.
         profile: What is done to profiles first; factors are those of what is left.
-        reference_mz: Its window is a fourth factor.
+        reference: Its window is a fourth factor.
     """
 
     def __init__(
@@ -118,15 +119,15 @@ class Reducer:
         ions: NDArray[np.float64],
         how: str,
         kind: str | None,
-        tolerance_ppm: float,
+        tolerance: Tolerance,
         shifts: NDArray[np.float64] | None = None,
         profile: ProfileSpec | None = None,
-        reference_mz: float | None = None,
+        reference: Windows | None = None,
     ) -> None:
         self.index, self.kind, self.ions, self.shifts = index, kind, ions, shifts
         self.profile = profile if profile is not None and profile.active else None
-        self.windows = None if how == "axis" else Windows(ions, tolerance_ppm)
-        self.reference = None if reference_mz is None else Windows(np.array([reference_mz]), tolerance_ppm)
+        self.windows = None if how == "axis" else Windows(ions, tolerance)
+        self.reference = reference
         self.axis = axis
         self.order: NDArray[np.int64] | None = None
         if axis is not None and (np.diff(axis) < 0).any():

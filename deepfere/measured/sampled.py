@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deepfere.measured.tolerance import Tolerance
 from deepfere.measured.windows import gaps
 
 Spectra = Iterable[tuple[NDArray[np.float64], NDArray[np.float64]]]
 BINS_PER_TOLERANCE = 6
 LEAST_STEP = 3.5e-7
 """Of the logarithm of m/z: the range of an instrument stays within a few ten million bins."""
+LEAST_STEP_MZ = 1000.0
+"""Where it is that step, if windows have an absolute part."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class PeakSpec:
     """How ions are found.
 
     Attributes:
-        tolerance_ppm: Half-width of an ion's window.
+        tolerance_ppm: Half-width of an ion's window...
+        tolerance_da: ...and what is added to it.
         min_fraction: An ion is in at least this fraction of the sampled spectra...
         strong_fraction: ...or its mean intensity is at least this fraction of the strongest ion's (profiles:
             always required).
@@ -47,11 +51,30 @@ class PeakSpec:
     snr: float = 5.0
     sample: int = 2000
     mz_range: tuple[float, float] | None = None
+    tolerance_da: float = 0.0
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """Half-width of an ion's window."""
+        return Tolerance(self.tolerance_ppm, self.tolerance_da)
+
+    @property
+    def offset_da(self) -> float:
+        """What is added to m/z so that windows are as wide everywhere on a logarithmic axis."""
+        return self.tolerance_da / (self.tolerance_ppm * 1e-6)
 
     @property
     def step(self) -> float:
-        """Width of a bin, in the logarithm of m/z."""
-        return max(self.tolerance_ppm * 1e-6 / BINS_PER_TOLERANCE, LEAST_STEP)
+        """Width of a bin on the axis of `place`."""
+        least = LEAST_STEP * (LEAST_STEP_MZ / (LEAST_STEP_MZ + self.offset_da))
+        return max(self.tolerance_ppm * 1e-6 / BINS_PER_TOLERANCE, least)
+
+    def place(self, mz: NDArray[np.float64]) -> NDArray[np.float64]:
+        """m/z on an axis on which all windows are equally wide: logarithmic, and linear where they are all of the Da.
+
+        d(log(m/z + offset)) = d(m/z) / (m/z + offset), and the half-width of a window is ppm 1e-6 (m/z + offset).
+        """
+        return np.log(mz) if self.offset_da == 0 else np.log1p(mz / self.offset_da)
 
     @property
     def half_bins(self) -> int:
@@ -61,6 +84,8 @@ class PeakSpec:
     def to_dict(self, kind: str) -> dict[str, Any]:
         """What mattered for this kind of spectra, "centroid" or "profile", as the store states it."""
         unused = {"snr"} if kind == "centroid" else {"min_fraction", "min_spectra", "false_ions"}
+        if not self.tolerance_da:
+            unused.add("tolerance_da")
         return {name: value for name, value in asdict(self).items() if name not in unused}
 
 
@@ -71,7 +96,7 @@ def sample_rows(n: int, spec: PeakSpec) -> NDArray[np.int64]:
 
 
 class Bins:
-    """Counts on the logarithmic axis, where something was counted; bin k holds ``k step <= log(m/z) < (k+1) step``.
+    """Counts on the logarithmic axis, where something was counted; bin k holds ``k step <= place(m/z) < (k+1) step``.
 
     Attributes:
         first: Number of the first bin that is held.
@@ -174,7 +199,7 @@ def sample_centroids(spectra: Spectra, spec: PeakSpec) -> CentroidSample:
             continue
         mz, value = mz[used], value[used]
         low, high = min(low, float(mz.min())), max(high, float(mz.max()))
-        at, where = np.unique((np.log(mz) / spec.step).astype(np.int64), return_inverse=True)
+        at, where = np.unique((spec.place(mz) / spec.step).astype(np.int64), return_inverse=True)
         total, moment = np.bincount(where, weights=value), np.bincount(where, weights=value * mz)
         bins.add(at, np.ones(len(at), np.int64), total.astype(np.float64), moment.astype(np.float64))
     held = np.flatnonzero(bins.hits)

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from deepfere.errors import InputError
 from deepfere.frame import SectionGrid
 from deepfere.measured.normalise import FACTORS, REFERENCE, Normalisation, multiplier, notes, spectrum_factors
+from deepfere.measured.tolerance import Tolerance, nearest_ion
 from deepfere.store import Codec, StorageOptions, chunks_at_once, create_array, exists, open_group, remove
 
 FORMAT, FORMAT_VERSION = "deepfere-measured", 1
@@ -43,7 +44,8 @@ class Measured:
         tic: (ny, nx) float32, sum of the pixel's whole spectrum as read.
         rms: (ny, nx) float32, root of the mean square over the spectrum's values.
         median: (ny, nx) float32, median of the spectrum's positive values.
-        tolerance_ppm: Half-width within which an m/z means an ion.
+        tolerance_ppm: Relative part of the half-width within which an m/z means an ion.
+        tolerance: All of it, of each ion where they have their own.
         attrs: Everything else that is known (origin_px, mode, source, counts...).
     """
 
@@ -69,6 +71,7 @@ class Measured:
         pitch = self.attrs["pitch_um"]
         self.grid = SectionGrid((self.mask.shape[0], self.mask.shape[1]), (float(pitch[0]), float(pitch[1])))
         self.tolerance_ppm = float(self.attrs["tolerance_ppm"])
+        self.tolerance = Tolerance.of_attrs(self.attrs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Measured, (self.path, self._options)
@@ -150,19 +153,18 @@ class Measured:
 
         Args:
             mz: Wanted m/z.
-            ppm: How far the ion may be; the store's tolerance by default.
+            ppm: How far the ion may be; its window by default.
             normalisation: See `cube`.
 
         Raises:
             InputError: No ion is that near; names the nearest.
         """
-        k = int(np.argmin(np.abs(self.mz - mz)))
-        limit = self.tolerance_ppm if ppm is None else ppm
-        # Written so that NaN is refused too.
-        if not abs(self.mz[k] - mz) <= limit * 1e-6 * mz:
+        limit = self.tolerance if ppm is None else Tolerance(ppm)
+        k, inside = nearest_ion(self.mz, mz, limit)
+        if not inside:
             distance = abs(self.mz[k] / mz - 1) * 1e6 if mz else float("inf")
             raise InputError(
-                f"no ion within {limit:g} ppm of m/z {mz:g}; the nearest is {self.mz[k]:.6g} ({distance:.3g} ppm)",
+                f"no ion within {limit.of(k)} of m/z {mz:g}; the nearest is {self.mz[k]:.6g} ({distance:.3g} ppm)",
                 where=self.path,
                 remedy="ask for that one or widen ppm",
             )

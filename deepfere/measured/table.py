@@ -17,6 +17,7 @@ from deepfere.measured.peaks import SharedIons, found_ions
 from deepfere.measured.raster import Raster, batches, evenly
 from deepfere.measured.reduce import LARGEST, refuse_range, refuse_twice
 from deepfere.measured.sampled import PeakSpec, Sample, sample_centroids, sample_profiles, sample_rows
+from deepfere.measured.tolerance import Targets, Tolerance
 from deepfere.measured.windows import Windows
 from deepfere.readers.table import Table
 from deepfere.readers.table_rows import RowReader
@@ -26,14 +27,14 @@ MAX_VARIABLES = 5000
 
 
 def choose_ions(
-    table: Table, raster: Raster, targets: NDArray[np.float64] | SharedIons | None, kind: str | None, spec: PeakSpec
+    table: Table, raster: Raster, targets: Targets | SharedIons | None, kind: str | None, spec: PeakSpec
 ) -> tuple[NDArray[np.float64], dict[str, Any]]:
     """The ions (M,) ascending, and how they were chosen.
 
     Args:
         table: Of the store.
         raster: Its pixels.
-        targets: Given m/z, ascending, or those that a study found.
+        targets: Given m/z, or those that a study found.
         kind: "centroid" or "profile".
         spec: How peaks are found.
 
@@ -43,16 +44,16 @@ def choose_ions(
     Warns:
         UserWarning: A target has no variable in its window.
     """
-    axis, tolerance_ppm = table.sorted_mz()[0], spec.tolerance_ppm
+    axis, tolerance = table.sorted_mz()[0], spec.tolerance
     if isinstance(targets, SharedIons):
         # Of a list of features some may be missing; bins that are too wide for the windows lose most ions.
-        if 2 * (_held(axis, targets.mz, tolerance_ppm) == 0).sum() > len(targets.mz):
-            check_bins(table, targets.mz, tolerance_ppm)
-        _warn_lost(table, axis, targets.mz, tolerance_ppm, "ions of the study")
+        if 2 * (_held(axis, targets.mz, tolerance) == 0).sum() > len(targets.mz):
+            check_bins(table, targets.mz, tolerance)
+        _warn_lost(table, axis, targets.mz, tolerance, "ions of the study")
         return targets.mz, {"ions": "automatic", "peaks": targets.peaks}
     if targets is not None:
-        _warn_lost(table, axis, targets, tolerance_ppm, "targets")
-        return targets, {"ions": "list"}
+        _warn_lost(table, axis, targets.mz, targets.tolerance, "targets")
+        return targets.mz, {"ions": "list"}
     if len(axis) <= MAX_VARIABLES:
         refuse_range(spec.mz_range, table.path)
         refuse_twice(axis, table.path)
@@ -60,42 +61,42 @@ def choose_ions(
     if kind is None:
         raise InputError("says neither centroid nor profile", where=table.path, remedy="give --representation")
     ions, how = found_ions(sample_table(table, raster, kind, spec), spec, table.path)
-    check_bins(table, ions, tolerance_ppm)
+    check_bins(table, ions, tolerance)
     return ions, how
 
 
 def _warn_lost(
-    table: Table, axis: NDArray[np.float64], wanted: NDArray[np.float64], tolerance_ppm: float, name: str
+    table: Table, axis: NDArray[np.float64], wanted: NDArray[np.float64], tolerance: Tolerance, name: str
 ) -> None:
-    lost = wanted[_held(axis, wanted, tolerance_ppm) == 0]
+    lost = wanted[_held(axis, wanted, tolerance) == 0]
     if len(lost) == len(wanted):
         raise InputError(
-            f"has no variable within {tolerance_ppm:g} ppm of a target; the nearest is {_nearest(axis, lost)}",
+            f"has no variable within {tolerance} of a target; the nearest is {_nearest(axis, lost)}",
             where=table.path,
             remedy="correct --mz or widen --tolerance-ppm",
         )
     if len(lost):
         warnings.warn(
             f"{table.path}: {len(lost)} of {len(wanted)} {name} have no variable "
-            f"within {tolerance_ppm:g} ppm and are zero everywhere, first {lost[0]:.6g}",
+            f"within {tolerance} and are zero everywhere, first {lost[0]:.6g}",
             UserWarning,
             stacklevel=6,
         )
 
 
-def check_bins(table: Table, ions: NDArray[np.float64], tolerance_ppm: float) -> None:
+def check_bins(table: Table, ions: NDArray[np.float64], tolerance: Tolerance) -> None:
     """Refuse found ions in whose windows no variable lies, within the table's range.
 
     Raises:
         InputError: There is one; names the tolerance that does.
     """
     axis = table.sorted_mz()[0]
-    lost = ions[_held(axis, ions, tolerance_ppm) == 0]
+    lost = ions[_held(axis, ions, tolerance) == 0]
     if len(lost):
         k = np.clip(np.searchsorted(axis, lost), 1, len(axis) - 1)
         wide = float(((axis[k] - axis[k - 1]) / lost).max() * 1e6)
         raise InputError(
-            f"has bins that are up to {wide:.3g} ppm wide, and windows of {tolerance_ppm:g} ppm miss them",
+            f"has bins that are up to {wide:.3g} ppm wide, and windows of {tolerance} miss them",
             where=table.path,
             remedy=f"give --tolerance-ppm {math.ceil(wide)}, or convert it with finer bins",
         )
@@ -131,9 +132,9 @@ def sample_table(table: Table, raster: Raster, kind: str, spec: PeakSpec) -> Sam
     return replace(sample_profiles(lambda: [whole]), spectra=len(rows))
 
 
-def _held(axis: NDArray[np.float64], ions: NDArray[np.float64], tolerance_ppm: float) -> NDArray[np.int64]:
+def _held(axis: NDArray[np.float64], ions: NDArray[np.float64], tolerance: Tolerance) -> NDArray[np.int64]:
     """How many variables lie in each ion's window."""
-    windows = Windows(ions, tolerance_ppm)
+    windows = Windows(ions, tolerance)
     return np.searchsorted(axis, windows.high, "right") - np.searchsorted(axis, windows.low, "left")
 
 
@@ -173,9 +174,9 @@ class TableReducer:
         table: Of the store.
         ions: (M,) ascending.
         how: "axis" where the ions are the variables themselves.
-        tolerance_ppm: Half-width of an ion's window.
+        tolerance: Half-width of the ions' windows.
         order: Pixels in the order in which they will be asked for.
-        reference_mz: Its window is a fourth factor.
+        reference: Its window is a fourth factor.
     """
 
     def __init__(
@@ -183,14 +184,14 @@ class TableReducer:
         table: Table,
         ions: NDArray[np.float64],
         how: str,
-        tolerance_ppm: float,
+        tolerance: Tolerance,
         order: NDArray[np.int64],
-        reference_mz: float | None = None,
+        reference: Windows | None = None,
     ) -> None:
         self.table, self.ions = table, ions
         self.axis, self.rank = table.sorted_mz()
-        self.windows = None if how == "axis" else Windows(ions, tolerance_ppm)
-        self.reference = None if reference_mz is None else Windows(np.array([reference_mz]), tolerance_ppm)
+        self.windows = None if how == "axis" else Windows(ions, tolerance)
+        self.reference = reference
         self.reader = RowReader(table, order)
 
     def __call__(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float64], int]:

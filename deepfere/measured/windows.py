@@ -7,22 +7,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deepfere.measured.tolerance import Tolerance
+
 GAP_RATIO = 8.0
 TABLE_BINS = 1 << 15
 
 
 class Windows:
-    """Windows ``mz (1 -+ tolerance_ppm 1e-6)``, edges included; they may overlap.
+    """Windows around m/z, edges included; they may overlap, and one may lie in another.
 
     Args:
         mz: (M,) ascending.
-        tolerance_ppm: Half-width.
+        tolerance: Half-width.
     """
 
-    def __init__(self, mz: NDArray[np.float64], tolerance_ppm: float) -> None:
+    def __init__(self, mz: NDArray[np.float64], tolerance: Tolerance) -> None:
         self.mz = mz
-        self.low = mz * (1 - tolerance_ppm * 1e-6)
-        self.high = mz * (1 + tolerance_ppm * 1e-6)
+        self.low, self.high = tolerance.low(mz), tolerance.high(mz)
         # The edges cut the axis into pieces, each wholly inside or outside of every window: where windows do not
         # overlap, a piece is a window. A window is some neighbouring pieces, ``first`` and the next ``count - 1``.
         above = np.nextafter(self.high, np.inf)

@@ -107,7 +107,7 @@ def _judge(prep: Prepared, digest: str, models: list[GivenModel], scores: list[S
     judging = len(np.unique(problem.rows.block[rows]))
     predictions = [(problem, factors.basis, fit_average(problem.rows, problem.factor_rows).predicted)]
     for model in models:
-        axis = (prep.measured.mz, prep.measured.tolerance_ppm)
+        axis = (prep.measured.mz, prep.measured.tolerance)
         own = given_factoring(model, moments, *axis, prep.section.msi).factors(cube, prep.measured.mask)
         posed = section_problem(prep, cube, own, prep.folder.pooled, smoothings, problem.choice)
         closed = fit_average(posed.rows, posed.factor_rows)

@@ -12,6 +12,7 @@ from deepfere.config import Config
 from deepfere.errors import InputError
 from deepfere.measured.factors import Factoring, Factors, Moments
 from deepfere.measured.operator import fill_missing
+from deepfere.measured.tolerance import Tolerance
 from deepfere.model.features import FEATURES
 from deepfere.model.fit import RATIO, fit_t1, gate_ions
 from deepfere.model.fit import Evidence as Problem
@@ -69,7 +70,8 @@ class MomentsWorker(SectionWorker):
             prep = prepared(section, self.folder, self.config)
             found, measured = Moments.of(prep.cube(self.config), prep.measured.mask), prep.measured
             with writing(prep.folder.moments) as path:
-                np.savez(path, **vars(found), mz=measured.mz, tolerance_ppm=measured.tolerance_ppm)
+                width = measured.tolerance
+                np.savez(path, **vars(found), mz=measured.mz, tolerance_ppm=width.ppm, tolerance_da=width.da)
 
 
 def study_factoring(sections: list[Section], work: Workspace, most: int) -> Factoring:
@@ -87,9 +89,9 @@ def study_factoring(sections: list[Section], work: Workspace, most: int) -> Fact
 
     def moments(section: Section) -> Moments:
         nonlocal first
-        found, mz, tolerance_ppm = load_moments(work, section)
+        found, mz, tolerance = load_moments(work, section)
         first = mz if first is None else first
-        if not same_axis(first, mz, tolerance_ppm):
+        if not same_axis(first, mz, tolerance):
             raise InputError(
                 f"section {section.name} has other ions than {sections[0].name}",
                 where=section.msi,
@@ -100,18 +102,18 @@ def study_factoring(sections: list[Section], work: Workspace, most: int) -> Fact
     return Factoring.of(Moments.sum(moments(section) for section in sections), most)
 
 
-def load_moments(work: Workspace, section: Section) -> tuple[Moments, NDArray[np.float64], float]:
+def load_moments(work: Workspace, section: Section) -> tuple[Moments, NDArray[np.float64], Tolerance]:
     """A section's moments, its m/z and their tolerance."""
     with reading(work.section(section.name).moments) as path, np.load(path) as data:
         found = Moments(int(data["pixels"]), data["mean"], data["products"], data["noise_sd"])
-        return found, data["mz"], float(data["tolerance_ppm"])
+        return found, data["mz"], Tolerance(data["tolerance_ppm"], data["tolerance_da"])
 
 
 def section_factors(prep: Prepared, cube: NDArray[np.float32], work: Workspace, given: GivenModel | None) -> Factors:
     """A section's images of the study's factors, or of a registered model's."""
     if given is not None:
-        found, mz, tolerance_ppm = load_moments(work, prep.section)
-        factoring = given_factoring(given, found, mz, tolerance_ppm, prep.section.msi)
+        found, mz, tolerance = load_moments(work, prep.section)
+        factoring = given_factoring(given, found, mz, tolerance, prep.section.msi)
     else:
         with reading(work.factoring) as path:
             factoring = Factoring.load(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -214,7 +214,7 @@ def fuse(
     out: str | Path,
     *,
     factor: int | None = None,
-    mz: Iterable[float] | None = None,
+    mz: Iterable[float | Mapping[str, float]] | None = None,
     tolerance_ppm: float | None = None,
     representation: str | None = None,
     lock_mass: Iterable[float] | None = None,
@@ -245,7 +245,8 @@ def fuse(
         slide: The stained slide, or the URL of one; None with ``guide=False``.
         out: Where the result store goes, a path or ``s3://BUCKET/NAME.zarr``; unfinished work lies in ``OUT.work/``.
         factor: High-resolution pixels per measured pixel and axis; None lets the data choose.
-        mz: Target list; None takes the file's axis or automatic peaks.
+        mz: Target list, an ion with a window of its own as ``{"mz": 798.54, "tolerance_ppm": 8, "tolerance_da": 0}``;
+            None takes the file's axis or automatic peaks.
         tolerance_ppm: Half-width of an ion's m/z window.
         representation: "centroid" or "profile", where the file does not say.
         lock_mass: True m/z of peaks that correct the m/z of each spectrum.
@@ -353,9 +354,9 @@ def fuse(
     return result
 
 
-def _numbers(name: str, given: Iterable[float] | None) -> list[float] | None:
+def _numbers(name: str, given: Iterable[Any] | None) -> list[Any] | None:
     try:
-        return None if given is None else [float(v) for v in given]
+        return None if given is None else [v if isinstance(v, Mapping) else float(v) for v in given]
     except (TypeError, ValueError) as error:
         raise InputError(
             f"{given!r} is not a list of m/z", where=name, remedy="give numbers: [798.54, 826.57]"

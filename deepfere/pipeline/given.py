@@ -11,6 +11,7 @@ from deepfere.config import Config
 from deepfere.errors import InputError
 from deepfere.measured.factors import Factoring, Moments
 from deepfere.measured.store import SOURCE_DIGEST, Measured
+from deepfere.measured.tolerance import Tolerance
 from deepfere.model.network import FusionNetwork, network_from_config
 
 
@@ -88,7 +89,7 @@ def given_model(uri: str, config: Config) -> tuple[GivenModel, dict[str, str]]:
 
 
 def given_factoring(
-    model: GivenModel, moments: Moments, mz: NDArray[np.float64], tolerance_ppm: float, where: str
+    model: GivenModel, moments: Moments, mz: NDArray[np.float64], tolerance: Tolerance, where: str
 ) -> Factoring:
     """How a section's ions become a model's factors: noise-weighted least squares on its basis.
 
@@ -96,13 +97,13 @@ def given_factoring(
         model: The model.
         moments: Of the section.
         mz: (M,) its ions.
-        tolerance_ppm: Half-width of their windows.
+        tolerance: Half-width of their windows.
         where: The measurement, for a refusal.
 
     Raises:
         InputError: The section has other ions than the model.
     """
-    if len(mz) != len(model.mz) or (np.abs(mz - model.mz) > mz * tolerance_ppm * 1e-6).any():
+    if len(mz) != len(model.mz) or (np.abs(mz - model.mz) > tolerance.half_da(mz)).any():
         raise InputError(
             f"the model knows {len(model.mz)} ions, the section has {len(mz)} others",
             where=where,

@@ -16,6 +16,7 @@ from deepfere.measured.peaks import SharedIons, find_ions, refuse_none
 from deepfere.measured.raster import plan_raster
 from deepfere.measured.sampled import PeakSpec, Sample, load_sample, save_sample
 from deepfere.measured.store import open_measured
+from deepfere.measured.tolerance import Tolerance
 from deepfere.pipeline.failures import Failures
 from deepfere.pipeline.prepare import is_ingested, treatment_of
 from deepfere.pipeline.side_by_side import SectionWorker, SideBySide
@@ -85,12 +86,13 @@ def shared_ions(
 
 
 def _peak_spec(config: Config) -> PeakSpec:
-    return PeakSpec(config.ingest.tolerance_ppm, mz_range=config.ingest.mz_range)
+    given = config.ingest
+    return PeakSpec(given.tolerance_ppm, mz_range=given.mz_range, tolerance_da=given.tolerance_da)
 
 
-def same_axis(one: NDArray[np.float64], other: NDArray[np.float64], tolerance_ppm: float) -> bool:
+def same_axis(one: NDArray[np.float64], other: NDArray[np.float64], tolerance: Tolerance) -> bool:
     """Whether two lists of m/z are the same within a tolerance."""
-    return len(one) == len(other) and bool((np.abs(other - one) <= one * tolerance_ppm * 1e-6).all())
+    return len(one) == len(other) and bool((np.abs(other - one) <= tolerance.half_da(one)).all())
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class _Look:
     def check_range(self, ions: NDArray[np.float64], spec: PeakSpec) -> None:
         """Refuse ions where nothing says that the section was measured there: they would be zero for no reason."""
         low, high = self.section.mz_range or self.load().mz_range
-        width = ions * spec.tolerance_ppm * 1e-6
+        width = spec.tolerance.half_da(ions)
         outside = ions[(ions + width < low) | (ions - width > high)]
         if len(outside):
             raise InputError(
@@ -208,7 +210,7 @@ def _one_axis(looks: list[_Look]) -> bool:
     first, known = looks[0].axis(), {looks[0].facts["axis"]}
     for look in looks[1:]:
         if look.facts["axis"] not in known:
-            if not same_axis(first, look.axis(), look.config.ingest.tolerance_ppm):
+            if not same_axis(first, look.axis(), _peak_spec(look.config).tolerance):
                 return False
             known.add(look.facts["axis"])
     return True

@@ -28,6 +28,7 @@ from deepfere.measured.lock_mass import LockMass
 from deepfere.measured.peaks import SharedIons
 from deepfere.measured.profile import ProfileSpec
 from deepfere.measured.store import Measured, open_measured, sign
+from deepfere.measured.tolerance import Targets, Tolerance
 from deepfere.measured.treatment import Treatment
 from deepfere.model.artefacts import ARTEFACTS
 from deepfere.model.damage import find_candidates
@@ -43,6 +44,7 @@ from deepfere.readers.slide_zarr import is_zarr
 from deepfere.readers.table import is_table, table_digest
 from deepfere.section import Section
 from deepfere.store import remove
+from deepfere.targets import Target
 from deepfere.tiling.plan import check_factor
 
 
@@ -94,9 +96,10 @@ def ingest_stage(
                 section.msi,
                 str(folder.measured),
                 pitch_um=section.pitch_um,
-                mz=shared or config.ingest.mz,
+                mz=shared or targets_of(config.ingest),
                 mz_range=config.ingest.mz_range,
                 tolerance_ppm=config.ingest.tolerance_ppm,
+                tolerance_da=config.ingest.tolerance_da,
                 representation=config.ingest.representation,
                 treatment=treatment_of(config.ingest),
                 reference_mz=config.ingest.reference_mz,
@@ -127,6 +130,18 @@ def treatment_of(settings: IngestSettings) -> Treatment:
         None if lock is None else LockMass(tuple(lock), s.lock_mass_tolerance_ppm),
         ProfileSpec(s.baseline, s.baseline_width_ppm, s.smoothing, s.smoothing_points),
     )
+
+
+def targets_of(settings: IngestSettings) -> list[float] | Targets | None:
+    """The target list, plain m/z where no ion has a window of its own."""
+    given = settings.mz
+    plain = [one for one in given or () if not isinstance(one, Target)]
+    if given is None or len(plain) == len(given):
+        return None if given is None else plain
+    each = [one if isinstance(one, Target) else Target(mz=one) for one in given]
+    ppm = [settings.tolerance_ppm if one.tolerance_ppm is None else one.tolerance_ppm for one in each]
+    da = [settings.tolerance_da if one.tolerance_da is None else one.tolerance_da for one in each]
+    return Targets(np.array([one.mz for one in each]), Tolerance(np.array(ppm), np.array(da)))
 
 
 def is_ingested(msi: str) -> bool:
@@ -160,9 +175,10 @@ def _take_over(section: Section, folder: SectionFolder, settings: IngestSettings
     given: dict[str, bool] = {
         "pitch-um": section.pitch_um is not None,
         "region": section.region not in (None, cube.attrs.get("region")),
-        "mz": settings.mz is not None and not _same_ions(cube, settings.mz),
+        "mz": settings.mz is not None and not _same_ions(cube, targets_of(settings)),
         "ingest.mz_range": settings.mz_range is not None and list(settings.mz_range) != _range_of(cube),
         "tolerance-ppm": settings.tolerance_ppm not in (plain.tolerance_ppm, cube.tolerance_ppm),
+        "ingest.tolerance_da": settings.tolerance_da not in (plain.tolerance_da, cube.attrs.get("tolerance_da")),
         "representation": settings.representation not in (plain.representation, cube.attrs.get("representation")),
         "lock-mass": settings.lock_mass_mz not in (None, cube.attrs.get("lock_mass", {}).get("mz")),
         "ingest.baseline": settings.baseline not in (plain.baseline, cube.attrs.get("profile", {}).get("baseline")),
@@ -185,9 +201,12 @@ def _range_of(cube: Measured) -> list[float] | None:
     return None if found is None else [float(mz) for mz in found]
 
 
-def _same_ions(cube: Measured, mz: list[float]) -> bool:
-    wanted = np.unique(mz)
-    return len(wanted) == len(cube.mz) and bool((np.abs(wanted - cube.mz) <= cube.mz * cube.tolerance_ppm * 1e-6).all())
+def _same_ions(cube: Measured, given: list[float] | Targets | None) -> bool:
+    wanted = given.mz if isinstance(given, Targets) else np.unique(np.asarray(given or [], np.float64))
+    width = cube.tolerance.half_da(cube.mz)
+    if len(wanted) != len(cube.mz) or (np.abs(wanted - cube.mz) > width).any():
+        return False
+    return not isinstance(given, Targets) or np.allclose(given.tolerance.half_da(cube.mz), width, rtol=1e-9, atol=0)
 
 
 def prepared(section: Section, work: Workspace, config: Config) -> Prepared:

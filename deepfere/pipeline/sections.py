@@ -65,7 +65,7 @@ def prepare_sections(job: Job, work: Workspace, failures: Failures, progress: Pr
     def done(prep: Prepared) -> None:
         nonlocal first, differ
         first = first or prep
-        differ = differ or not same_axis(first.measured.mz, prep.measured.mz, prep.measured.tolerance_ppm)
+        differ = differ or not same_axis(first.measured.mz, prep.measured.mz, prep.measured.tolerance)
         lines[prep.section.name] = _line(job.stage, prep)
         together.end(prep.section.name)
 

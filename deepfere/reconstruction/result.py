@@ -30,6 +30,7 @@ from deepfere.errors import InputError
 from deepfere.frame import Alignment, SectionGrid
 from deepfere.measured.operator import fill_missing
 from deepfere.measured.store import Measured, open_measured
+from deepfere.measured.tolerance import Tolerance, nearest_ion
 from deepfere.model.decode import IonDecoder
 from deepfere.model.guide import Cells
 from deepfere.places import Place, place, reading
@@ -170,7 +171,7 @@ class Result:
 
         Args:
             mz: Wanted m/z.
-            ppm: How far it may be; None takes the tolerance that the ions were ingested with.
+            ppm: How far it may be; None takes the windows that the ions were ingested with.
 
         Raises:
             InputError: No ion within the tolerance; names the nearest.
@@ -178,12 +179,13 @@ class Result:
         if not isinstance(mz, Real):
             raise InputError(f"m/z {mz!r} is no number", where=self.path, remedy="give one number, such as 798.541")
         axis = self._measured.mz
-        nearest = int(np.abs(axis - mz).argmin())
-        allowed = self._measured.tolerance_ppm if ppm is None else ppm
-        off = abs(axis[nearest] - mz) / mz * 1e6 if mz > 0 else np.inf
-        if not off <= allowed:
+        allowed = self._measured.tolerance if ppm is None else Tolerance(ppm)
+        nearest, inside = nearest_ion(axis, float(mz), allowed)
+        if not inside:
+            off = abs(axis[nearest] - mz) / mz * 1e6 if mz > 0 else np.inf
             raise InputError(
-                f"no ion within {allowed:g} ppm of m/z {mz}; the nearest is {axis[nearest]:.5f} ({off:.1f} ppm away)",
+                f"no ion within {allowed.of(nearest)} of m/z {mz}; "
+                f"the nearest is {axis[nearest]:.5f} ({off:.1f} ppm away)",
                 where=self.path,
                 remedy="give its m/z, or a wider ppm",
             )
