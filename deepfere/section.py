@@ -14,7 +14,8 @@ from deepfere.errors import InputError
 from deepfere.remote import is_url
 
 EACH = "each"
-"""Of a section of a study: one section for every region of its measurement."""
+"""Of a section of a study: one section for every region of its measurement, or for every piece on its slide."""
+PLACED = "slide_region is each, but an alignment, landmarks or teaching points say where the section lies"
 
 
 class Section(BaseModel):
@@ -32,7 +33,8 @@ class Section(BaseModel):
             they never hold is zero within, and refused outside.
         region: Which of the measurement's regions it is: a number, "all" for all of them as one section, or, in a
             study, "each" for as many sections. None where there is only one.
-        slide_region: Which of the slide's pieces of tissue is searched and used: a number; None or "all" for all.
+        slide_region: Which of the slide's pieces of tissue is searched and used: a number, None or "all" for all, or,
+            in a study, "each" for as many sections.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,7 +48,7 @@ class Section(BaseModel):
     landmarks: str | None = None
     mz_range: tuple[float, float] | None = None
     region: int | Literal["all", "each"] | None = None
-    slide_region: int | Literal["all"] | None = None
+    slide_region: int | Literal["all", "each"] | None = None
 
     @property
     def everywhere(self) -> bool:
@@ -57,6 +59,14 @@ class Section(BaseModel):
     def _one_placement(self) -> Section:
         if self.alignment is not None and self.landmarks is not None:
             raise ValueError("both an alignment and landmarks are given: give one of them")
+        if self.slide_region == EACH and self.region == EACH:
+            raise ValueError(
+                "region and slide_region are each: which region lies on which piece is not guessed; give a section for "
+                "every pair (region: 1, slide_region: 2), or leave slide_region out, and each region is looked for on "
+                "all of the slide"
+            )
+        if self.slide_region == EACH and (self.alignment is not None or self.landmarks is not None):
+            raise ValueError(f"{PLACED}; give slide_region a number")
         return self
 
     @field_validator("mz_range", mode="before")

@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 import tifffile
 
+import deepfere
+from deepfere.config import Config
 from deepfere.errors import InputError
 from deepfere.evaluation.report_alignment import artefact_words
 from deepfere.frame import Alignment
 from deepfere.inspect import describe
 from deepfere.pipeline.overview import MARGIN_UM, stain_overview
+from deepfere.pipeline.study import each_piece
 from deepfere.readers.slide import open_slide
+from deepfere.section import load_study
 from deepfere.tiling.pieces import HALO_UM, find_pieces
 from deepfere.tiling.tiles import TileSpec, plan_tiles
 
@@ -129,38 +133,129 @@ def test_the_overview_of_one_piece_reads_no_other(slide_path):
     assert into[0] > 0 and HALO_UM < MARGIN_UM
 
 
-def test_two_that_fit_alike_are_asked_about_and_one_is_taken(phantom, tmp_path, cli):
-    """The phantom's tissue twice on one slide: refused with the option; with it, found on the piece that was chosen."""
+def manifest(folder, **section):
+    (folder / "study.yaml").write_text(
+        json.dumps({"sections": [{"name": "a", "msi": "a.imzML"} | section]}, default=str)
+    )
+    return folder / "study.yaml"
+
+
+def test_every_piece_becomes_a_section(slide_path, tmp_path):
+    path = manifest(tmp_path, slide=slide_path, slide_region="each", region=2)
+    sections = load_study(path).sections
+    found = each_piece(sections, path, Config())
+    assert [(s.name, s.slide_region, s.region) for s in found] == [("a-1", 1, 2), ("a-2", 2, 2), ("a-3", 3, 2)]
+    bare = [s.model_copy(update={"slide": None}) for s in sections]
+    assert [(s.name, s.slide_region) for s in each_piece(bare, path, Config())] == [("a", None)]
+    one = written(tmp_path / "one.tif", drawn()[:, 550:][:450])
+    path = manifest(tmp_path, slide=one, slide_region="each")
+    assert [(s.name, s.slide_region) for s in each_piece(load_study(path).sections, path, Config())] == [("a", None)]
+    glass = written(tmp_path / "glass.tif", np.full((300, 300, 3), 244, np.uint8))
+    path = manifest(tmp_path, slide=glass, slide_region="each")
+    with pytest.raises(InputError, match=r"glass\.tif: shows no piece of tissue"):
+        each_piece(load_study(path).sections, path, Config())
+
+
+def test_pairs_are_not_guessed(slide_path, tmp_path):
+    both = manifest(tmp_path, slide=slide_path, slide_region="each", region="each")
+    with pytest.raises(InputError, match=r"give a section for every pair \(region: 1, slide_region: 2\), or leave"):
+        load_study(both)
+    with pytest.raises(InputError, match="say where the section lies; give slide_region a number"):
+        load_study(manifest(tmp_path, slide=slide_path, slide_region="each", landmarks="a.csv"))
+    with pytest.raises(InputError, match="slide_region: each is for the sections of a study"):
+        deepfere.fuse("a.imzML", slide_path, tmp_path / "r.zarr", slide_region="each")
+
+
+def beside(phantom, other):
+    """The phantom's slide and, to the right of 200 pixels of glass, another picture."""
     one = open_slide(phantom.slide)
     image = one.read(0, 0, 0, *one.shape_px)
     glass = np.full((one.shape_px[0], 200, 3), np.median(image.reshape(-1, 3)[:500], axis=0), np.uint8)
-    twice = np.concatenate([image, glass, image], axis=1)
-    path = written(tmp_path / "twice.tif", twice, one.mpp_um[0])
+    return np.concatenate([image, glass, other(image)], axis=1), one.mpp_um
+
+
+POINTS_UM = np.array([[300.0, 300.0], [900.0, 300.0], [600.0, 800.0]])
+QUICK = ["--factor", "4", "tracking.uri=none", "align.angle_step_deg=45", "align.candidates=2"]
+
+
+def test_two_that_fit_alike_are_asked_about_and_one_is_taken(phantom, tmp_path, cli):
+    """The phantom's tissue twice on one slide: refused with the option; with it, found on the piece that was chosen."""
+    image, mpp_um = beside(phantom, lambda image: image)
+    path = written(tmp_path / "twice.tif", image, mpp_um[0])
     assert describe(path).fact("pieces") == "2 of tissue"
-    quick = ["--factor", "4", "tracking.uri=none", "align.angle_step_deg=45", "align.candidates=2"]
-    wrong = cli("fuse", phantom.imzml, path, "-o", tmp_path / "r.zarr", "--slide-region", "3", *quick)
+    wrong = cli("fuse", phantom.imzml, path, "-o", tmp_path / "r.zarr", "--slide-region", "3", *QUICK)
     assert wrong.code == 2 and "no piece of tissue 3" in wrong.errors[0]
     assert "--slide-region" in cli("fuse", phantom.imzml, path, "-o", "r", "--slide-region", "x").errors[0]
     assert [p.name for p in tmp_path.iterdir()] == ["twice.tif"]
     study, work = tmp_path / "study.yaml", tmp_path / "work"
     section = {"name": "right", "msi": phantom.imzml, "slide": path}
     study.write_text(json.dumps({"sections": [section]}, default=str))
-    refused = cli("align", study, "-o", work, *quick)
+    refused = cli("align", study, "-o", work, *QUICK)
     assert refused.code == 2 and len(refused.errors) == 1
     assert all(w in refused.errors[0] for w in ("piece 1", "piece 2", "--slide-region", "mm2 of tissue"))
     # What is done is kept, and the manifest may be mended.
     ingested = (work / "done" / "ingest-right.json").stat().st_mtime_ns
     study.write_text(json.dumps({"sections": [section | {"slide_region": 2}]}, default=str))
-    done = cli("align", study, "-o", work, *quick)
-    assert done.code == 0, done
+    done = cli("align", study, "-o", work, *QUICK)
+    assert done.code == 0, done.err
     assert (work / "done" / "ingest-right.json").stat().st_mtime_ns == ingested
     found = Alignment.load(work / "sections" / "right" / "alignment.json")
     truth = Alignment.load(phantom.truth / "alignment.json")
-    points = np.array([[300.0, 300.0], [900.0, 300.0], [600.0, 800.0]])
-    shift = np.array([0.0, (image.shape[1] + 200) * one.mpp_um[1]])
-    assert np.abs(found.map(points) - truth.map(points) - shift).max() < 40
+    shift = np.array([0.0, (image.shape[1] + 200) / 2 * mpp_um[1]])
+    assert np.abs(found.map(POINTS_UM) - truth.map(POINTS_UM) - shift).max() < 40
     facts = json.loads((work / "done" / "align-right.json").read_text())
     (entry,) = [e for e in facts["artefacts"] if e["kind"] == "piece"]
     assert entry["area_um2"] > 1e5 and entry["decided_by"] == "slide_region 2"
     (words,) = artefact_words({"artefacts": {"masked": [entry]}})
     assert words.startswith("Other pieces of tissue on the slide (") and "mm²" in words
+
+
+@pytest.mark.ray
+def test_each_piece_of_a_study_is_aligned_on_its_own(phantom, tmp_path, cli, ray_session):
+    image, mpp_um = beside(phantom, lambda image: image)
+    path = written(tmp_path / "twice.tif", image, mpp_um[0])
+    study, work = manifest(tmp_path, msi=phantom.imzml, slide=path, slide_region="each"), tmp_path / "work"
+    done = cli("align", study, "-o", work, *QUICK)
+    assert done.code == 0, done.err
+    left, right = (Alignment.load(work / "sections" / n / "alignment.json").map(POINTS_UM) for n in ("a-1", "a-2"))
+    truth = Alignment.load(phantom.truth / "alignment.json").map(POINTS_UM)
+    assert np.abs(left - truth).max() < 40
+    assert np.abs(right - truth - [0.0, (image.shape[1] + 200) / 2 * mpp_um[1]]).max() < 40
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("chosen", [[], ["--slide-region", "all"], ["--slide-region", "1"]], ids=["none", "all", "one"])
+def test_fuse_on_a_slide_of_two_pieces(phantom, tmp_path, cli, ray_session, chosen):
+    """The other piece is of another tissue: the place is found whether a piece is named or not, and then it is told."""
+
+    def other(image):
+        rng, shape = np.random.default_rng(5), image.shape[:2]
+        y, x = np.indices(shape) / np.array(shape)[:, None, None]
+        amount = 1 + 0.4 * np.sin(25 * y) * np.cos(31 * x)
+        drawn = 244 * np.exp(-amount[..., None] * np.array([0.22, 0.71, 0.33])) + rng.normal(0, 3, image.shape)
+        inside = (y - 0.5) ** 2 + (x - 0.5) ** 2 < 0.16
+        return np.where(inside[..., None], drawn.clip(0, 255), np.median(image.reshape(-1, 3)[:500], axis=0))
+
+    image, mpp_um = beside(phantom, other)
+    path = written(tmp_path / "two.tif", image.astype(np.uint8), mpp_um[0])
+    settings = ["--factor", "4", "tracking.uri=none", "align.angle_step_deg=30", "align.candidates=6", "model.tier=T1"]
+    done = cli("fuse", phantom.imzml, path, "-o", tmp_path / "r.zarr", *chosen, *settings)
+    assert done.code == 0, done.err
+    result = deepfere.open(tmp_path / "r.zarr")
+    truth = Alignment.load(phantom.truth / "alignment.json")
+    found = Alignment.load(tmp_path / "r.zarr" / "alignment.json")
+    assert np.abs(found.map(POINTS_UM) - truth.map(POINTS_UM)).max() < 40
+    told = [line for line in result.provenance["warnings"] if "pieces of tissue" in line]
+    if chosen:
+        assert not told
+    else:
+        (line,) = told
+        assert f"warning: {line}" in done.err.splitlines()
+        assert all(w in line for w in ("shows 2 pieces", "1: y ", "2: y ", "on piece 1;", "--slide-region"))
+    masked = [entry["kind"] for entry in result.provenance["artefacts"]["masked"]]
+    assert ("piece" in masked) == (chosen == ["--slide-region", "1"])
+    # How the slide was read, in full.
+    read = result.provenance["slide"]
+    level = open_slide(path).levels[read["level"]]
+    assert read["level_mpp_um"] == [pytest.approx(m * d) for m, d in zip(mpp_um, level.downsample, strict=True)]
+    assert read["scale"] == [pytest.approx(a / b) for a, b in zip(read["mpp_um"], read["level_mpp_um"], strict=True)]

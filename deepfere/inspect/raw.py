@@ -31,7 +31,6 @@ CHECKSUMS = {b"0": "md5", b"1": "sha1", b"2": "sha256"}
 CHECKSUM_BYTES = 1 << 30
 HEAD_BYTES = 1 << 17
 MZ_SAMPLE_BYTES = 64 << 20
-PIECES_PX = 1 << 27
 PROBES = (0.0, 0.5, 1.0)
 READ_BY = {
     "openslide": "OpenSlide",
@@ -311,10 +310,10 @@ def _add_properties(notes: Notes, path: str | Path) -> None:
 
 def _add_pieces(notes: Notes, opened: Slide) -> None:
     """Pieces of tissue, where a level is small enough to be looked at."""
-    from deepfere.tiling.pieces import find_pieces, looked_at_px
+    from deepfere.tiling.pieces import LOOKED_AT_PX, find_pieces, looked_at_px
 
     pixels = looked_at_px(opened)
-    if pixels > PIECES_PX:
+    if pixels > LOOKED_AT_PX:
         notes.add("pieces", f"not looked for: the level to look at has {pixels:,} pixels")
         return
     found = find_pieces(opened).pieces

@@ -22,7 +22,7 @@ from deepfere.pipeline.fit import held_out_blocks
 from deepfere.pipeline.fuse import input_digests
 from deepfere.pipeline.given import GivenModel, given_factoring, given_model
 from deepfere.pipeline.prepare import Prepared, prepared
-from deepfere.pipeline.study import each_region, study_sections
+from deepfere.pipeline.study import each_piece, each_region, study_sections
 from deepfere.pipeline.tile import smoothings_pitch
 from deepfere.pipeline.workspace import Progress, Workspace
 
@@ -75,7 +75,7 @@ def compare_models(
     """
     models = [given_model(uri, config) for uri in uris]
     scores = [Score(CLOSED_FORM), *(Score(f"models:/{named['name']}/{named['version']}") for _, named in models)]
-    sections = each_region(study_sections("tile", study, config), study)
+    sections = each_piece(each_region(study_sections("tile", study, config), study), study, config)
     work = Workspace(out)
     with one_thread():
         for n, section in enumerate(sections):

@@ -320,8 +320,9 @@ def fuse(
         region=region,
         slide_region=slide_region,
     )
-    if section.region == EACH:
-        raise InputError("each region is a section of a study", where="region", remedy="give a number, or a study")
+    for option in ("region", "slide_region"):
+        if getattr(section, option) == EACH:
+            raise InputError("each is for the sections of a study", where=option, remedy="give a number, or a study")
     if alignment is not None and landmarks is not None:
         raise InputError("both an alignment and landmarks are given", remedy="give one of them")
     section = with_teaching_points(section)

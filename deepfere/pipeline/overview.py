@@ -11,13 +11,13 @@ from deepfere.alignment.accept import AmbiguousPlacement
 from deepfere.alignment.overview import NO_ARTEFACTS, StainOverview
 from deepfere.config import Config
 from deepfere.errors import InputError
-from deepfere.frame import SectionGrid
+from deepfere.frame import Alignment, SectionGrid
 from deepfere.model.artefacts import find_artefacts
 from deepfere.model.features import base_planes, stain_reference
 from deepfere.readers.slide import Readable, Slide, open_slide, read_area
 from deepfere.readers.slide_damaged import ReadAround
 from deepfere.section import Section
-from deepfere.tiling.pieces import Piece, Pieces, find_pieces
+from deepfere.tiling.pieces import LOOKED_AT_PX, Piece, Pieces, find_pieces, looked_at_px
 
 OVERVIEW_PX = 16_000_000
 MARGIN_UM = 1000.0
@@ -62,8 +62,41 @@ def section_overview(
         return stain, rgb, slide.mpp_um
 
 
-def naming_pieces(error: AmbiguousPlacement, section: Section, config: Config, grid: SectionGrid) -> InputError:
-    """The same refusal; where the two placements lie on different pieces of tissue, with the option that decides."""
+def unnamed_pieces(section: Section, config: Config) -> Pieces | None:
+    """The pieces of tissue on a section's slide where there are several, and nothing was said of them; else None."""
+    if section.slide_region is not None:
+        return None
+    with closing(section_slide(section, config)) as slide:
+        if looked_at_px(slide) > LOOKED_AT_PX:
+            return None
+        pieces = find_pieces(slide)
+    return pieces if len(pieces.pieces) > 1 else None
+
+
+def telling_pieces(found: Alignment, section: Section, config: Config, grid: SectionGrid) -> list[str]:
+    """What is to be known of a placement that was found on a slide of several pieces, of which none was named."""
+    pieces = unnamed_pieces(section, config)
+    if pieces is None:
+        return []
+    number = pieces.nearest(found.map(np.asarray(grid.extent_um)[None] / 2)[0])
+    return [
+        f"the slide shows {len(pieces.pieces)} pieces of tissue ({pieces.listed()}) and none was named: all of it was "
+        f"searched, and the section was found on piece {number}; if another was measured, choose it with "
+        "--slide-region (in a study slide_region)"
+    ]
+
+
+def naming_pieces(error: InputError, section: Section, config: Config, grid: SectionGrid) -> InputError:
+    """The same refusal of a search; where the slide has several pieces of tissue, with the option that chooses one."""
+    if not isinstance(error, AmbiguousPlacement):
+        several = unnamed_pieces(section, config)
+        if several is None:
+            return error
+        return InputError(
+            f"{error.what}; the slide shows {len(several.pieces)} pieces of tissue ({several.listed()})",
+            where=error.where,
+            remedy=f"choose the one that was measured with --slide-region (in a study slide_region), or {error.remedy}",
+        )
     with closing(section_slide(section, config)) as slide:
         pieces = find_pieces(slide)
     middle = np.asarray(grid.extent_um)[None] / 2

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deepfere.alignment.accept import AmbiguousPlacement
 from deepfere.alignment.bend import bend
 from deepfere.alignment.overview import MeasuredOverview, StainOverview
 from deepfere.alignment.placement import centred_alignment, describe
@@ -33,7 +32,7 @@ from deepfere.measured.treatment import Treatment
 from deepfere.model.artefacts import ARTEFACTS
 from deepfere.model.damage import find_candidates
 from deepfere.model.paper import check_size
-from deepfere.pipeline.overview import naming_pieces, section_overview, section_slide
+from deepfere.pipeline.overview import naming_pieces, section_overview, section_slide, telling_pieces
 from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace
 from deepfere.places import UrlPath, copy_tree, place, reading, writing
 from deepfere.readers.digest import tree_digest
@@ -273,11 +272,12 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
                     refined=config.align.candidates,
                     progress=lambda share: progress("align", 0.7 * share),
                 )
-            except AmbiguousPlacement as error:
+            except InputError as error:
                 raise naming_pieces(error, section, config, prep.measured.grid) from error
             found = refine(measured, stain, best, AFFINE_STAGES)
             progress("align", 0.8)
             found = bend(measured, stain, found, lambda share: progress("align", 0.8 + 0.2 * share))
+            facts["warnings"] = telling_pieces(found, section, config, prep.measured.grid)
         flip, rotation, scale = describe(found)
         cover = slide_cover(measured, stain, found)
         check_cover(cover, section, stain.damaged)

@@ -268,6 +268,7 @@ def _provenance(one: Unsealed) -> None:
     for stage in ("ingest", "tile"):
         notes += work.facts(stage, prep.section.name).get("warnings", [])
     facts = work.facts("align", prep.section.name) if config.guide else {}
+    notes += facts.get("warnings", [])
     for name, what in (("ink_share", "ink or the like"), ("damage_share", "torn or folded, by the measurement's word")):
         if facts.get(name, 0.0) > 0:
             share = f"{100 * facts[name]:.1f}" if facts[name] >= 0.0005 else "less than 0.1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from deepfere.pipeline.fuse import (
 from deepfere.pipeline.given import given_model
 from deepfere.pipeline.job import Job
 from deepfere.pipeline.learn import learn_stage
+from deepfere.pipeline.overview import section_slide
 from deepfere.pipeline.prepare import is_ingested, prepared
 from deepfere.pipeline.seal import Outcome
 from deepfere.pipeline.sections import prepare_sections
@@ -37,8 +39,9 @@ from deepfere.readers.table import is_table, open_table
 from deepfere.reconstruction.result import Result, open
 from deepfere.rows import Phases
 from deepfere.schedule import pool, run_jobs
-from deepfere.section import EACH, Section, Study, load_study, validated
+from deepfere.section import EACH, PLACED, Section, Study, load_study, validated
 from deepfere.stopping import looking, watched
+from deepfere.tiling.pieces import find_pieces
 from deepfere.tiling.plan import check_range
 
 
@@ -68,6 +71,38 @@ def each_region(sections: list[Section], study: str | Path) -> list[Section]:
             out += [
                 section.model_copy(update={"name": f"{section.name}-{r.number}", "region": r.number}) for r in regions
             ]
+    return validated(Study, {"sections": out}, study).sections
+
+
+def each_piece(sections: list[Section], study: str | Path, config: Config) -> list[Section]:
+    """The sections, those of ``slide_region: each`` replaced by one for every piece of tissue on their slide.
+
+    Without the stain they are one section each.
+
+    Raises:
+        InputError: A slide cannot be read, or shows no tissue; teaching points place the section; a name comes twice.
+    """
+    out: list[Section] = []
+    for section in sections:
+        if section.slide_region != EACH:
+            out.append(section)
+            continue
+        numbers: list[int] = []
+        if section.slide is not None:
+            if with_teaching_points(section).landmarks is not None:
+                raise InputError(
+                    f"section {section.name}: {PLACED}", where=study, remedy="leave slide_region out, or give a number"
+                )
+            with closing(section_slide(section, config)) as slide:
+                numbers = [piece.number for piece in find_pieces(slide).pieces]
+            if not numbers:
+                raise InputError(
+                    "shows no piece of tissue", where=section.slide, remedy="give the slide of this section"
+                )
+        if len(numbers) < 2:
+            out.append(section.model_copy(update={"slide_region": None}))
+        else:
+            out += [section.model_copy(update={"name": f"{section.name}-{n}", "slide_region": n}) for n in numbers]
     return validated(Study, {"sections": out}, study).sections
 
 
@@ -126,7 +161,7 @@ def run_stage(
     progress = looking(progress)
     check_range(settings.factor)
     check_patches(settings)
-    sections = each_region(study_sections(stage, study, settings), study)
+    sections = each_piece(each_region(study_sections(stage, study, settings), study), study, settings)
     target = output(out)
     check_apart(target, sections)
     check_output(target)

@@ -115,9 +115,8 @@ class FlatSlide:
         """See `deepfere.readers.slide.Slide.close`."""
         self._close()
 
-    def __del__(self) -> None:
-        # Its stream is in a cycle with the pages that it describes, so that it would stay open for long.
-        self._close()
+    # Its stream is in a cycle with the pages that it describes, and would stay open for long.
+    __del__ = close
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_slide, (self.path, self.mpp_um, "flat")

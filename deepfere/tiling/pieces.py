@@ -25,6 +25,8 @@ HALO_UM = 160.0
 """A piece's ground reaches so far beyond its tissue; pieces are one where their grounds meet."""
 LEAST_UM2, LEAST_SHARE = 1e5, 0.02
 INK_UM = 128.0
+LOOKED_AT_PX = 1 << 27
+"""Where the level to look at has more pixels, pieces are looked for on request alone."""
 NAMED = 8
 """Pieces that an error lists."""
 
