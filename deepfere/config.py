@@ -78,6 +78,7 @@ class IngestSettings(_Settings):
         None, description="target list, sorted; None = the file's axis, or automatic peaks"
     )
     mz_range: tuple[float, float] | None = Field(None, description="lowest and highest m/z of automatic peaks")
+    structure: Literal["auto", "none"] = Field("auto", description="none keeps automatic peaks that show none")
     normalisation: Literal["none", "tic", "rms", "median", "reference"] = "none"
     reference_mz: float | None = Field(None, gt=0, description="for normalisation: reference")
     representation: Literal["centroid", "profile"] | None = Field(None, description="where the file does not say")
@@ -115,7 +116,8 @@ class IngestSettings(_Settings):
 
     def sampled(self) -> dict[str, Any]:
         """What a sample of a section's spectra depends on."""
-        return self.model_dump(exclude={"mz", "mz_range", "normalisation", "reference_mz", "duplicates", "band_rows"})
+        unused = {"mz", "mz_range", "structure", "normalisation", "reference_mz", "duplicates", "band_rows"}
+        return self.model_dump(exclude=unused)
 
 
 class SlideSettings(_Settings):

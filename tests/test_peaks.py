@@ -33,6 +33,9 @@ def test_profile_area_is_exact():
     np.testing.assert_allclose(got, [[0, 0.02]], atol=1e-6)
 
 
+WIDE = PeakSpec(tolerance_ppm=40)
+
+
 def centroid_set(n, m, jitter_ppm, noise, seed, fraction=(0.05, 1.0)):
     rng = np.random.default_rng(seed)
     ions = np.sort(rng.uniform(200, 1200, m))
@@ -87,7 +90,7 @@ def test_automatic_profile_peaks():
         for mz in ions:
             y += 20 * rng.gamma(3, 1) * np.exp(-0.5 * ((axis / mz - 1) / 2e-5) ** 2)
         spectra.append((axis, y))
-    got = find_ions(lambda: [sample_profiles(lambda: spectra)], PeakSpec(tolerance_ppm=40))
+    got = find_ions(lambda: [sample_profiles(lambda: spectra, WIDE)], WIDE)
     assert len(got) == len(ions)
     np.testing.assert_allclose(got, ions, rtol=5e-6)
 

@@ -127,7 +127,7 @@ def test_samples_are_small_and_come_back_as_they_were(tmp_path):
     assert (tmp_path / "s.npz").stat().st_size < 3000  # 900 spectra in four windows
     again = load_sample(tmp_path / "s.npz")
     assert again.spectra == 900 and again.mz_range == sample.mz_range
-    for name in ("at", "hits", "total", "moment"):
+    for name in ("at", "hits", "total", "moment", "high"):
         np.testing.assert_array_equal(getattr(again, name), getattr(sample, name))
 
 
@@ -153,7 +153,7 @@ def test_profiles_of_sections_on_different_axes():
         [(coarse, profile(coarse, [(310.0, 50), (330.0, 20)], k)) for k in range(9)],
         [(fine, 1e-3 * profile(fine, [(310.0, 50), (320.0, 30)], k)) for k in range(4)],
     ]
-    samples = [sample_profiles(lambda s=s: s) for s in sections]
+    samples = [sample_profiles(lambda s=s: s, spec) for s in sections]
     for order in (samples, samples[::-1]):
         np.testing.assert_allclose(find_ions(lambda o=order: o, spec), [310.0, 320.0, 330.0], rtol=4e-6)
 

@@ -74,7 +74,7 @@ def test_automatic_ions_of_profiles_whose_peaks_are_equally_wide():
     shape = sum(np.exp(-0.5 * ((axis - m) / 0.02) ** 2) for m in ions)
     spectra = [(axis, 50 * shape + rng.random(len(axis))) for _ in range(30)]
     spec = PeakSpec(1.0, tolerance_da=0.04)
-    np.testing.assert_allclose(find_ions(lambda: [sample_profiles(lambda: spectra)], spec), ions, atol=1e-3)
+    np.testing.assert_allclose(find_ions(lambda: [sample_profiles(lambda: spectra, spec)], spec), ions, atol=1e-3)
 
 
 def own_windows(path, out):

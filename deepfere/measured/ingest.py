@@ -24,7 +24,14 @@ from numpy.typing import NDArray
 
 from deepfere.errors import DeepfereError, InputError
 from deepfere.measured.heap import give_back, tidy_heap
-from deepfere.measured.ions import Source, choose_ions, known_kind, of_region, open_source
+from deepfere.measured.ions import (
+    Source,
+    choose_ions,
+    known_kind,
+    of_region,
+    open_source,
+    own_structured,
+)
 from deepfere.measured.lock_mass import describe, fill_shifts, shift_image, told
 from deepfere.measured.normalise import FACTORS, REFERENCE
 from deepfere.measured.peaks import SharedIons
@@ -92,6 +99,7 @@ def ingest(
     mz_range: tuple[float, float] | None = None,
     tolerance_ppm: float = 5.0,
     tolerance_da: float = 0.0,
+    structure: bool = True,
     representation: str | None = None,
     treatment: Treatment = UNTREATED,
     reference_mz: float | None = None,
@@ -119,6 +127,7 @@ def ingest(
         mz_range: Lowest and highest m/z of automatic ions.
         tolerance_ppm: Half-width of an ion's window.
         tolerance_da: What is added to it, whatever the m/z.
+        structure: Leave out automatic ions that vary from pixel to pixel as noise does.
         representation: "centroid" or "profile"; wins over what the file says.
         treatment: What is done to spectra before windows are taken. With a lock mass the file is read twice, first
             for the shift of every spectrum; an image of them is stored.
@@ -162,7 +171,7 @@ def ingest(
     if representation not in (None, "centroid", "profile"):
         raise InputError(f"unknown representation {representation!r}", remedy="give centroid or profile")
     kind = representation or source.representation
-    spec = PeakSpec(tolerance_ppm, mz_range=mz_range, tolerance_da=tolerance_da)
+    spec = PeakSpec(tolerance_ppm, mz_range=mz_range, tolerance_da=tolerance_da, structure=structure)
     targets = mz if mz is None or isinstance(mz, SharedIons) else _targets(mz, spec.tolerance)
     if reference_mz is not None and not 0 < reference_mz < math.inf:
         raise InputError(f"{reference_mz} is no m/z", where="--reference-mz", remedy="give a positive number")
@@ -195,6 +204,13 @@ def ingest(
             warnings.warn(
                 f"{source.path}: {len(absent)} of {len(plan.ions)} targets are zero in every pixel, first "
                 f"m/z {absent[0]:.6g}",
+                UserWarning,
+                stacklevel=3,
+            )
+        if left_out := plan.how.get("peaks", {}).get("without_structure"):
+            warnings.warn(
+                f"{source.path}: {left_out} automatic peaks vary from pixel to pixel as noise does and are left out; "
+                f"ingest.structure=none keeps them",
                 UserWarning,
                 stacklevel=3,
             )
@@ -250,6 +266,7 @@ def _open_reduce(
     if isinstance(source, Table):
         treatment.check(source, kind, "list", False)
         ions, how = choose_table_ions(source, raster, targets, kind, spec)
+        ions, how = own_structured(source, raster, ions, how, kind, spec, treatment)
         rows = _band_rows(band_rows, len(ions), raster)
         order = np.concatenate(list(_by_band(raster, fitting_band(rows, raster.shape_px))))
         reduce = TableReducer(source, ions, how["ions"], tolerance, order, reference)
@@ -259,6 +276,7 @@ def _open_reduce(
         axis = shared_axis(source, ibd)
         treatment.check(source, kind, "axis" if axis is not None and targets is None else "list", axis is not None)
         ions, how = choose_ions(source, raster, axis, targets, kind, spec, treatment)
+        ions, how = own_structured(source, raster, ions, how, kind, spec, treatment)
         found = None if kind is None else treatment.shifts(source, np.arange(len(source)), kind)
         if reference_mz is not None:
             kind = known_kind(source, kind)

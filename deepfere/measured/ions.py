@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,10 +13,20 @@ from numpy.typing import NDArray
 from deepfere.errors import InputError
 from deepfere.measured.peaks import SharedIons, found_ions
 from deepfere.measured.raster import Raster, batches, evenly, plan_raster
-from deepfere.measured.reduce import ascending, check_axis, refuse_range, refuse_twice, refuse_values, shared_axis
+from deepfere.measured.reduce import (
+    Reduce,
+    Reducer,
+    ascending,
+    check_axis,
+    refuse_range,
+    refuse_twice,
+    refuse_values,
+    shared_axis,
+)
 from deepfere.measured.regions import choose_region
 from deepfere.measured.sampled import PeakSpec, Sample, Spectra, sample_centroids, sample_profiles, sample_rows
-from deepfere.measured.table import MAX_VARIABLES, sample_table
+from deepfere.measured.structure import Evidence, evidence, neighbours, nothing_seen, structured
+from deepfere.measured.table import MAX_VARIABLES, TableReducer, sample_table
 from deepfere.measured.tolerance import Targets
 from deepfere.measured.treatment import UNTREATED, Treatment, true_mz
 from deepfere.readers.imzml import ImzmlIndex, read_index
@@ -94,11 +105,91 @@ def sample_source(
         if kind == "centroid":
             return sample_centroids(_spectra(source, ibd, rows, shifts), spec)
         if not treatment.profile.active:
-            return sample_profiles(lambda: _spectra(source, ibd, rows, shifts))
+            return sample_profiles(lambda: _spectra(source, ibd, rows, shifts), spec)
         apply = treatment.profile.applied
         return sample_profiles(
-            lambda: ((mz, apply(mz, v[None])[0].astype(np.float64)) for mz, v in _spectra(source, ibd, rows, shifts))
+            lambda: ((mz, apply(mz, v[None])[0].astype(np.float64)) for mz, v in _spectra(source, ibd, rows, shifts)),
+            spec,
         )
+
+
+def look_at_neighbours(
+    source: Source, raster: Raster, ions: NDArray[np.float64], kind: str, spec: PeakSpec, treatment: Treatment
+) -> Evidence:
+    """What up to `PeakSpec.sample` spectra, among them neighbours, say of the structure of ions.
+
+    Args:
+        source: Spectra.
+        raster: Their pixels.
+        ions: (M,) ascending.
+        kind: "centroid" or "profile".
+        spec: How many; the ions' windows.
+        treatment: What is done to spectra first, as for `sample_source`.
+    """
+    rows, along, across = neighbours(raster, spec.sample)
+    if not len(rows):
+        return nothing_seen(len(ions))
+
+    def images(reduce: Reduce) -> Evidence:
+        parts = [reduce(batch)[0] for batch in batches(source.int_length, rows, len(ions))]
+        return evidence(np.concatenate(parts), along, across)
+
+    if isinstance(source, Table):
+        return images(TableReducer(source, ions, "list", spec.tolerance, rows))
+    shifts, found = None, treatment.shifts(source, rows, kind)
+    if found is not None:
+        shifts = np.zeros(len(source))
+        shifts[rows] = np.where(np.isnan(found), np.nanmedian(found), found)
+    with open_binary(source.ibd_path) as ibd:
+        axis = shared_axis(source, ibd)
+        reduce = Reducer(source, axis, ions, "list", kind, spec.tolerance, shifts, treatment.profile)
+        return images(partial(reduce, ibd))
+
+
+def with_structure(
+    ions: NDArray[np.float64], how: dict[str, Any], sections: Iterable[Evidence], count: int, where: object
+) -> tuple[NDArray[np.float64], dict[str, Any]]:
+    """The ions (M,) that are not proven to be without structure, and how they were found.
+
+    Args:
+        ions: Found m/z.
+        how: What is known of that ("peaks").
+        sections: What each of the sections says.
+        count: Number of sections.
+        where: The measurement.
+
+    Raises:
+        InputError: None is left.
+    """
+    kept = structured(sections, count)
+    if not kept.any():
+        raise InputError(
+            f"none of its {len(ions)} peaks shows any spatial structure",
+            where=where,
+            remedy="give --mz, or ingest.structure=none",
+        )
+    return ions[kept], {**how, "without_structure": int((~kept).sum())}
+
+
+def own_structured(
+    source: Source,
+    raster: Raster,
+    ions: NDArray[np.float64],
+    how: dict[str, Any],
+    kind: str | None,
+    spec: PeakSpec,
+    treatment: Treatment,
+) -> tuple[NDArray[np.float64], dict[str, Any]]:
+    """The ions of one section, of automatic ones that it brought itself those with structure; and how they were chosen.
+
+    Raises:
+        InputError: None is left.
+    """
+    if how["ions"] != "automatic" or "sections" in how["peaks"] or not spec.structure:
+        return ions, how
+    found = look_at_neighbours(source, raster, ions, known_kind(source, kind), spec, treatment)
+    kept, peaks = with_structure(ions, how["peaks"], [found], 1, source.path)
+    return kept, {**how, "peaks": peaks}
 
 
 def _spectra(index: ImzmlIndex, ibd: IO[bytes], rows: NDArray[np.int64], shifts: NDArray[np.float64] | None) -> Spectra:

@@ -1,9 +1,10 @@
 """Automatic ions: which m/z the sampled spectra of one section, or of all sections of a study, share.
 
 Centroids: sampled centroids are counted on a fine logarithmic axis and smoothed by half the tolerance; each
-maximum whose window is filled often enough, and significantly more often than its surroundings, is an ion.
-Profiles: maxima of the mean spectrum, smoothed alike, that stand out of its noise. Of several sections, an ion is what
-is one in all of them taken together, or in one of them. Deterministic: no random numbers.
+maximum whose window is filled often or strongly enough, significantly more often than its surroundings, and out of
+their noise, is an ion. Profiles: maxima of the mean spectrum, smoothed alike, that stand out of its noise, and those of
+how high spectra reach (what few pixels show, and strongly). Of several sections, an ion is what is one in all of them
+taken together, or in one of them. Deterministic: no random numbers.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def _centroid_ions(samples: Samples, spec: PeakSpec) -> NDArray[np.float64]:
     all_bins, count, sections = Bins(), 0, 0
     for sample in samples():
         assert isinstance(sample, CentroidSample)
-        all_bins.add(sample.at, sample.hits, sample.total, sample.moment)
+        all_bins.add(sample.at, sample.hits, sample.total, sample.moment, sample.high)
         count, sections = count + sample.spectra, sections + 1
     if not len(all_bins.hits):
         return np.empty(0)
@@ -101,31 +102,49 @@ def _evident(bins: Bins, top: NDArray[np.int64], count: int, spec: PeakSpec, fal
     """Which maxima are filled often enough, or strongly, and more often than chance fills them."""
     half = spec.half_bins
     filled = _box(bins.hits, half)
-    rate = _background(filled, (2 * half + 1) * 500)
+    rate, noise = _background(filled, _box(bins.total, half), (2 * half + 1) * 500, spec.snr)
     here, intensity = filled[top], _around(bins.total, top, half)
+    high = np.pad(bins.high, half)[top[:, None] + np.arange(2 * half + 1)].max(axis=1)
     often = here >= spec.min_fraction * count
     strong = intensity >= spec.strong_fraction * intensity.max(initial=0.0)
+    bright = high >= spec.bright_fraction * high.max(initial=0.0)
     clear = stats.poisson.sf(here - 1, rate[top]) * (len(bins.hits) / half) <= false_ions
-    return (often | strong) & clear & (here >= max(1, min(spec.min_spectra, count)))
+    enough = here >= max(1, min(spec.min_spectra, count))
+    return (often | strong | bright) & clear & (intensity >= noise[top]) & enough
 
 
 def _profile_ions(samples: Samples, spec: PeakSpec) -> NDArray[np.float64]:
     axis = _common_axis(samples)
-    mean, count, alone = np.zeros(len(axis)), 0, []
+    mean, high, count, alone = np.zeros(len(axis)), np.zeros(len(axis)), 0, []
     for sample in samples():
         assert isinstance(sample, ProfileSample)
         if len(sample.axis) > 2:
             mean += sample.spectra * interpolated(axis, sample.axis, sample.mean)
-            alone.append(_maxima(sample.axis, sample.mean, spec))
+            high = np.maximum(high, interpolated(axis, sample.axis, sample.high))
+            alone.append(_shown(sample.axis, sample.mean, sample.high, spec))
         count += sample.spectra
     if not alone:
         return np.empty(0)
-    ions = _maxima(axis, mean / count, spec)
+    ions = _shown(axis, mean / count, high, spec)
     if len(alone) > 1:
-        # What a single section shows, and the mean of all hides.
+        # What a single section shows, and all together hide.
         for found in alone:
-            ions = np.sort(np.concatenate([ions, found[_distance_da(found, ions) > spec.tolerance.half_da(found)]]))
+            ions = _and_others(ions, found, spec)
     return ions
+
+
+def _shown(
+    axis: NDArray[np.float64], mean: NDArray[np.float64], high: NDArray[np.float64], spec: PeakSpec
+) -> NDArray[np.float64]:
+    """Maxima of a mean spectrum, and of how high spectra reach those that the mean hides: none of its ions is near."""
+    ions = _maxima(axis, mean, spec)[0]
+    found, reach = _maxima(axis, high, spec, alone=True)
+    return _and_others(ions, found[_distance_da(found, ions) > reach], spec)
+
+
+def _and_others(ions: NDArray[np.float64], found: NDArray[np.float64], spec: PeakSpec) -> NDArray[np.float64]:
+    """Ions, and what was found beyond the tolerance of each."""
+    return np.sort(np.concatenate([ions, found[_distance_da(found, ions) > spec.tolerance.half_da(found)]]))
 
 
 def _common_axis(samples: Samples) -> NDArray[np.float64]:
@@ -143,6 +162,11 @@ def _common_axis(samples: Samples) -> NDArray[np.float64]:
     return axis
 
 
+def _nearest(mz: NDArray[np.float64], ions: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Which of some m/z, none of them if there is no ion, is the nearest to each ion."""
+    return np.array([int(np.abs(mz - ion).argmin()) for ion in ions], dtype=np.int64)
+
+
 def _distance_da(mz: NDArray[np.float64], ions: NDArray[np.float64]) -> NDArray[np.float64]:
     """How far each m/z is from the nearest ion; infinite where there is none."""
     if not len(ions):
@@ -151,8 +175,13 @@ def _distance_da(mz: NDArray[np.float64], ions: NDArray[np.float64]) -> NDArray[
     return np.minimum(np.abs(ions[k - 1] - mz), np.abs(ions[np.minimum(k, len(ions) - 1)] - mz))
 
 
-def _maxima(axis: NDArray[np.float64], mean: NDArray[np.float64], spec: PeakSpec) -> NDArray[np.float64]:
-    """Maxima of a mean spectrum, at their centroid."""
+def _maxima(
+    axis: NDArray[np.float64], mean: NDArray[np.float64], spec: PeakSpec, alone: bool = False
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Maxima of a mean spectrum, at their centroid, and their width at half height.
+
+    ``alone`` takes bright ones that stand in no other's flank.
+    """
     # Smoothed by half the tolerance, where points are that dense, as the centroids are.
     points = 0.5 * spec.tolerance_ppm * 1e-6 / float(np.median(np.diff(axis) / (axis[1:] + spec.offset_da)))
     if points > 0.5:
@@ -161,11 +190,18 @@ def _maxima(axis: NDArray[np.float64], mean: NDArray[np.float64], spec: PeakSpec
     noise = 1.4826 * float(np.median(np.abs(above)))
     if noise == 0:  # more than half of the axis is flat: what is left over is signal
         noise = 1e-6 * float(mean.max())
-    limit = max(spec.snr * noise, spec.strong_fraction * float(above.max()), 1e-12)
-    tops, _ = signal.find_peaks(mean, prominence=limit)
-    tops = tops[above[tops] >= limit]
+    fraction = spec.bright_fraction if alone else spec.strong_fraction
+    limit = max(spec.snr * noise, fraction * float(above.max()), 1e-12)
+    tops, found = signal.find_peaks(mean, prominence=limit)
+    tops = tops[(above[tops] >= limit) & (found["prominences"] >= alone * 0.5 * above[tops])]
     centres = np.array([peak_centre(axis, mean, int(top)) for top in tops])
-    return _merge(centres, mean[tops], spec.tolerance)
+    ions = _merge(centres, mean[tops], spec.tolerance)
+    if not alone:
+        return ions, np.zeros(len(ions))
+    _, _, left, right = signal.peak_widths(mean, tops)
+    places = np.arange(len(axis))
+    width = np.interp(right, places, axis) - np.interp(left, places, axis)
+    return ions, width[_nearest(centres, ions)]
 
 
 def peak_centre(m: NDArray[np.float64], v: NDArray[np.float64], top: int) -> float:
@@ -210,16 +246,27 @@ def _shifted(values: NDArray[Any], by: int) -> NDArray[Any]:
     return out
 
 
-def _background(filled: NDArray[Any], block: int) -> NDArray[np.float64]:
-    """Centroids per window that the surroundings of each bin hold, ions left out (clipped block means)."""
-    out = np.empty(len(filled))
+def _background(
+    filled: NDArray[Any], total: NDArray[np.float64], block: int, snr: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What windows in the surroundings of each bin hold, ions left out (clipped block means).
+
+    Returns:
+        Centroids per window, and the intensity that stands out of theirs: ``snr`` robust s.d. above the median. The
+        latter is 0 where most windows are empty.
+    """
+    out, noise = np.empty(len(filled)), np.empty(len(filled))
     for begin in range(0, len(filled), block):
         part = filled[begin : begin + block]
         mean = float(part.mean())
         for _ in range(4):
-            mean = float(part[part <= mean + 3 * np.sqrt(mean) + 1].mean())
+            quiet = part <= mean + 3 * np.sqrt(mean) + 1
+            mean = float(part[quiet].mean())
+        held = total[begin : begin + block][quiet]
+        level = float(np.median(held))
+        noise[begin : begin + block] = level + snr * 1.4826 * float(np.median(np.abs(held - level)))
         out[begin : begin + block] = mean
-    return out
+    return out, noise
 
 
 def _separate(top: NDArray[np.int64], smooth: NDArray[Any], half: int) -> NDArray[np.int64]:

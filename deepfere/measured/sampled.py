@@ -1,7 +1,7 @@
 """What a sample of one section's spectra shows, small enough to be kept for every section of a study.
 
-Centroids: how many, how intense and where on average, in bins of a logarithmic m/z axis that is the same for all
-files. Profiles: their mean spectrum on their own points.
+Centroids: how many, how intense on average and at most, and where, in bins of a logarithmic m/z axis that is the same
+for all files. Profiles: their mean spectrum on their own points, and how high they reach there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from deepfere.measured.windows import gaps
 
 Spectra = Iterable[tuple[NDArray[np.float64], NDArray[np.float64]]]
 BINS_PER_TOLERANCE = 6
+MOST_FEW = 0.1
 LEAST_STEP = 3.5e-7
 """Of the logarithm of m/z: the range of an instrument stays within a few ten million bins."""
 LEAST_STEP_MZ = 1000.0
@@ -34,24 +35,29 @@ class PeakSpec:
         tolerance_da: ...and what is added to it.
         min_fraction: An ion is in at least this fraction of the sampled spectra...
         strong_fraction: ...or its mean intensity is at least this fraction of the strongest ion's (profiles:
-            always required).
+            always required)...
+        bright_fraction: ...or its greatest intensity is at least this fraction of the brightest ion's (profiles: what
+            is not in the mean).
         min_spectra: And in at least so many of them in any case.
         false_ions: Centroids: ions that chance alone may add over the whole range (Poisson, at the rate of
             centroids in each ion's surroundings); as many again where several sections are looked at one by one.
-        snr: Profiles: prominence of a maximum over the noise of the mean spectrum.
+        snr: Intensity over that of the surroundings, in units of its noise; of profiles, prominence of a maximum.
         sample: Spectra of a section that are looked at, at most.
         mz_range: Lowest and highest m/z of an ion; None takes the whole range.
+        structure: Whether ions without spatial structure are left out.
     """
 
     tolerance_ppm: float = 5.0
     min_fraction: float = 0.01
     strong_fraction: float = 1e-3
+    bright_fraction: float = 0.05
     min_spectra: int = 3
     false_ions: float = 0.05
     snr: float = 5.0
     sample: int = 2000
     mz_range: tuple[float, float] | None = None
     tolerance_da: float = 0.0
+    structure: bool = True
 
     @property
     def tolerance(self) -> Tolerance:
@@ -81,9 +87,13 @@ class PeakSpec:
         """Bins to either side of an ion that are its window."""
         return max(1, round(self.tolerance_ppm * 1e-6 / self.step))
 
+    def few(self, count: int) -> bool:
+        """Whether as many spectra as an ion has to be in are few of some."""
+        return self.min_spectra <= MOST_FEW * count
+
     def to_dict(self, kind: str) -> dict[str, Any]:
         """What mattered for this kind of spectra, "centroid" or "profile", as the store states it."""
-        unused = {"snr"} if kind == "centroid" else {"min_fraction", "min_spectra", "false_ions"}
+        unused = set() if kind == "centroid" else {"min_fraction", "false_ions"}
         if not self.tolerance_da:
             unused.add("tolerance_da")
         return {name: value for name, value in asdict(self).items() if name not in unused}
@@ -103,6 +113,7 @@ class Bins:
         hits: (B,) spectra with a centroid in the bin.
         total: (B,) sum of the intensities.
         moment: (B,) sum of intensity times m/z.
+        high: (B,) the greatest intensity.
     """
 
     def __init__(self) -> None:
@@ -110,6 +121,7 @@ class Bins:
         self.hits: NDArray[np.int64] = np.zeros(0, np.int64)
         self.total: NDArray[np.float64] = np.zeros(0)
         self.moment: NDArray[np.float64] = np.zeros(0)
+        self.high: NDArray[np.float64] = np.zeros(0)
 
     def add(
         self,
@@ -117,6 +129,7 @@ class Bins:
         hits: NDArray[np.int64],
         total: NDArray[np.float64],
         moment: NDArray[np.float64],
+        high: NDArray[np.float64],
     ) -> None:
         """Add counts in some bins, each named once, ascending."""
         if not len(at):
@@ -125,6 +138,7 @@ class Bins:
         self.hits[at - self.first] += hits
         self.total[at - self.first] += total
         self.moment[at - self.first] += moment
+        self.high[at - self.first] = np.maximum(self.high[at - self.first], high)
 
     def _cover(self, low: int, high: int) -> None:
         if not len(self.hits):
@@ -134,7 +148,7 @@ class Bins:
         before, after = max(0, self.first - low), max(0, high - end)
         if before or after:
             self.first -= before
-            for name in ("hits", "total", "moment"):
+            for name in ("hits", "total", "moment", "high"):
                 setattr(self, name, np.pad(getattr(self, name), (before, after)))
 
 
@@ -149,6 +163,7 @@ class CentroidSample:
         hits: (B,) spectra with a centroid in the bin.
         total: (B,) sum of the intensities.
         moment: (B,) sum of intensity times m/z.
+        high: (B,) the greatest intensity.
     """
 
     spectra: int
@@ -157,13 +172,14 @@ class CentroidSample:
     hits: NDArray[np.int64]
     total: NDArray[np.float64]
     moment: NDArray[np.float64]
+    high: NDArray[np.float64]
 
     kind = "centroid"
 
     def bins(self) -> Bins:
         """All of the bins between the first and the last."""
         out = Bins()
-        out.add(self.at, self.hits, self.total, self.moment)
+        out.add(self.at, self.hits, self.total, self.moment, self.high)
         return out
 
 
@@ -176,12 +192,15 @@ class ProfileSample:
         mz_range: Lowest and highest m/z of the section as far as they show it; NaN where they are empty.
         axis: (A,) m/z, ascending.
         mean: (A,) intensity.
+        high: (A,) the intensity that as many spectra reach as an ion has to be in (of more than one, since noise that
+            is high for once is no ion); the mean where these are not few.
     """
 
     spectra: int
     mz_range: tuple[float, float]
     axis: NDArray[np.float64]
     mean: NDArray[np.float64]
+    high: NDArray[np.float64]
 
     kind = "profile"
 
@@ -201,14 +220,39 @@ def sample_centroids(spectra: Spectra, spec: PeakSpec) -> CentroidSample:
         low, high = min(low, float(mz.min())), max(high, float(mz.max()))
         at, where = np.unique((spec.place(mz) / spec.step).astype(np.int64), return_inverse=True)
         total, moment = np.bincount(where, weights=value), np.bincount(where, weights=value * mz)
-        bins.add(at, np.ones(len(at), np.int64), total.astype(np.float64), moment.astype(np.float64))
+        greatest = np.zeros(len(at))
+        np.maximum.at(greatest, where, value)
+        bins.add(at, np.ones(len(at), np.int64), total.astype(np.float64), moment.astype(np.float64), greatest)
     held = np.flatnonzero(bins.hits)
     reach = (low, high) if len(held) else (np.nan, np.nan)
-    return CentroidSample(count, reach, held + bins.first, bins.hits[held], bins.total[held], bins.moment[held])
+    kept = (bins.hits[held], bins.total[held], bins.moment[held], bins.high[held])
+    return CentroidSample(count, reach, held + bins.first, *kept)
 
 
-def sample_profiles(spectra: Callable[[], Spectra]) -> ProfileSample:
-    """The mean of sampled profiles (m/z, intensity), which are asked for twice."""
+class Highest:
+    """The greatest values at each of some points, in order.
+
+    Args:
+        points: Number of points.
+        most: How many values are kept of each.
+    """
+
+    def __init__(self, points: int, most: int) -> None:
+        self._kept = np.zeros((most, points))
+
+    def add(self, value: NDArray[np.float64], at: NDArray[np.int64] | slice = slice(None)) -> None:
+        """Add values, none of them negative, at some points, each named once."""
+        for kept in self._kept:
+            here = kept[at]
+            kept[at], value = np.maximum(here, value), np.minimum(here, value)
+
+    def least(self) -> NDArray[np.float64]:
+        """The least of those kept."""
+        return self._kept[-1]
+
+
+def sample_profiles(spectra: Callable[[], Spectra], spec: PeakSpec) -> ProfileSample:
+    """What sampled profiles (m/z, intensity) show, which are asked for twice."""
     axis, count, low, high = np.empty(0), 0, np.inf, -np.inf
     for mz, _ in spectra():
         count += 1
@@ -217,14 +261,17 @@ def sample_profiles(spectra: Callable[[], Spectra]) -> ProfileSample:
         if len(mz) > len(axis):
             axis = mz
     if len(axis) < 3:
-        return ProfileSample(count, (np.nan, np.nan), np.empty(0), np.empty(0))
+        return ProfileSample(count, (np.nan, np.nan), np.empty(0), np.empty(0), np.empty(0))
     # The longest spectrum's own points, filled up where it left points out: fine enough for the instrument.
     axis = filled_axis(np.unique(axis))
-    mean = np.zeros(len(axis))
+    mean, highest = np.zeros(len(axis)), Highest(len(axis), spec.min_spectra)
     for mz, value in spectra():
         if len(mz) > 1:
-            mean += interpolated(axis, mz, value)
-    return ProfileSample(count, (low, high), axis, mean / count)
+            here = interpolated(axis, mz, value)
+            mean += here
+            highest.add(here)
+    mean /= count
+    return ProfileSample(count, (low, high), axis, mean, highest.least() if spec.few(count) else mean)
 
 
 def interpolated(axis: NDArray[np.float64], mz: NDArray[np.float64], value: NDArray[np.float64]) -> NDArray[np.float64]:

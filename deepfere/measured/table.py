@@ -16,7 +16,15 @@ from deepfere.measured.normalise import ragged_factors
 from deepfere.measured.peaks import SharedIons, found_ions
 from deepfere.measured.raster import Raster, batches, evenly
 from deepfere.measured.reduce import LARGEST, refuse_range, refuse_twice
-from deepfere.measured.sampled import PeakSpec, Sample, sample_centroids, sample_profiles, sample_rows
+from deepfere.measured.sampled import (
+    Highest,
+    PeakSpec,
+    Sample,
+    interpolated,
+    sample_centroids,
+    sample_profiles,
+    sample_rows,
+)
 from deepfere.measured.tolerance import Targets, Tolerance
 from deepfere.measured.windows import Windows
 from deepfere.readers.table import Table
@@ -103,7 +111,7 @@ def check_bins(table: Table, ions: NDArray[np.float64], tolerance: Tolerance) ->
 
 
 def sample_table(table: Table, raster: Raster, kind: str, spec: PeakSpec) -> Sample:
-    """What up to `PeakSpec.sample` pixels, evenly over the image, show; of profiles, the mean is found at once.
+    """What up to `PeakSpec.sample` pixels, evenly over the image, show; profiles are on one axis, and are read once.
 
     Raises:
         InputError: A value is not finite.
@@ -123,13 +131,19 @@ def sample_table(table: Table, raster: Raster, kind: str, spec: PeakSpec) -> Sam
 
     if kind == "centroid":
         return replace(sample_centroids(spectra(), spec), mz_range=reach)
-    total = np.zeros(len(axis))
+    total, highest = np.zeros(len(axis)), Highest(len(axis), spec.min_spectra)
     for batch in batches(table.int_length, rows, 1):
         columns, values, lengths = reader.read(batch)
         check_finite(table, batch, values, lengths)
         total += np.bincount(rank[columns], weights=np.maximum(values, 0), minlength=len(axis))
+        ends = np.cumsum(lengths)
+        for first, last in zip(ends - lengths, ends, strict=True):
+            highest.add(np.maximum(values[first:last].astype(np.float64), 0.0), rank[columns[first:last]])
     whole = axis, total / len(rows)
-    return replace(sample_profiles(lambda: [whole]), spectra=len(rows))
+    found = sample_profiles(lambda: [whole], spec)
+    if not len(found.axis) or not spec.few(len(rows)):
+        return replace(found, spectra=len(rows))
+    return replace(found, spectra=len(rows), high=interpolated(found.axis, axis, highest.least()))
 
 
 def _held(axis: NDArray[np.float64], ions: NDArray[np.float64], tolerance: Tolerance) -> NDArray[np.int64]:

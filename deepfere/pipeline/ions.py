@@ -11,11 +11,20 @@ from numpy.typing import NDArray
 
 from deepfere.config import Config, digest
 from deepfere.errors import InputError
-from deepfere.measured.ions import known_kind, of_region, open_source, own_axis, sample_source
+from deepfere.measured.ions import (
+    known_kind,
+    look_at_neighbours,
+    of_region,
+    open_source,
+    own_axis,
+    sample_source,
+    with_structure,
+)
 from deepfere.measured.peaks import SharedIons, find_ions, refuse_none
 from deepfere.measured.raster import plan_raster
 from deepfere.measured.sampled import PeakSpec, Sample, load_sample, save_sample
 from deepfere.measured.store import open_measured
+from deepfere.measured.structure import Evidence
 from deepfere.measured.tolerance import Tolerance
 from deepfere.pipeline.failures import Failures
 from deepfere.pipeline.prepare import is_ingested, treatment_of
@@ -75,10 +84,16 @@ def shared_ions(
             if not len(ions):
                 refuse_none(spec, "the sections of the study together")
             spectra = sum(look.load().spectra for look in usable)
-            told = {"sampled_spectra": spectra, "sections": len(usable), "axis": digest(ions.tolist())[:16]}
+            told = {"sampled_spectra": spectra, "sections": len(usable)}
             facts["mz"], facts["peaks"] = ions.tolist(), {**spec.to_dict(usable[0].kind), **told}
     found = work.facts("ions")
-    shared = SharedIons(np.asarray(found["mz"], np.float64), found["peaks"])
+    ions, peaks = np.asarray(found["mz"], np.float64), found["peaks"]
+    if spec.structure:
+        beside.each(StructureWorker, ((look.section, look.inputs) for look in usable), partial(progress, "structure"))
+        failures.stop("the ions are common to all sections: none is ingested before all were looked at")
+        seen = (look.evidence() for look in usable)
+        ions, peaks = with_structure(ions, peaks, seen, len(usable), "the sections of the study together")
+    shared = SharedIons(ions, {**peaks, "axis": digest(ions.tolist())[:16]})
     for look in usable:
         failures.of(look.section.name, "sample", partial(look.check_range, shared.mz, spec))
     failures.stop("the ions are common to all sections: none is ingested before all were measured over them")
@@ -87,7 +102,12 @@ def shared_ions(
 
 def _peak_spec(config: Config) -> PeakSpec:
     given = config.ingest
-    return PeakSpec(given.tolerance_ppm, mz_range=given.mz_range, tolerance_da=given.tolerance_da)
+    return PeakSpec(
+        given.tolerance_ppm,
+        mz_range=given.mz_range,
+        tolerance_da=given.tolerance_da,
+        structure=given.structure == "auto",
+    )
 
 
 def same_axis(one: NDArray[np.float64], other: NDArray[np.float64], tolerance: Tolerance) -> bool:
@@ -164,6 +184,23 @@ class _Look:
                 with writing(folder.sample) as path:
                     save_sample(sample, path)
 
+    def structure(self) -> None:
+        """See what neighbouring pixels say of the ions that were found."""
+        section, folder = self.section, self.work.section(self.section.name)
+        ions = np.asarray(self.work.facts("ions")["mz"], np.float64)
+        with self.work.stage("structure", [self.key, digest(ions.tolist())], section.name) as facts:
+            if facts is not None:
+                source = of_region(open_source(section.msi, str(folder.index)), section.region)
+                kind = known_kind(source, self.config.ingest.representation)
+                treatment, raster = treatment_of(self.config.ingest), plan_raster(source, "sum")
+                found = look_at_neighbours(source, raster, ions, kind, _peak_spec(self.config), treatment)
+                with writing(folder.structure) as path:
+                    np.savez(path, **vars(found))
+
+    def evidence(self) -> Evidence:
+        with reading(self.work.section(self.section.name).structure) as path, np.load(path) as data:
+            return Evidence(**{name: data[name] for name in data.files})
+
     def load(self) -> Sample:
         with reading(self.work.section(self.section.name).sample) as path:
             return load_sample(path)
@@ -201,6 +238,16 @@ class SampleWorker(SectionWorker):
     def do(self, section: Section, inputs: dict[str, str], progress: Progress) -> None:
         """See `SectionWorker`."""
         _Look(section, inputs, self.folder, self.config).sample()
+
+
+class StructureWorker(SectionWorker):
+    """Looks at neighbouring pixels."""
+
+    stage = "structure"
+
+    def do(self, section: Section, inputs: dict[str, str], progress: Progress) -> None:
+        """See `SectionWorker`."""
+        _Look(section, inputs, self.folder, self.config).structure()
 
 
 def _one_axis(looks: list[_Look]) -> bool:

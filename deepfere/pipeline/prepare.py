@@ -99,6 +99,7 @@ def ingest_stage(
                 mz_range=config.ingest.mz_range,
                 tolerance_ppm=config.ingest.tolerance_ppm,
                 tolerance_da=config.ingest.tolerance_da,
+                structure=config.ingest.structure == "auto",
                 representation=config.ingest.representation,
                 treatment=treatment_of(config.ingest),
                 reference_mz=config.ingest.reference_mz,

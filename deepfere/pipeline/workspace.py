@@ -26,7 +26,7 @@ from deepfere.store import sync
 
 Progress = Callable[[str, float], None]
 
-STAGES = ("look", "sample", "ions", "ingest", "align", "tile", "learn", "reconstruct")
+STAGES = ("look", "sample", "ions", "structure", "ingest", "align", "tile", "learn", "reconstruct")
 """Names of the markers, in the order in which the stages are done."""
 
 FULL_BELOW_BYTES = 1 << 16
@@ -67,6 +67,7 @@ class SectionFolder:
         self.index = root / "index.parquet"
         self.axis = root / "axis.npy"
         self.sample = root / "sample.npz"
+        self.structure = root / "structure.npz"
         self.measured = root / "measured.zarr"
         self.result = root / "result.zarr"
         self.overview = root / "overview.npz"
