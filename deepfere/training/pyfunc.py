@@ -49,7 +49,8 @@ class FusionPyfunc(PythonModel):
 
     ``predict`` takes ``{"stain": (N, F, H, W), "upsampled": (N, K, H, W)}``, both float32 (the stain's
     features and the upsampled factors on the high-resolution grid), and returns the detail planes
-    (N, K, H, W) float32. The packaged signature refuses any other dtype or number of planes.
+    (N, K, H - 2 r, W - 2 r) float32: r = `FusionNetwork.radius_px` pixels around are context. The packaged
+    signature refuses any other dtype or number of planes.
     """
 
     # The input is checked by the packaged tensor signature; without this MLflow warns at every import
@@ -62,7 +63,7 @@ class FusionPyfunc(PythonModel):
         self.network = build_network(config, Path(context.artifacts["weights"]))
 
     def predict(self, context, model_input, params=None):
-        """Detail planes (N, K, H, W) float32 of one batch, computed on the CPU."""
+        """Detail planes (N, K, H - 2 r, W - 2 r) float32 of one batch, computed on the CPU."""
         import torch
 
         with torch.inference_mode():
@@ -138,12 +139,12 @@ def save_pyfunc(folder: Path, weights_path: Path, config: dict[str, Any], mlflow
 
     The network is built and loaded first, so that what is packaged is known to work.
     """
-    build_network(config, weights_path)
-    section = _network_section(config)
-    features, factors = int(section["features"]), int(section["factors"])
+    network = build_network(config, weights_path)
+    features, factors = network.settings["features"], network.settings["factors"]
+    side = 2 * network.radius_px + 8
     example = {
-        "stain": np.zeros((1, features, 8, 8), np.float32),
-        "upsampled": np.zeros((1, factors, 8, 8), np.float32),
+        "stain": np.zeros((1, features, side, side), np.float32),
+        "upsampled": np.zeros((1, factors, side, side), np.float32),
     }
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on example and type hints, answered above
