@@ -227,6 +227,7 @@ class TrackingSettings(_Settings):
     uri: str | None = None
     experiment: str = "deepfere"
     register_as: str | None = Field("deepfere", description="registered model name; None = do not register")
+    system_metrics: bool = Field(True, description="record the load of the machines in the run")
 
 
 UNNUMBERED = ("run", "ray", "tracking")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from deepfere.config import load_config
+from deepfere.pipeline import track
 from deepfere.pipeline.track import tracked
 from deepfere.pipeline.workspace import Workspace
 from deepfere.section import make_section
@@ -25,13 +28,14 @@ from tests.test_tracking import CONFIG, network
 def store(request, tmp_path):
     if request.param == "server":
         return request.getfixturevalue("mlflow_server")
+    shutil.copyfile(request.getfixturevalue("empty_store"), tmp_path / "mlflow.db")
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
 def test_models_are_listed_and_promoted(cli, store):
     name = f"listed-{'server' if store.startswith('http') else 'file'}"
     first = Tracker.start(store)
-    first.log_metrics({"a.held_out_r2_median": 0.25, "b.held_out_r2_median": 0.75})
+    first.log_metrics({"held_out_r2_median": 0.5})
     register_model(first, name, network().state_dict(), CONFIG, alias="champion")
     first.finish()
     second = Tracker.start(store)
@@ -87,6 +91,82 @@ def test_the_driver_closes_its_run_and_a_restart_doubles_nothing(store, tmp_path
     assert points == [(entry["step"], entry["total"]) for entry in history]
     runs = client.search_runs([client.get_experiment_by_name("restarts").experiment_id])
     assert len(runs) == 1 and len(runs[0].inputs.dataset_inputs) == 1
+
+
+def test_sections_have_runs_of_their_own_which_a_restart_goes_on_with(store, tmp_path):
+    """A study of three is interrupted, loses a section, ends: a run for it, and for each that told of itself."""
+    work = Workspace(tmp_path / "work")
+    config = load_config(None, [f"tracking.uri={store}", "tracking.experiment=sections"])
+    sections = [make_section(name=name, msi=f"{name}.imzML") for name in ("one", "two", "three")]
+    inputs = [{"msi": letter * 64} for letter in "abc"]
+    client = MlflowClient(store)
+
+    def runs() -> dict[str, tuple[str, str, dict[str, float]]]:
+        found = client.search_runs([client.get_experiment_by_name("sections").experiment_id])
+        return {run.info.run_name: (run.info.run_id, run.info.status, run.data.metrics) for run in found}
+
+    def attempt(settings=config):
+        return tracked(work, sections, inputs, settings, "study")
+
+    with pytest.raises(KeyboardInterrupt), attempt() as run:
+        run._of("one").log_metrics({"held_out_r2_median": 0.5})
+        raise KeyboardInterrupt
+    first = runs()
+    assert {name: status for name, (_, status, _) in first.items()} == {"study": "KILLED", "one": "KILLED"}
+    with attempt() as run:
+        for name in ("one", "two"):
+            run._of(name).log_metrics({"held_out_r2_median": 0.5})
+        run.section_failed("two")
+        run.section_failed("three")
+    # Whether the machine's load is recorded makes no other run.
+    with attempt(load_config(None, ["tracking.system_metrics=false"], base=config)) as run:
+        run._of("one").log_metrics({"held_out_r2_median": 0.75})
+    last = runs()
+    assert {name: status for name, (_, status, _) in last.items()} == {
+        "study": "FINISHED",
+        "one": "FINISHED",
+        "two": "FAILED",
+    }
+    assert [last[name][0] for name in first] == [first[name][0] for name in first]
+    assert last["one"][2] == last["two"][2] == {"held_out_r2_median": 0.5}
+    child, study = (client.get_run(last[name][0]) for name in ("one", "study"))
+    assert child.data.tags["mlflow.parentRunId"] == study.info.run_id
+    (whole,), (own,) = study.inputs.dataset_inputs, child.inputs.dataset_inputs
+    assert (whole.dataset.name, own.dataset.name, own.dataset.digest) == ("study", "one", "a" * 36)
+    assert {f.path for f in client.list_artifacts(study.info.run_id, "datasets")} == {"datasets/study.json"}
+
+
+def test_an_interruption_is_told_where_the_store_is_away(store, tmp_path, monkeypatch):
+    work, config = Workspace(tmp_path / "work"), load_config(None, [f"tracking.uri={store}"])
+    section = make_section(name="one", msi="a.imzML")
+    with pytest.raises(KeyboardInterrupt), tracked(work, [section], [{"msi": "ab"}], config, "x"):
+        monkeypatch.setattr(track, "probe", lambda uri: (_ for _ in ()).throw(ConnectionError("away")))
+        raise KeyboardInterrupt
+
+
+def test_the_load_of_the_machine_is_in_the_run(store, tmp_path, monkeypatch):
+    """MLflow's own names; a restart goes on after the last point, and nothing is recorded where it is off."""
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    work, client = Workspace(tmp_path / "work"), MlflowClient(store)
+    setting = [f"tracking.uri={store}", "tracking.experiment=load"]
+    section = [make_section(name="one", msi="a.imzML")]
+
+    def points(run_id: str) -> list[int]:
+        return [p.step for p in client.get_metric_history(run_id, "system/cpu_utilization_percentage")]
+
+    def attempt(*more: str) -> list[int]:
+        with tracked(work, section, [{"msi": "ab" * 32}], load_config(None, [*setting, *more]), "work") as run:
+            run_id = run.describe()["run_id"]
+            before, until = len(points(run_id)), time.monotonic() + (0.6 if more else 60)
+            while len(points(run_id)) < before + 2 and time.monotonic() < until:
+                time.sleep(0.05)
+        return points(run_id)
+
+    first = attempt()
+    assert len(first) >= 2
+    second = attempt()
+    assert len(second) >= len(first) + 2 and second == list(range(len(second)))
+    assert attempt("tracking.system_metrics=false") == second
 
 
 @pytest.mark.ray

@@ -81,6 +81,9 @@ def test_stage_by_stage_to_one_model_for_both(stage, manifest, tracking):
     weights = [(manifest.parent / "work" / "sections" / s / "network.safetensors").read_bytes() for s in ("one", "two")]
     assert weights[0] == weights[1]
     assert len(MlflowClient(tracking).search_model_versions("name='deepfere'")) == 1
+    recorded = sections_of(tracking)
+    assert set(recorded) == {"one", "two"}
+    assert all(run.info.status == "FINISHED" and "ions_informed" in run.data.metrics for run in recorded.values())
 
 
 def test_two_workers_learn_what_one_learns(stage, manifest, place, tracking, cli):
@@ -103,7 +106,7 @@ def test_two_workers_learn_what_one_learns(stage, manifest, place, tracking, cli
 def test_reconstruct_writes_every_section(stage, manifest, tracking):
     from mlflow import MlflowClient
 
-    before = markers(manifest)
+    before, below = markers(manifest), sections_of(tracking)
     done = stage("reconstruct")
     assert done.code == 0, done
     assert markers(manifest)["learn"] == before["learn"]
@@ -112,14 +115,35 @@ def test_reconstruct_writes_every_section(stage, manifest, tracking):
         assert result.ions["consistency"].max() <= 1e-5
         assert result.provenance["model"]["version"] == "1"
         assert result.provenance["section"]["name"] == name
-    recorded = MlflowClient(tracking).get_run(result.provenance["run"]["run_id"]).data.metrics
-    assert {"one.consistency_worst", "two.consistency_worst"} <= recorded.keys()
-    assert recorded.keys().isdisjoint({"consistency_worst", "ions_informed"})
+    whole = MlflowClient(tracking).get_run(result.provenance["run"]["run_id"]).data.metrics
+    assert {"total", "held_out_r2_median", "training_steps_per_s"} <= whole.keys() and whole["sections"] == 2
+    assert whole.keys().isdisjoint({"consistency_worst", "ions_informed"})
+    # The runs that training began for the sections.
+    own = sections_of(tracking)
+    assert {name: run.info.run_id for name, run in own.items()} == {n: r.info.run_id for n, r in below.items()}
+    scores = [run.data.metrics["held_out_r2_median"] for run in own.values()]
+    assert whole["held_out_r2_median"] == pytest.approx(np.mean(scores))
+    for run in own.values():
+        assert run.info.status == "FINISHED" and run.data.metrics["consistency_worst"] <= 1e-5
+        files = {f.path for f in MlflowClient(tracking).list_artifacts(run.info.run_id)}
+        assert {"held_out_r2.png", "result.json", "choice.json"} <= files
     finished, runs = markers(manifest), endings(tracking)
     again = stage("reconstruct")
     assert again.code == 0 and again.out.count("finished already") == 2
     # Nothing was opened again, the MLflow run neither.
     assert markers(manifest) == finished and endings(tracking) == runs
+
+
+def sections_of(tracking: str) -> dict:
+    """The runs of the sections, under that of the first study that was recorded."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()], order_by=["start_time ASC"])
+    parent = next(run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len({run.info.run_name for run in below}) == len(below)
+    return {run.info.run_name: run for run in below}
 
 
 def endings(tracking: str) -> list[tuple[str, int]]:

@@ -35,14 +35,6 @@ CONFIG = {
 }
 
 
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory):
-    """A migrated SQLite store: the migration takes seconds, so it is done once and copied."""
-    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
-    connect(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
 def uri(empty_store, tmp_path, monkeypatch):
     """The URI of a store of this test's own; the process's global store is elsewhere and must not be used."""
@@ -140,14 +132,13 @@ def test_a_run_holds_what_it_was_given(uri, tmp_path):
         "train": {"steps": 200, "loss": ["huber", "cc"], "pitch um": np.float32(0.5)},
         "long": "x" * 9000,
     }
-    tracker = Tracker.start(uri, "sections", "one", params, {"identity": "abc"}, parent_run_id="f" * 32)
+    tracker = Tracker.start(uri, "sections", "one", params, {"identity": "abc"})
     run = tracker.client.get_run(tracker.run_id)
     assert run.data.params["train.steps"] == "200"
     assert run.data.params["train.loss"] == '["huber", "cc"]'
     assert run.data.params["train.pitch um"] == "0.5"
     assert len(run.data.params["long"]) == 6000
     assert run.data.tags["identity"] == "abc"
-    assert run.data.tags["mlflow.parentRunId"] == "f" * 32
     assert run.info.run_name == "one"
     artifacts = Path(run.info.artifact_uri.removeprefix("file://"))
     assert artifacts.is_absolute()
@@ -155,6 +146,22 @@ def test_a_run_holds_what_it_was_given(uri, tmp_path):
     assert json.loads((artifacts / "config.json").read_text())["long"] == "x" * 9000
     # nothing where MLflow would put its own store and artifacts
     assert sorted(p.name for p in tmp_path.iterdir()) == ["store"]
+
+
+def test_runs_below_a_run_are_found_again(uri):
+    tracker = Tracker.start(uri, "study")
+    others = Tracker.start(uri, "study").nested("one", {"name": "one"})
+    made = [tracker.nested(name, {"name": name}) for name in ("one", "two", "gone")]
+    tracker.client.delete_run(made[2].run_id)
+    made[0].log_metrics({"score": 0.5}, tags={"told": "yes"})
+    made[0].log_metrics({}, tags={"more": 1})
+    found = {child.tags["name"]: child for child in Tracker.start(uri, run_id=tracker.run_id).children()}
+    assert {name: child.run_id for name, child in found.items()} == {"one": made[0].run_id, "two": made[1].run_id}
+    assert (found["one"].tags["told"], found["one"].tags["more"], "told" in found["two"].tags) == ("yes", "1", False)
+    found["one"].log_metrics({"score": 0.7})
+    assert steps(found["one"], "score") == [(0, 0.5)] and others.children() == []
+    run = tracker.client.get_run(made[1].run_id)
+    assert (run.data.tags["mlflow.parentRunId"], run.info.run_name) == (tracker.run_id, "two")
 
 
 def test_many_parameters_and_metrics_go_in_batches(uri):
@@ -290,6 +297,7 @@ def test_tracking_that_is_off_does_nothing(tmp_path, monkeypatch):
     tracker.log_figure(b"", "a.png")
     tracker.log_dict({}, "a.json")
     tracker.log_dataset("a", "b", "c", [])
+    assert tracker.nested("one", {}).run_id == "" and tracker.children() == []
     tracker.finish()
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="tracking is off"):
@@ -355,6 +363,22 @@ def test_a_registered_model_is_the_network(uri, monkeypatch, recwarn, capfd):
     assert f"deepfere=={deepfere.__version__}\n" in pins + "\n"
     assert not [w for w in recwarn if "mlflow" in str(w.filename)]
     assert "WARNING" not in capfd.readouterr().err
+
+
+def test_the_packaged_example_is_as_wide_as_a_deep_network_needs(uri):
+    import mlflow
+
+    from deepfere.model.network import network_from_config
+
+    config = {"network": CONFIG["network"] | {"depth": 4}}
+    tracker = Tracker.start(uri)
+    register_model(tracker, "deep", network_from_config(config["network"]).state_dict(), config)
+    mlflow.set_tracking_uri(uri)
+    try:
+        model = mlflow.pyfunc.load_model("models:/deep/1")
+    finally:
+        mlflow.set_tracking_uri(None)
+    assert model.predict(model.input_example).shape == (1, 3, 8, 8)
 
 
 def test_registering_again_makes_no_second_version(uri, tmp_path):

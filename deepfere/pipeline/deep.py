@@ -17,6 +17,7 @@ from deepfere.model.network import FusionNetwork
 from deepfere.pipeline.fit import context_px
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.tiling.patches import PatchSource
+from deepfere.training.live import Recording
 from deepfere.training.loop import JointModel, LoopSettings, SectionTask
 from deepfere.training.trainer import Trained, train_joint
 
@@ -43,6 +44,7 @@ def train_network(
     config: Config,
     progress: Progress,
     run_name: str,
+    recording: Recording | None = None,
 ) -> tuple[Trained, tuple[FusionNetwork, list[Alignment]]]:
     """Train the joint model on Ray Train; returns the network and the refined alignments.
 
@@ -52,6 +54,7 @@ def train_network(
         config: Settings.
         progress: Called with ("learn", share).
         run_name: Under which its checkpoints are found again.
+        recording: The MLflow run that its losses go to as they come.
     """
     connect(config.ray)
     mean, sd = feature_scale(sections)
@@ -86,6 +89,7 @@ def train_network(
         name=run_name,
         digest=digest([config.digest(), asdict(settings), [asdict(t) for t in tasks]]),
         on_step=lambda step: progress("learn", 0.1 + 0.75 * step / train.steps),
+        recording=recording,
     )
     model = JointModel(settings, tasks)
     model.load_state_dict(trained.model)

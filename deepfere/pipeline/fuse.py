@@ -383,14 +383,11 @@ def _run(
             run_jobs([(section.name, tile_phases(prep, inputs, work, config, progress))], title="tile")
         with tracked(work, [section], [inputs], config, target.name) as run:
             alone, name = Failures([section.name], work), f"run-{identity[:12]}"
-            history = learn_stage([section], [inputs], work, config, progress, name, alone, given)
-            timing = work.facts("learn").get("timing", {})
-            outcome = Outcome(
-                identity, inputs, run.describe(), named or run.log_learning([section], [inputs], history, timing), []
-            )
+            history = learn_stage([section], [inputs], work, config, progress, name, alone, given, run.recording)
+            outcome = Outcome(identity, inputs, run.describe(), named or run.log_learning(history), [])
             depends = [inputs, config.digest(), *([given.digest] if given else [])]
             phases = reconstruct_phases(prep, target, depends, outcome, work, config, progress)
             run_jobs([(section.name, phases)], title="reconstruct", here=not config.guide, per_gpu=per_gpu(config))
             result = Result(str(target))
-            run.log_result(result)
+            run.log_result(result, section.name)
         return result

@@ -41,6 +41,7 @@ from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace, writ
 from deepfere.places import reading, writing
 from deepfere.schedule import pool
 from deepfere.section import Section
+from deepfere.training.live import Recording
 
 
 def learn_stage(
@@ -52,8 +53,11 @@ def learn_stage(
     run_name: str,
     failures: Failures,
     given: GivenModel | None = None,
+    recording: Recording | None = None,
 ) -> list[dict[str, float]]:
     """Fit every section; writes ``fit.npz``, ``arrays.npz``, ``denoised.npz`` and ``model.json`` per section.
+
+    Losses go to ``recording`` while the network trains; what does not reach it is in the history.
 
     Returns:
         The training's history (empty where the deep tier was not trained).
@@ -94,7 +98,7 @@ def learn_stage(
         trained, joint = None, None
         if known and (config.model.tier == "T2" or max(one["covered_px"] for one in known) >= LEAST_PX):
             # The pool's workers are gone: training takes the processors.
-            trained, joint = train_network(known, work, config, progress, run_name)
+            trained, joint = train_network(known, work, config, progress, run_name, recording)
         with pool("learn"):
             each(ChooseWorker, 0.85, 1.0, lambda n: (study, given, joint and (joint[0], joint[1][n]), kept))
         facts["history"] = trained.history if trained else []

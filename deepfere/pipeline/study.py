@@ -237,7 +237,7 @@ def _learn_and_write(job: Job, work: Workspace, failures: Failures, progress: Pr
             title="reconstruct",
             here=not job.config.guide,
             per_gpu=per_gpu(job.config),
-            failed=partial(_failed, failures),
+            failed=partial(_failed, failures, run),
         )
     broken = set(failures.names)
     return [f"{s.name}: {open(str(job.result(n)))!r}" for n, s in enumerate(job.sections) if s.name not in broken]
@@ -246,9 +246,10 @@ def _learn_and_write(job: Job, work: Workspace, failures: Failures, progress: Pr
 def _learn(job: Job, work: Workspace, run: Run, failures: Failures, progress: Progress) -> dict[str, str]:
     """All sections together; name and version of the model that is registered, or was given."""
     name = f"run-{job.identity[:12]}"
-    history = learn_stage(job.sections, job.inputs, work, job.config, progress, name, failures, job.given)
-    timing = work.facts("learn").get("timing", {})
-    return job.named or run.log_learning(job.sections, job.inputs, history, timing)
+    history = learn_stage(
+        job.sections, job.inputs, work, job.config, progress, name, failures, job.given, run.recording
+    )
+    return job.named or run.log_learning(history)
 
 
 def _write(job: Job, n: int, work: Workspace, run: Run, registered: dict[str, str], tell: Together) -> Phases:
@@ -259,12 +260,13 @@ def _write(job: Job, n: int, work: Workspace, run: Run, registered: dict[str, st
         depends = [job.inputs[n], job.config.digest(), job.given.digest if job.given else None]
         prep = prepared(section, work, job.config)
         yield from reconstruct_phases(prep, out, depends, outcome, work, job.config, tell.of(section.name))
-        run.log_result(Result(str(out)), section.name if len(job.sections) > 1 else None)
+        run.log_result(Result(str(out)), section.name)
     tell.end(job.sections[n].name)
 
 
-def _failed(failures: Failures, name: str, error: Exception) -> None:
+def _failed(failures: Failures, run: Run, name: str, error: Exception) -> None:
     def fail() -> None:
         raise error
 
     failures.of(name, "reconstruct", fail)
+    run.section_failed(name)

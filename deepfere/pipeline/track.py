@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
@@ -18,16 +18,52 @@ from deepfere.places import reading
 from deepfere.reconstruction.result import Result
 from deepfere.section import Section
 from deepfere.submit.submission import tags_from_environment
-from deepfere.training.mlflow_store import OFF, connect, resolve_uri, sqlite_path
+from deepfere.training.live import Recording
+from deepfere.training.mlflow_store import OFF, connect, mlflow_errors, probe, resolve_uri, sqlite_path
 from deepfere.training.registry import check_name
-from deepfere.training.tracking import Tracker, log_history
+from deepfere.training.system import SystemMetrics
+from deepfere.training.tracking import Status, Tracker, log_history
+
+SECTION, LEARNED, RESULT = "deepfere.section", "deepfere.learned", "deepfere.result"
+"""Tags: whose run it is, of a study's; of which learning and of which result all is recorded."""
 
 
 class Run:
-    """One MLflow run of one job (or nothing, with ``tracking.uri: none``)."""
+    """The MLflow run of one job (or nothing, with ``tracking.uri: none``).
 
-    def __init__(self, tracker: Tracker, work: Workspace, config: Config) -> None:
+    What belongs to one of several sections is in a run of its own under it. That is made when there is something to
+    record, and found again in the store.
+
+    Args:
+        tracker: The job's run.
+        work: Unfinished work.
+        config: Settings.
+        sections: The job's sections.
+        inputs: Digests of what the user gave, per section.
+        new: Whether the run was begun just now.
+    """
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        work: Workspace,
+        config: Config,
+        sections: list[Section],
+        inputs: list[dict[str, str]],
+        new: bool,
+    ) -> None:
         self._tracker, self._work, self._config = tracker, work, config
+        self._sections = sections
+        self._given = {s.name: (s, digests) for s, digests in zip(sections, inputs, strict=True)}
+        self._below: dict[str, Tracker] | None = {} if new else None
+        self._open: dict[str, Tracker] = {}
+
+    @property
+    def recording(self) -> Recording | None:
+        """The run as training's workers get it; None where there is none."""
+        if not self._tracker.run_id:
+            return None
+        return Recording(self._tracker.uri, self._tracker.run_id, self._config.tracking.system_metrics)
 
     def describe(self) -> dict[str, str]:
         """Run id and store, for the provenance."""
@@ -39,36 +75,64 @@ class Run:
             "experiment": self._config.tracking.experiment,
         }
 
-    def log_learning(
-        self,
-        sections: list[Section],
-        inputs: list[dict[str, str]],
-        history: list[dict[str, float]],
-        timing: dict[str, float],
-    ) -> dict[str, str]:
+    def _known(self) -> dict[str, Tracker]:
+        if self._below is None:
+            self._below = {t.tags[SECTION]: t for t in self._tracker.children() if SECTION in t.tags}
+        return self._below
+
+    def _of(self, name: str) -> Tracker:
+        """The run of a section: of the only one it is the job's."""
+        if len(self._sections) == 1:
+            return self._tracker
+        known = self._known()
+        if name not in known:
+            known[name] = self._tracker.nested(name, {SECTION: name})
+            _log_input(known[name], *self._given[name])
+        if RESULT not in known[name].tags:
+            self._open[name] = known[name]
+        return known[name]
+
+    def log_learning(self, history: list[dict[str, float]]) -> dict[str, str]:
         """Losses, held-out scores, speed and the model; returns the registered model's name and version."""
-        log_history(self._tracker, history)
-        summary: dict[str, float] = {f"training_{name}": value for name, value in timing.items()}
-        for section in sections:
-            folder = self._work.section(section.name)
-            fit = load_fit(folder)
-            head = "" if len(sections) == 1 else f"{section.name}."
-            informed = fit.informed()
-            summary |= {
-                f"{head}held_out_r2_median": float(np.median(fit.ion_r2)),
-                f"{head}held_out_r2_best": float(fit.ion_r2.max()),
-                f"{head}ions_informed": informed.count("stain-informed"),
-                f"{head}ions_partly": informed.count("partly"),
-                f"{head}ions_smooth": informed.count("smooth"),
-            }
-            notes = read_model(folder)["notes"]
-            summary |= {f"{head}{k}": v for k, v in notes.items() if isinstance(v, int | float)}
-            self._tracker.log_dict({**notes, "tier": notes.get("tier")}, f"{head}choice.json")
-        self._tracker.log_metrics(summary)
-        cubes = [open_measured(str(self._work.section(section.name).measured)) for section in sections]
+        facts = self._work.facts("learn")
+        learned = {LEARNED: str(facts.get("fingerprint", ""))}
+        if self._tracker.run_id and not learned.items() <= self._tracker.tags.items():
+            log_history(self._tracker, history)
+            scores = [self._log_section(section, learned) for section in self._sections]
+            summary: dict[str, float] = {}
+            if len(scores) > 1:
+                summary["sections"] = len(scores)
+                summary["held_out_r2_median"] = float(np.mean([score["held_out_r2_median"] for score in scores]))
+                summary["held_out_r2_best"] = max(score["held_out_r2_best"] for score in scores)
+            if history:
+                speed = {f"training_{name}": value for name, value in facts.get("timing", {}).items()}
+                log_history(self._tracker, [{"step": history[-1]["step"], **speed}])
+            self._tracker.log_metrics(summary, tags=learned)
+        cubes = [open_measured(str(self._work.section(section.name).measured)) for section in self._sections]
         sources = [cube.attrs.get(SOURCE_DIGEST) for cube in cubes]
-        seen = {digests["msi"] for digests in inputs} | {source for source in sources if source is not None}
-        return self._register(self._work.section(sections[0].name), sorted(seen))
+        seen = {digests["msi"] for _, digests in self._given.values()}
+        seen |= {source for source in sources if source is not None}
+        return self._register(self._work.section(self._sections[0].name), sorted(seen))
+
+    def _log_section(self, section: Section, learned: dict[str, str]) -> dict[str, float]:
+        """Scores of a section's choices, recorded once."""
+        folder = self._work.section(section.name)
+        fit = load_fit(folder)
+        informed = fit.informed()
+        scores: dict[str, float] = {
+            "held_out_r2_median": float(np.median(fit.ion_r2)),
+            "held_out_r2_best": float(fit.ion_r2.max()),
+            "ions_informed": informed.count("stain-informed"),
+            "ions_partly": informed.count("partly"),
+            "ions_smooth": informed.count("smooth"),
+        }
+        notes = read_model(folder)["notes"]
+        scores |= {k: v for k, v in notes.items() if isinstance(v, int | float)}
+        tracker = self._of(section.name)
+        if not learned.items() <= tracker.tags.items():
+            tracker.log_dict({**notes, "tier": notes.get("tier")}, "choice.json")
+            tracker.log_metrics(scores, tags=learned if tracker is not self._tracker else None)
+        return scores
 
     def _register(self, folder: SectionFolder, seen: list[str]) -> dict[str, str]:
         """The study's network, with the basis that any of its sections keeps."""
@@ -97,18 +161,33 @@ class Run:
         write_json(self._work.root / "done" / "register.json", {**out, "run_id": self._tracker.run_id, "seconds": 0})
         return out
 
-    def log_result(self, result: Result, section: str | None = None) -> None:
-        """Consistency, figures and the result's path; of several sections each under its name."""
+    def log_result(self, result: Result, section: str) -> None:
+        """Consistency, figures and the result's path."""
         from deepfere.evaluation.figures import r2_histogram
 
-        ions = result.ions
-        head = "" if section is None else f"{section}."
-        self._tracker.log_metrics({f"{head}consistency_worst": float(ions["consistency"].max())})
-        figure = r2_histogram(ions["held_out_r2"], list(ions["informed"]), ions["null_r2"])
-        self._tracker.log_figure(figure, f"{head}held_out_r2.png")
-        self._tracker.log_dict(
-            {"result": result.path, "identity": result.provenance["identity"], "ions": len(ions)}, f"{head}result.json"
+        ions, tracker = result.ions, self._of(section)
+        tracker.log_figure(
+            r2_histogram(ions["held_out_r2"], list(ions["informed"]), ions["null_r2"]), "held_out_r2.png"
         )
+        identity = result.provenance["identity"]
+        tracker.log_dict({"result": result.path, "identity": identity, "ions": len(ions)}, "result.json")
+        tracker.log_metrics({"consistency_worst": float(ions["consistency"].max())}, tags={RESULT: identity})
+        if tracker is not self._tracker:
+            self._open.pop(section, None)
+            tracker.finish()
+
+    def section_failed(self, name: str) -> None:
+        """Close the run of a section that failed, if there is one."""
+        # That the store fails as well is told by whatever needs it next.
+        with suppress(DeepfereError):
+            if self._open.pop(name, None) is not None or name in self._known():
+                self._known()[name].finish("FAILED")
+
+    def end(self, status: Status) -> None:
+        """Close it, and what is open below it."""
+        for tracker in self._open.values():
+            tracker.finish(status)
+        self._tracker.finish(status)
 
 
 NO_STORE = "give another one (tracking.uri=sqlite:////PATH/mlflow.db), or do without (tracking.uri=none)"
@@ -143,7 +222,8 @@ def tracked(
 ) -> Iterator[Run]:
     """Open the job's run, or go on with it after a restart; close it with how the job ended."""
     # A run goes on only for the same inputs and settings, in the same store: MLflow's parameters are for ever.
-    belongs = digest([inputs, config.digest(), config.tracking.model_dump(mode="json")])
+    where = config.tracking.model_dump(mode="json", exclude={"system_metrics"})
+    belongs = digest([inputs, config.digest(), where])
     known = work.facts("track")
     if known.get("belongs") != belongs:
         known = {}
@@ -162,15 +242,43 @@ def tracked(
     if tracker.run_id and not known:
         write_json(work.root / "done" / "track.json", {"run_id": tracker.run_id, "belongs": belongs, "seconds": 0})
         tracker.log_dict(config.resolved(), "config.json")
-        for section, digests in zip(sections, inputs, strict=True):
-            rows = [{"file": kind, "sha256": value} for kind, value in digests.items()]
-            tracker.log_dataset(section.name, digests["msi"], section.msi, rows)
+        if len(sections) == 1:
+            _log_input(tracker, sections[0], inputs[0])
+        else:
+            rows = [
+                {"section": section.name, **row}
+                for section, digests in zip(sections, inputs, strict=True)
+                for row in _rows(digests)
+            ]
+            tracker.log_dataset(name, digest(inputs), str(work.root), rows)
+    run = Run(tracker, work, config, sections, inputs, not known)
     try:
-        yield Run(tracker, work, config)
-    except KeyboardInterrupt:
-        tracker.finish("KILLED")
+        with _load_of_this_host(tracker, config):
+            yield run
+    except BaseException as error:
+        # What stopped it is told, not that the store could not be told.
+        with suppress(DeepfereError), mlflow_errors(tracker.uri):
+            probe(tracker.uri)
+            run.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
-    except BaseException:
-        tracker.finish("FAILED")
-        raise
-    tracker.finish("FINISHED")
+    run.end("FINISHED")
+
+
+@contextmanager
+def _load_of_this_host(tracker: Tracker, config: Config) -> Iterator[None]:
+    if not (tracker.run_id and config.tracking.system_metrics):
+        yield
+        return
+    load = SystemMetrics(tracker.uri, tracker.run_id)
+    try:
+        yield
+    finally:
+        load.close()
+
+
+def _log_input(tracker: Tracker, section: Section, digests: dict[str, str]) -> None:
+    tracker.log_dataset(section.name, digests["msi"], section.msi, _rows(digests))
+
+
+def _rows(digests: dict[str, str]) -> list[dict[str, str]]:
+    return [{"file": kind, "sha256": value} for kind, value in digests.items()]

@@ -92,14 +92,51 @@ def connect(uri: str | None = None, *, create: bool = True) -> MlflowClient:
     with mlflow_errors(uri, InputError, remedy="check the store, or give another tracking.uri"):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-        elif uri.startswith("http"):
-            import requests
-
-            # MLflow's own client retries a dead address for minutes; any answer at all is enough here.
-            requests.get(f"{uri.rstrip('/')}/health", timeout=_PROBE_TIMEOUT_S)
+        probe(uri)
         client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)
     return client
+
+
+def probe(uri: str) -> None:
+    """Ask a server for any answer at all; of other stores nothing is asked.
+
+    Raises:
+        requests.RequestException: It does not, within seconds (MLflow's own client asks a dead address for minutes).
+    """
+    if uri.startswith("http"):
+        import requests
+
+        requests.get(f"{uri.rstrip('/')}/health", timeout=_PROBE_TIMEOUT_S)
+
+
+def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    """The id of the experiment ``name``; a new one in a SQLite store keeps its artifacts beside the file, absolutely.
+
+    Raises:
+        InputError: It was deleted.
+    """
+    from mlflow.exceptions import MlflowException
+
+    path = sqlite_path(uri)
+    # MLflow's default is ./mlruns of whatever process happens to come first.
+    location = (path.parent / "mlartifacts").as_uri() if path is not None else None
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name, artifact_location=location)
+        except MlflowException:
+            found = client.get_experiment_by_name(name)  # somebody else was first
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise InputError(
+            f"the experiment '{name}' is deleted",
+            where=redact(uri),
+            remedy=f"restore it (mlflow experiments restore --experiment-id {found.experiment_id}) "
+            "or give another name",
+        )
+    return found.experiment_id
 
 
 def import_mlflow() -> Any:
@@ -121,6 +158,7 @@ def import_mlflow() -> Any:
     import mlflow
 
     logging.getLogger("alembic").setLevel(logging.WARNING)  # one line per database migration otherwise
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # one per attempt at a server that is away
     return mlflow
 
 

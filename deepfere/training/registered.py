@@ -74,8 +74,7 @@ def registered_versions(name: str | None = None, uri: str | None = None) -> list
                 try:
                     run = client.get_run(version.run_id or "")
                     status = run.info.status
-                    found = [v for k, v in run.data.metrics.items() if k.split(".")[-1] == "held_out_r2_median"]
-                    score = sum(found) / len(found) if found else None
+                    score = run.data.metrics.get("held_out_r2_median")
                 except MlflowException:
                     pass  # the run was deleted; the model is there
                 number = int(version.version)

@@ -27,11 +27,10 @@ from deepfere.training.mlflow_store import (
     OFF,
     connect,
     default_uri,
+    experiment_id,
     mlflow_errors,
     plain,
-    redact,
     resolve_uri,
-    sqlite_path,
 )
 from deepfere.training.registry import LoadedModel, ModelInfo, load_registered, promote, register_model
 
@@ -57,7 +56,9 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 # MLflow's limits (mlflow/utils/validation.py, 3.17), with the same or a smaller number here.
 _MAX_KEY, _MAX_PARAM, _MAX_TAG, _MAX_DIGEST, _MAX_INPUT_TAG = 250, 6000, 8000, 36, 500
-_PARAMS_PER_BATCH, _METRICS_PER_BATCH = 100, 1000
+_PARAMS_PER_BATCH, _METRICS_PER_BATCH, _RUNS_PER_PAGE = 100, 1000, 1000
+
+_PARENT_TAG = "mlflow.parentRunId"
 
 
 class Tracker:
@@ -66,10 +67,22 @@ class Tracker:
     Attributes:
         uri: The absolute tracking URI; ``none`` for a :class:`NullTracker`.
         run_id: The run's id, empty for a :class:`NullTracker`.
+        tags: The run's tags as this tracker has found or set them.
     """
 
-    def __init__(self, client: MlflowClient, uri: str, run_id: str, experiment_id: str) -> None:
+    def __init__(
+        self,
+        client: MlflowClient,
+        uri: str,
+        run_id: str,
+        experiment_id: str,
+        tags: Mapping[str, str] | None = None,
+        fresh: bool = False,
+    ) -> None:
         self.client, self.uri, self.run_id, self.experiment_id = client, uri, run_id, experiment_id
+        self.tags = dict(tags or {})
+        # Nobody has recorded anything in a run that was made just now: the store need not be asked what it has.
+        self._fresh = fresh
         self._steps: dict[str, set[int]] = {}
         self._finished = False
 
@@ -80,7 +93,6 @@ class Tracker:
         run_name: str | None = None,
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
-        parent_run_id: str | None = None,
         run_id: str | None = None,
     ) -> Tracker:
         """Create a run, or resume the run ``run_id``.
@@ -92,9 +104,8 @@ class Tracker:
             params: The resolved configuration, nested; recorded flat under dotted keys, and whole as
                 ``config.json``, since MLflow cuts values at 6000 characters.
             tags: Recorded as they are.
-            parent_run_id: The run that this one is shown under (an atlas over its sections).
             run_id: Resume this run: its parameters must be the same as far as both name them;
-                ``experiment``, ``run_name`` and ``parent_run_id`` are not used.
+                ``experiment`` and ``run_name`` are not used.
 
         Raises:
             InputError: The store does not answer, has no such run, or the run has other parameters.
@@ -104,23 +115,48 @@ class Tracker:
             return NullTracker()
         client = connect(uri)
         flat = flatten(params or {})
-        text_tags = {_key(k): str(v)[:_MAX_TAG] for k, v in (tags or {}).items()}
         with mlflow_errors(uri, InputError):
             if run_id is not None:
                 tracker = _resume(client, uri, run_id, flat)
-                flat = {}
-            else:
-                experiment_id = _experiment_id(client, uri, experiment)
-                text_tags = {**_own_tags(parent_run_id), **text_tags}
-                run = client.create_run(experiment_id, tags=text_tags, run_name=run_name)
-                tracker = Tracker(client, uri, run.info.run_id, experiment_id)
-                text_tags = {}
+                for key, value in _texts(tags).items():
+                    client.set_tag(run_id, key, value)
+                return tracker
+            found = experiment_id(client, uri, experiment)
+            tracker = _new(client, uri, found, run_name, {**_own_tags(), **_texts(tags)})
             tracker._write_params(flat)
-            for key, value in text_tags.items():
-                client.set_tag(tracker.run_id, key, value)
             if flat:
                 tracker.log_dict(dict(params or {}), "config.json")
         return tracker
+
+    def nested(self, run_name: str, tags: Mapping[str, Any]) -> Tracker:
+        """Create a run that MLflow shows under this one.
+
+        Args:
+            run_name: Shown in MLflow.
+            tags: What it is found again by, see `children`.
+        """
+        own = {**_own_tags(), _PARENT_TAG: self.run_id, **_texts(tags)}
+        with mlflow_errors(self.uri):
+            return _new(self.client, self.uri, self.experiment_id, run_name, own)
+
+    def children(self) -> list[Tracker]:
+        """The runs under this one, those that were deleted left out."""
+        found: list[Tracker] = []
+        token = None
+        with mlflow_errors(self.uri):
+            while True:
+                page = self.client.search_runs(
+                    [self.experiment_id],
+                    f"tags.`{_PARENT_TAG}` = '{self.run_id}'",
+                    max_results=_RUNS_PER_PAGE,
+                    page_token=token,
+                )
+                found += [
+                    Tracker(self.client, self.uri, run.info.run_id, self.experiment_id, run.data.tags) for run in page
+                ]
+                token = page.token
+                if not token:
+                    return found
 
     def _write_params(self, flat: Mapping[str, str]) -> None:
         from mlflow.entities import Param
@@ -129,18 +165,25 @@ class Tracker:
         for i in range(0, len(items), _PARAMS_PER_BATCH):
             self.client.log_batch(self.run_id, params=items[i : i + _PARAMS_PER_BATCH])
 
-    def log_metrics(self, metrics: Mapping[str, Any], step: int = 0) -> None:
+    def log_metrics(self, metrics: Mapping[str, Any], step: int = 0, tags: Mapping[str, Any] | None = None) -> None:
         """Record numbers at a step; those that are not finite, and steps already recorded, are left out.
 
         Args:
             metrics: Name to anything that ``float()`` takes (numpy scalars, one-element tensors).
-            step: The step, epoch or section that they belong to.
+            step: The step or epoch that they belong to.
+            tags: Set with them; they are there only if the numbers are.
         """
-        self._log_points([(step, metrics)], refresh=False)
+        self._log_points([(step, metrics)], refresh=False, tags=_texts(tags))
 
-    def _log_points(self, points: Sequence[tuple[int, Mapping[str, Any]]], *, refresh: bool) -> None:
+    def _log_points(
+        self,
+        points: Sequence[tuple[int, Mapping[str, Any]]],
+        *,
+        refresh: bool,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
         """Record the points that the store does not have; ``refresh`` asks it again what it has."""
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric, RunTag
 
         now, batch, asked = int(time.time() * 1000), [], set()
         try:
@@ -151,17 +194,25 @@ class Tracker:
                         key, value = _key(name), math.nan if raw is None else float(raw)
                         if not math.isfinite(value):
                             continue
-                        if key not in self._steps or (refresh and key not in asked):
+                        if self._fresh and not refresh:
+                            self._steps.setdefault(key, set())
+                        elif key not in self._steps or (refresh and key not in asked):
                             history = self.client.get_metric_history(self.run_id, key)
                             self._steps[key] = {point.step for point in history}
                             asked.add(key)
                         if step not in self._steps[key]:
                             self._steps[key].add(step)
                             batch.append(Metric(key, value, now, step))
-                for i in range(0, len(batch), _METRICS_PER_BATCH):
-                    self.client.log_batch(self.run_id, metrics=batch[i : i + _METRICS_PER_BATCH])
+                told = [RunTag(key, value) for key, value in (tags or {}).items()]
+                for i in range(0, max(len(batch), min(len(told), 1)), _METRICS_PER_BATCH):
+                    last = i + _METRICS_PER_BATCH >= len(batch)
+                    self.client.log_batch(
+                        self.run_id, metrics=batch[i : i + _METRICS_PER_BATCH], tags=told if last else ()
+                    )
+                self.tags |= tags or {}
         except BaseException:
             self._steps.clear()  # how much arrived is unknown: the next call asks the store
+            self._fresh = False
             raise
 
     def log_figure(self, figure: Figure | bytes, artifact_file: str) -> None:
@@ -230,12 +281,23 @@ class NullTracker(Tracker):
     """Records nothing: tracking is off."""
 
     def __init__(self) -> None:
-        self.uri, self.run_id, self.experiment_id = OFF, "", ""
+        self.uri, self.run_id, self.experiment_id, self.tags = OFF, "", "", {}
 
-    def log_metrics(self, metrics: Mapping[str, Any], step: int = 0) -> None:
-        """Do nothing."""
+    def nested(self, run_name: str, tags: Mapping[str, Any]) -> Tracker:
+        """Another one that records nothing."""
+        return NullTracker()
 
-    def _log_points(self, points: Sequence[tuple[int, Mapping[str, Any]]], *, refresh: bool) -> None:
+    def children(self) -> list[Tracker]:
+        """None."""
+        return []
+
+    def _log_points(
+        self,
+        points: Sequence[tuple[int, Mapping[str, Any]]],
+        *,
+        refresh: bool,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
         pass
 
     def _store(self, content: bytes, artifact_file: str) -> None:
@@ -251,12 +313,13 @@ class NullTracker(Tracker):
         """Do nothing."""
 
 
-def log_history(tracker: Tracker, history: Sequence[Mapping[str, Any]]) -> None:
+def log_history(tracker: Tracker, history: Sequence[Mapping[str, Any]], *, refresh: bool = True) -> None:
     """Record a whole history, leaving out what the store already has, whoever wrote it.
 
     Args:
         tracker: The run.
         history: One ``{"step": int, name: float, ...}`` per step.
+        refresh: Ask the store again what it has; False where nobody else writes what this tracker does.
 
     Raises:
         InputError: An entry has no whole-numbered ``step``.
@@ -267,7 +330,7 @@ def log_history(tracker: Tracker, history: Sequence[Mapping[str, Any]]) -> None:
         if step is None or int(step) != step:
             raise InputError("no whole-numbered `step`", where=f"history entry {i}", remedy="give its step")
         points.append((int(step), {k: v for k, v in entry.items() if k != "step"}))
-    tracker._log_points(points, refresh=True)
+    tracker._log_points(points, refresh=refresh)
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -294,36 +357,20 @@ def _column_type(value: Any) -> str:
     return names.get(type(value), "string")
 
 
-def _own_tags(parent_run_id: str | None) -> dict[str, str]:
+def _texts(tags: Mapping[str, Any] | None) -> dict[str, str]:
+    return {_key(k): str(v)[:_MAX_TAG] for k, v in (tags or {}).items()}
+
+
+def _new(client: MlflowClient, uri: str, experiment_id: str, run_name: str | None, tags: dict[str, str]) -> Tracker:
+    run = client.create_run(experiment_id, tags=tags, run_name=run_name)
+    return Tracker(client, uri, run.info.run_id, experiment_id, tags, fresh=True)
+
+
+def _own_tags() -> dict[str, str]:
     tags = {"mlflow.source.name": "deepfere", "mlflow.source.type": "JOB"}
     with contextlib.suppress(KeyError, OSError, ImportError):  # a container's user may have no name
         tags["mlflow.user"] = getpass.getuser()
-    return tags | ({"mlflow.parentRunId": parent_run_id} if parent_run_id else {})
-
-
-def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
-    """The experiment's id; a new one in a SQLite store keeps its artifacts beside the file, absolutely."""
-    from mlflow.exceptions import MlflowException
-
-    path = sqlite_path(uri)
-    # MLflow's default is ./mlruns of whatever process happens to come first.
-    location = (path.parent / "mlartifacts").as_uri() if path is not None else None
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return client.create_experiment(name, artifact_location=location)
-        except MlflowException:
-            found = client.get_experiment_by_name(name)  # somebody else was first
-            if found is None:
-                raise
-    if found.lifecycle_stage == "deleted":
-        raise InputError(
-            f"the experiment '{name}' is deleted",
-            where=redact(uri),
-            remedy=f"restore it (mlflow experiments restore --experiment-id {found.experiment_id}) "
-            "or give another name",
-        )
-    return found.experiment_id
+    return tags
 
 
 def _resume(client: MlflowClient, uri: str, run_id: str, flat: dict[str, str]) -> Tracker:
@@ -340,6 +387,6 @@ def _resume(client: MlflowClient, uri: str, run_id: str, flat: dict[str, str]) -
         )
     if run.info.status != "RUNNING":
         client.update_run(run_id, status="RUNNING")
-    tracker = Tracker(client, uri, run_id, run.info.experiment_id)
+    tracker = Tracker(client, uri, run_id, run.info.experiment_id, run.data.tags)
     tracker._write_params({k: v for k, v in flat.items() if k not in known})
     return tracker

@@ -22,6 +22,7 @@ from deepfere.places import Place
 from deepfere.stopping import Stopped, current, saving
 from deepfere.tiling.dataset import patch_dataset
 from deepfere.tiling.patches import PatchSource, draw, plane_shape
+from deepfere.training.live import Recording
 from deepfere.training.loop import LoopSettings, SectionTask
 from deepfere.training.storage import run_storage
 from deepfere.training.worker import CHECKPOINT, HISTORY, TELL_EVERY_S, work
@@ -91,6 +92,7 @@ def train_joint(
     name: str,
     digest: str,
     on_step: Callable[[int], None] | None = None,
+    recording: Recording | None = None,
 ) -> Trained:
     """Train on Ray: one call does a fresh run, a resumed one, or finds it finished.
 
@@ -103,6 +105,7 @@ def train_joint(
         name: Run name; the same name resumes.
         digest: Hash of everything that the weights depend on.
         on_step: Called now and then with the number of steps done.
+        recording: The run that losses are sent to as they come.
 
     Raises:
         InputError: Impossible resources.
@@ -140,6 +143,8 @@ def train_joint(
                 "progress": str(progress) if on_step else None,
                 "stop": str(current() or ""),
                 "run": str(folder / name),
+                "recording": recording,
+                "node": ray.get_runtime_context().get_node_id(),
             },
             torch_config=GroupConfig(timeout_s=300),
             scaling_config=ScalingConfig(

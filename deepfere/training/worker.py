@@ -7,6 +7,7 @@ from the seed. A checkpoint (model, optimiser, step) therefore resumes exactly.
 from __future__ import annotations
 
 import json
+import socket
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -20,8 +21,10 @@ from torch import Tensor, distributed
 from deepfere.errors import DeepfereError
 from deepfere.places import place
 from deepfere.stopping import Asking
+from deepfere.training.live import Live, Recording
 from deepfere.training.loop import Batch, JointModel, LoopSettings, SectionTask, on_device, train_step
 from deepfere.training.storage import uploader
+from deepfere.training.system import SystemMetrics
 
 TELL_EVERY_S = 2.0
 CHECKPOINT = "training.pt"
@@ -84,6 +87,8 @@ def work(config: dict[str, Any]) -> None:
     upload = uploader(config["run"])
     clock, asking = Clock(), Asking(config["stop"])
     tells = Telling(config["progress"]) if rank == 0 and config["progress"] else None
+    live, load = _recorders(config["recording"], config["node"])
+    settled: list[dict[str, float]] = list(history)
     for step, loaded in enumerate(clock.steps(batches, config["parts"])):
         if step < first:
             clock.restart()
@@ -109,8 +114,28 @@ def work(config: dict[str, Any]) -> None:
                     saved_to = train.Checkpoint.from_directory(folder)
                 told = {**(history[-1] if history else {}), "step": step + 1}
                 train.report(told, checkpoint=saved_to, checkpoint_upload_fn=upload)
+            if live is not None:
+                live(settled)
+                timing = {f"training_{name}": value for name, value in clock.reading().items()}
+                settled = [{**history[-1], **timing}] if reports else []
         if last or stops:
             break
+    for recorder in (live, load):
+        if recorder is not None:
+            recorder.close()
+
+
+def _recorders(to: Recording | None, drivers: str) -> tuple[Live | None, SystemMetrics | None]:
+    """What this worker sends to MLflow: the first of all the losses, the first of another host its load."""
+    import ray
+    from ray import train
+
+    node, context = ray.get_runtime_context().get_node_id(), train.get_context()
+    if to is None or not to.from_host(node, drivers):
+        return None, None
+    live = Live(to) if context.get_world_rank() == 0 else None
+    loads = to.system_metrics and node != drivers and context.get_local_rank() == 0
+    return live, SystemMetrics(to.uri, to.run_id, socket.gethostname()) if loads else None
 
 
 class Telling:
