@@ -69,7 +69,8 @@ def test_stage_by_stage_to_one_model_for_both(stage, manifest, tracking):
         assert {key: after[key] for key in before} == before
         made = {f"{name}-one", f"{name}-two"}
         if name == "ingest":  # their ions are found together
-            made |= {"look-one", "look-two", "sample-one", "sample-two", "ions"}
+            made |= {f"{step}-{section}" for step in ("look", "sample", "structure") for section in ("one", "two")}
+            made |= {"ions"}
         assert made == set(after) - set(before)
     done = stage("train")
     assert done.code == 0, done
