@@ -133,11 +133,11 @@ def tile_phases(
         check_there(cache.url, made)
         facts["slide"] = asdict(cache.reading) | {"native_tiles": native_tiles(cache, shards, made)}
         facts["slide"]["damaged_tiles"] = damaged.places
-        facts["warnings"] = [damaged.warning()] if damaged else []
+        told = [damaged.warning()] if damaged else []
         if config.slide.icc != cache.reading.icc:
-            facts["warnings"] += [
-                f"slide.icc={config.slide.icc}: the slide carries no profile; its colours are as stored"
-            ]
+            told.append(f"slide.icc={config.slide.icc}: the slide carries no profile; its colours are as stored")
+        if told:
+            facts["warnings"] = told
 
 
 def _of(journal: Journal, units: list[str]) -> dict[str, dict[str, Any]]:
