@@ -194,7 +194,6 @@ def begun(cli, manifest, ray_session, request):
 IN_FULL = [pytest.mark.ray, pytest.mark.timeout(900)]
 WHERE = [
     pytest.param("disk", marks=IN_FULL),
-    pytest.param("s3://bucket/whole", marks=[*IN_FULL, pytest.mark.cluster]),
 ]
 
 
