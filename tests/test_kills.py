@@ -29,14 +29,16 @@ STEPS = 24
 class Run:
     """A stage as a process of its own, with its own Ray, in a process group that can be ended as one."""
 
-    def __init__(self, stage: str, study: Path, work: Path, log: Path) -> None:
+    def __init__(self, stage: str, study: Path, work: Path, log: Path, factor: int = FACTOR, *more: str) -> None:
         settings = [s for s in SETTINGS if not s.startswith("train.steps")]
         settings += [f"tracking.uri=sqlite:///{work}.db", f"train.steps={STEPS}", "model.tier=T2", "ray.num_cpus=2"]
         settings += ["reconstruct.shard_px=64", "reconstruct.chunk_px=16"]
-        command = [sys.executable, "-m", "deepfere", stage, str(study), "-o", str(work), "--factor", str(FACTOR)]
+        command = [sys.executable, "-m", "deepfere", stage, str(study), "-o", str(work), "--factor", str(factor)]
         self.log = log
         with log.open("ab") as out:
-            self.process = subprocess.Popen([*command, *settings], stdout=out, stderr=out, start_new_session=True)
+            self.process = subprocess.Popen(
+                [*command, *settings, *more], stdout=out, stderr=out, start_new_session=True
+            )
 
     def workers(self, title: str) -> list[psutil.Process]:
         """Processes of its Ray whose title begins so."""
