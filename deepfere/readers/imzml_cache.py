@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from array import array
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from deepfere.places import Place, UrlPath, reading, writing
+from deepfere.errors import InputError
+from deepfere.parquet import write_table
+from deepfere.places import Place, UrlPath, reading
 from deepfere.readers import imzml_head as head
 from deepfere.readers.ranges import open_binary, size_of
 
@@ -62,27 +63,19 @@ def load(path: Place, cache: Place) -> head.Walk | None:
 
 
 def save(walk: head.Walk, key: dict[str, Any], cache: Place) -> None:
-    """Keep a walk, through a temporary file and a rename; where that cannot be, nothing is kept."""
+    """Keep a walk, as a whole file; where a folder cannot hold it, nothing is kept."""
     import numpy as np
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     kept = {"key": key, **{name: getattr(walk, name) for name in PLAIN}}
     kept |= {name: sorted(getattr(walk, name)) for name in SETS}
     columns = {name: np.frombuffer(walk.columns[name], dtype=np.int64) for name in head.COLUMNS}
     table = pa.table(columns).replace_schema_metadata({KEY: json.dumps(kept)})
     if isinstance(cache, UrlPath):
-        with writing(cache) as file:
-            pq.write_table(table, file, compression="zstd")
+        write_table(table, cache)
         return
-    temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, temporary, compression="zstd")
-        temporary.replace(cache)
-    except (OSError, pa.ArrowException):
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with suppress(OSError, pa.ArrowException, InputError):
+        write_table(table, cache)
 
 
 def _terms(kept: Any) -> head.Terms:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
-from deepfere.places import Place, UrlPath, place, reading, writing
+from deepfere.parquet import write_table
+from deepfere.places import Place, place, reading
 from deepfere.readers.ranges import open_binary
 from deepfere.readers.slide import Reading, slide_digest
 from deepfere.remote import is_url
@@ -94,35 +94,6 @@ def _plan_of(table: pa.Table, kept: dict[str, Any]) -> TilePlan:
         **pairs,
         **arrays,
     )
-
-
-def write_table(table: pa.Table, target: Place) -> None:
-    """Write a Parquet file that is there whole, or not at all.
-
-    Raises:
-        InputError: A local folder cannot be written.
-    """
-    import pyarrow.parquet as pq
-
-    from deepfere.store import sync
-
-    if isinstance(target, UrlPath):
-        with writing(target) as file:
-            pq.write_table(table, file, compression="zstd")
-        return
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            pq.write_table(table, temporary, compression="zstd")
-            sync(temporary)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        raise InputError(
-            f"cannot be written ({error.strerror})", where=target, remedy="choose another place"
-        ) from error
 
 
 def tiles_done(folder: str | Path | Place) -> pd.DataFrame:

@@ -10,8 +10,9 @@ from uuid import uuid4
 from ray.data.block import Block, BlockAccessor
 from ray.data.datasource import Datasink
 
+from deepfere.parquet import write_table
 from deepfere.places import Place, place
-from deepfere.tiling.tile_files import check_columns, with_text_errors, write_table
+from deepfere.tiling.tile_files import check_columns, with_text_errors
 
 
 class TileFiles(Datasink[None]):

@@ -1,0 +1,45 @@
+"""Parquet files that are there whole, or not at all."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from deepfere.errors import InputError
+from deepfere.places import Place, UrlPath, writing
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def write_table(table: pa.Table, target: Place) -> None:
+    """Write a Parquet file that is there whole, or not at all.
+
+    Args:
+        table: What is written; its schema's metadata stay.
+        target: Path or URL; a file that is there is replaced.
+
+    Raises:
+        InputError: A local folder cannot be written.
+    """
+    import pyarrow.parquet as pq
+
+    from deepfere.store import sync
+
+    if isinstance(target, UrlPath):
+        with writing(target) as file:
+            pq.write_table(table, file, compression="zstd")
+        return
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            pq.write_table(table, temporary, compression="zstd")
+            sync(temporary)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        raise InputError(
+            f"cannot be written ({error.strerror})", where=target, remedy="choose another place"
+        ) from error
