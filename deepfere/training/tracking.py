@@ -291,13 +291,7 @@ class NullTracker(Tracker):
         """None."""
         return []
 
-    def _log_points(
-        self,
-        points: Sequence[tuple[int, Mapping[str, Any]]],
-        *,
-        refresh: bool,
-        tags: Mapping[str, str] | None = None,
-    ) -> None:
+    def _log_points(self, *_: Any, **__: Any) -> None:
         pass
 
     def _store(self, content: bytes, artifact_file: str) -> None:
