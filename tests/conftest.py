@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -205,6 +206,15 @@ def empty_store(tmp_path_factory):
     path = tmp_path_factory.mktemp("mlflow") / "empty.db"
     connect(f"sqlite:///{path}")
     return path
+
+
+@pytest.fixture(params=["sqlite", "server"])
+def tracking_store(request, tmp_path):
+    """The URI of a tracking store: a new SQLite file, or the server."""
+    if request.param == "server":
+        return request.getfixturevalue("mlflow_server")
+    shutil.copyfile(request.getfixturevalue("empty_store"), tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
 def write_study(folder: Path, phantom) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import time
 
@@ -19,14 +18,6 @@ from tests.test_kills import Run
 HISTORY = [{"step": step, "total": 1.0 / step, "mapping": 2.0 / step} for step in range(1, 6)]
 
 
-@pytest.fixture(params=["sqlite", "server"])
-def store(request, tmp_path):
-    if request.param == "server":
-        return request.getfixturevalue("mlflow_server")
-    shutil.copyfile(request.getfixturevalue("empty_store"), tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path / 'mlflow.db'}"
-
-
 @pytest.fixture
 def at_once(monkeypatch):
     monkeypatch.setattr(live, "EVERY_S", 0.0)
@@ -39,9 +30,9 @@ def sent(to: Live) -> None:
     assert not to._thread.is_alive()
 
 
-def test_points_come_once_whoever_sends_them(store, at_once):
-    tracker = Tracker.start(store)
-    to = Recording(store, tracker.run_id, True)
+def test_points_come_once_whoever_sends_them(tracking_store, at_once):
+    tracker = Tracker.start(tracking_store)
+    to = Recording(tracking_store, tracker.run_id, True)
 
     def points():
         return [(p.step, p.value) for p in tracker.client.get_metric_history(tracker.run_id, "total")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 
 import numpy as np
@@ -24,23 +23,15 @@ from tests.conftest import FACTOR
 from tests.test_tracking import CONFIG, network
 
 
-@pytest.fixture(params=["sqlite", "server"])
-def store(request, tmp_path):
-    if request.param == "server":
-        return request.getfixturevalue("mlflow_server")
-    shutil.copyfile(request.getfixturevalue("empty_store"), tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path / 'mlflow.db'}"
-
-
-def test_models_are_listed_and_promoted(cli, store):
-    name = f"listed-{'server' if store.startswith('http') else 'file'}"
-    first = Tracker.start(store)
+def test_models_are_listed_and_promoted(cli, tracking_store):
+    name = f"listed-{'server' if tracking_store.startswith('http') else 'file'}"
+    first = Tracker.start(tracking_store)
     first.log_metrics({"held_out_r2_median": 0.5})
     register_model(first, name, network().state_dict(), CONFIG, alias="champion")
     first.finish()
-    second = Tracker.start(store)
+    second = Tracker.start(tracking_store)
     register_model(second, name, network(seed=1).state_dict(), CONFIG)
-    setting = f"tracking.uri={store}"
+    setting = f"tracking.uri={tracking_store}"
     done = cli("models", "list", "--name", name, setting)
     assert done.code == 0, done
     head, one, two = (line.split() for line in done.out.splitlines())
@@ -49,7 +40,7 @@ def test_models_are_listed_and_promoted(cli, store):
     assert (two[0], two[1], two[-3:]) == (f"models:/{name}/2", "-", ["-", second.run_id, "RUNNING"])
     done = cli("models", "promote", name, "2", setting)
     assert (done.code, done.out) == (0, f"models:/{name}@champion is version 2 (was version 1)\n"), done
-    assert load_registered(f"models:/{name}@champion", store).run_id == second.run_id
+    assert load_registered(f"models:/{name}@champion", tracking_store).run_id == second.run_id
     done = cli("models", "promote", name, "2", "--alias", "challenger", setting)
     assert done.out == f"models:/{name}@challenger is version 2\n"
     line = cli("models", "list", "--name", name, setting).out.splitlines()[2]
@@ -64,13 +55,13 @@ def test_a_store_that_is_not_there_is_refused(cli, tmp_path):
     assert done.code == 2 and "no tracking store" in done.errors[0] and not (tmp_path / "gone.db").exists()
 
 
-def test_the_driver_closes_its_run_and_a_restart_doubles_nothing(store, tmp_path):
+def test_the_driver_closes_its_run_and_a_restart_doubles_nothing(tracking_store, tmp_path):
     """The same command three times: it fails, is interrupted, and finishes."""
     work = Workspace(tmp_path / "work")
-    config = load_config(None, [f"tracking.uri={store}", "tracking.experiment=restarts"])
+    config = load_config(None, [f"tracking.uri={tracking_store}", "tracking.experiment=restarts"])
     section, inputs = make_section(name="one", msi="a.imzML"), [{"msi": "ab" * 32}]
     history = [{"step": step, "total": 1.0 / step} for step in (1, 2, 3)]
-    client, seen = MlflowClient(store), []
+    client, seen = MlflowClient(tracking_store), []
 
     def attempt(points: int, error: BaseException | None) -> str:
         with tracked(work, [section], inputs, config, "work") as run:
@@ -93,13 +84,13 @@ def test_the_driver_closes_its_run_and_a_restart_doubles_nothing(store, tmp_path
     assert len(runs) == 1 and len(runs[0].inputs.dataset_inputs) == 1
 
 
-def test_sections_have_runs_of_their_own_which_a_restart_goes_on_with(store, tmp_path):
+def test_sections_have_runs_of_their_own_which_a_restart_goes_on_with(tracking_store, tmp_path):
     """A study of three is interrupted, loses a section, ends: a run for it, and for each that told of itself."""
     work = Workspace(tmp_path / "work")
-    config = load_config(None, [f"tracking.uri={store}", "tracking.experiment=sections"])
+    config = load_config(None, [f"tracking.uri={tracking_store}", "tracking.experiment=sections"])
     sections = [make_section(name=name, msi=f"{name}.imzML") for name in ("one", "two", "three")]
     inputs = [{"msi": letter * 64} for letter in "abc"]
-    client = MlflowClient(store)
+    client = MlflowClient(tracking_store)
 
     def runs() -> dict[str, tuple[str, str, dict[str, float]]]:
         found = client.search_runs([client.get_experiment_by_name("sections").experiment_id])
@@ -136,19 +127,19 @@ def test_sections_have_runs_of_their_own_which_a_restart_goes_on_with(store, tmp
     assert {f.path for f in client.list_artifacts(study.info.run_id, "datasets")} == {"datasets/study.json"}
 
 
-def test_an_interruption_is_told_where_the_store_is_away(store, tmp_path, monkeypatch):
-    work, config = Workspace(tmp_path / "work"), load_config(None, [f"tracking.uri={store}"])
+def test_an_interruption_is_told_where_the_store_is_away(tracking_store, tmp_path, monkeypatch):
+    work, config = Workspace(tmp_path / "work"), load_config(None, [f"tracking.uri={tracking_store}"])
     section = make_section(name="one", msi="a.imzML")
     with pytest.raises(KeyboardInterrupt), tracked(work, [section], [{"msi": "ab"}], config, "x"):
         monkeypatch.setattr(track, "probe", lambda uri: (_ for _ in ()).throw(ConnectionError("away")))
         raise KeyboardInterrupt
 
 
-def test_the_load_of_the_machine_is_in_the_run(store, tmp_path, monkeypatch):
+def test_the_load_of_the_machine_is_in_the_run(tracking_store, tmp_path, monkeypatch):
     """MLflow's own names; a restart goes on after the last point, and nothing is recorded where it is off."""
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
-    work, client = Workspace(tmp_path / "work"), MlflowClient(store)
-    setting = [f"tracking.uri={store}", "tracking.experiment=load"]
+    work, client = Workspace(tmp_path / "work"), MlflowClient(tracking_store)
+    setting = [f"tracking.uri={tracking_store}", "tracking.experiment=load"]
     section = [make_section(name="one", msi="a.imzML")]
 
     def points(run_id: str) -> list[int]:
