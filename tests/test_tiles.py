@@ -15,11 +15,17 @@ from deepfere.tiling.tiles import TileSpec, TissueMask, plan_tiles
 
 from .test_reader_tiff import damage, picture, write_jpeg_tiff
 from .test_slide_colour import profile
+from .test_slide_zarr import write_ome_zarr
 
 
 @pytest.fixture(scope="module")
 def slide_path(tmp_path_factory):
     return write_jpeg_tiff(tmp_path_factory.mktemp("tiles") / "s.tif", picture(700, 900), profile=profile())
+
+
+@pytest.fixture(scope="module")
+def zarr_path(tmp_path_factory):
+    return write_ome_zarr(tmp_path_factory.mktemp("tiles") / "s.zarr", picture(700, 900), factors=(1,), mpp=(0.5, 0.5))
 
 
 def read_all(plan, slide, block_px=(256, 256)):
@@ -79,9 +85,9 @@ def test_tiles_are_the_exact_area_reading_whatever_they_are_grouped_with(slide_p
     ids=str,
 )
 @pytest.mark.parametrize("share", [0.0, 0.3])
-@pytest.mark.parametrize("icc", ["none", "srgb"])
-def test_every_native_tile_is_decoded_once_and_no_other(slide_path, spec, share, icc):
-    slide = open_slide(slide_path, backend="tiff", icc=icc)
+@pytest.mark.parametrize(("kind", "icc"), [("tiff", "none"), ("tiff", "srgb"), ("zarr", "none")])
+def test_every_native_tile_is_decoded_once_and_no_other(slide_path, zarr_path, spec, share, kind, icc):
+    slide = open_slide({"tiff": slide_path, "zarr": zarr_path}[kind], backend=kind, icc=icc)
     assert slide.icc == icc
     rng = np.random.default_rng(1)
     mask = TissueMask(rng.random((7, 9)) < 0.4, (50.0, 50.0))

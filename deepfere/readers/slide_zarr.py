@@ -20,6 +20,7 @@ from deepfere.errors import DamagedPixels, InputError
 from deepfere.readers.kept_tiles import KeptTiles
 from deepfere.readers.slide import Backend, Icc, Level, open_slide, whole_downsample
 from deepfere.readers.slide_mpp import trusted_mpp
+from deepfere.readers.slide_native import NativeTile, Straight, read_native
 from deepfere.remote import TRIES, answered, holds, is_passing, is_url
 
 WHITE = np.array([255, 255, 255], dtype=np.uint8)
@@ -84,42 +85,29 @@ class ZarrSlide:
         Raises:
             InputError: A chunk is damaged, or the store does not answer.
         """
-        out = np.empty((height, width, 3), dtype=np.uint8)
-        (h, w), (th, tw) = self.levels[level].shape_px, self.levels[level].tile_px
-        top, left, bottom, right = max(row, 0), max(col, 0), min(row + height, h), min(col + width, w)
-        if (bottom - top, right - left) != (height, width):
-            out[:] = self.background
-        if top >= bottom or left >= right:
-            return out
-        for r in range(top // th, -(-bottom // th)):
-            for c, tile in self._row(level, r, left // tw, -(-right // tw)):
-                y, x = r * th, c * tw
-                a, b, d, e = max(top, y), min(bottom, y + th), max(left, x), min(right, x + tw)
-                out[a - row : b - row, d - col : e - col] = tile[a - y : b - y, d - x : e - x]
-                # Neighbouring windows need what this one used in part only.
-                whole = (a, b, d, e) == (y, min(y + th, h), x, min(x + tw, w))
-                self._kept.used((level, r, c), tile, again=not whole)
-        return out
+        return read_native(self, level, row, col, height, width)
 
-    def _row(self, level: int, r: int, first: int, last: int) -> list[tuple[int, NDArray[np.uint8]]]:
-        """The chunks [first, last) of one row; those that are not kept are asked for in runs, at once."""
-        tw = self.levels[level].tile_px[1]
-        found = self._kept.find((level, r, c) for c in range(first, last))
-        out: list[tuple[int, NDArray[np.uint8]]] = []
-        c = first
-        while c < last:
-            tile = found[c - first]
-            if tile is not None:
-                out.append((c, tile))
-                c += 1
-                continue
-            end = c
-            while end < last and found[end - first] is None:
-                end += 1
-            run = self._decode(level, r, c, end)
-            out += [(k, run[:, (k - c) * tw : (k - c + 1) * tw]) for k in range(c, end)]
-            c = end
-        return out
+    def native_tiles(
+        self, level: int, first_row: int, first_col: int, use: NDArray[np.uint8], straight: Straight
+    ) -> Iterator[NativeTile]:
+        """See `deepfere.readers.slide_native.NativeTiles`: chunks."""
+        for r, flags in enumerate(use, first_row):
+            wanted = np.flatnonzero(flags)
+            for c, tile in self._row(level, r, first_col + wanted).items():
+                self._kept.used((level, r, c), tile, again=flags[c - first_col] > 1)
+                yield r, c, tile
+
+    def _row(self, level: int, r: int, cols: NDArray[np.int64]) -> dict[int, NDArray[np.uint8]]:
+        """Some chunks of one row, by their columns; those that are not kept are asked for in runs, at once."""
+        tw, wanted = self.levels[level].tile_px[1], cols.tolist()
+        kept = zip(wanted, self._kept.find((level, r, c) for c in wanted), strict=True)
+        found = {c: tile for c, tile in kept if tile is not None}
+        absent = np.array([c for c in wanted if c not in found], np.int64)
+        for run in np.split(absent, np.flatnonzero(np.diff(absent) > 1) + 1) if len(absent) else ():
+            first, last = int(run[0]), int(run[-1]) + 1
+            pixels = self._decode(level, r, first, last)
+            found |= {c: pixels[:, (c - first) * tw : (c - first + 1) * tw] for c in range(first, last)}
+        return found
 
     def _decode(self, level: int, r: int, first: int, last: int) -> NDArray[np.uint8]:
         """RGB of the chunks [first, last) of one row of them."""
