@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -90,11 +91,24 @@ def test_the_executor_of_the_patches_rests_between_steps(ray_session, source):
     shape = plane_shape([patches], 5)
     for _ in range(2):
         made = dataset.patch_dataset(rows, [patches], 5, shape, 2, 1)
-        (rest,) = made.context.custom_execution_callback_classes
-        assert rest().on_execution_step(None) is None
+        assert len(made.context.custom_execution_callback_classes) == 1
         assert not ray.data.DataContext.get_current().custom_execution_callback_classes
     batches = list(made.iter_batches(batch_size=2))
     assert [batch["step"].tolist() for batch in batches] == [[0, 1], [2, 3]]
+
+
+def test_the_executor_rests_longer_while_nothing_moves(monkeypatch):
+    from deepfere.tiling import dataset
+
+    rests = []
+    monkeypatch.setattr(dataset.time, "sleep", rests.append)
+    output = SimpleNamespace(num_completed_tasks=0, output_queue=[])
+    executor, rest = SimpleNamespace(_output_node=(None, output)), dataset._rest()()
+    for step in range(8):
+        output.num_completed_tasks += step == 6
+        rest.on_execution_step(executor)
+    shortest, longest = dataset.SHORTEST_REST_S, dataset.LONGEST_REST_S
+    assert rests == [shortest, 2 * shortest, 4 * shortest, 8 * shortest, longest, longest, shortest, 2 * shortest]
 
 
 @pytest.fixture

@@ -118,10 +118,13 @@ class PatchReader:
         self._planes = PlaneWindows(PlaneReader(source.cache, self.spec), kept, number)
         with reading(source.arrays) as path, np.load(path) as arrays:
             self._factors, self._pooled, self._weight = arrays["factors"], arrays["pooled"], arrays["weight"]
+        self._windows: dict[int, tuple[int, int, int, int]] = {}
 
     def window(self, patch: int) -> tuple[int, int, int, int]:
         """Plane rows and columns (r0, r1, c0, c1) of a patch, margin included."""
-        return core_window(self.source, self.spec, self.alignment, patch, self.side)
+        if patch not in self._windows:  # of every epoch the same
+            self._windows[patch] = core_window(self.source, self.spec, self.alignment, patch, self.side)
+        return self._windows[patch]
 
     def load(self, patch: int, shape_px: tuple[int, int]) -> dict[str, NDArray[Any]]:
         """One patch with fixed shapes.

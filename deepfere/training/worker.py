@@ -42,11 +42,11 @@ class Clock:
         source = iter(batches)
         while True:
             began = time.perf_counter()
+            if self._steps == 1:
+                self._start = began
             step = [batch for _ in range(parts) if (batch := next(source, None)) is not None]
             if self._steps:
                 self._waited_s += time.perf_counter() - began
-            else:
-                self._start = time.perf_counter()
             if len(step) < parts:
                 return
             self._steps += 1
@@ -58,10 +58,10 @@ class Clock:
 
     def reading(self) -> dict[str, float]:
         """``input_wait`` (share of the time) and ``steps_per_s``; empty before the second step."""
-        took = time.perf_counter() - self._start
         if self._steps < 2:
             return {}
-        return {"input_wait": self._waited_s / took, "steps_per_s": self._steps / took}
+        took = time.perf_counter() - self._start
+        return {"input_wait": self._waited_s / took, "steps_per_s": (self._steps - 1) / took}
 
 
 def work(config: dict[str, Any]) -> None:
