@@ -123,25 +123,36 @@ def test_too_coarse_an_overview_shows_no_candidates(clean):
     assert judge(measurement(clean), stain, Alignment.identity(), coarse) == []
 
 
-def chain(*evidence):
+def chain(*evidence, kind="tear"):
     """Whether parts side by side, with this evidence, are damage."""
-    found = [Verdict("fold", 0, 1.0, 4, e, False) for e in evidence]
+    found = [Verdict(kind, 0, 1.0, 4, e, False) for e in evidence]
     return decide(found, np.array([(n, n + 1) for n in range(len(found) - 1)], int).reshape(-1, 2)).tolist()
 
 
 def test_parts_that_touch_are_decided_together():
-    # 12 + 12 nats are enough together, and take in what lies beside them and is too small to judge, or has little
+    # 9 + 9 nats are enough together, and take in what lies beside them and is too small to judge, or has little
     # against it; what is real beside them stays, and so does what touches nothing but what was taken in.
-    assert chain(12.0, 12.0, None, None, 12.0) == [True, True, True, False, False]
-    assert chain(-3.0, 12.0, 12.0, -5.0) == [True, True, True, False]
-    assert chain(12.0, None, 12.0) == [False, False, False], "what cannot be judged joins nothing"
-    assert chain(12.0, 2.5, 12.0) == [True, True, True]
-    assert chain(12.0) == [False]
+    assert chain(9.0, 9.0, None, None, 9.0) == [True, True, True, False, False]
+    assert chain(-3.0, 9.0, 9.0, -5.0) == [True, True, True, False]
+    assert chain(9.0, None, 9.0) == [False, False, False], "what cannot be judged joins nothing"
+    assert chain(9.0, 2.5, 9.0) == [True, True, True]
+    assert chain(9.0) == [False]
     assert chain(40.0, -50.0, 40.0) == [True, False, True]
 
 
 def test_many_parts_that_say_next_to_nothing_are_no_damage():
     assert not any(chain(*[1.9] * 500))
+    assert not any(chain(*[1.9] * 500, kind="fold"))
+
+
+@pytest.mark.parametrize("kind", ["ink", "fold"])
+def test_ink_and_folds_are_damage_as_a_whole(kind):
+    """A tear may run into a lumen; what a mark or a fold runs into has to speak against it."""
+    assert chain(9.0, -3.0, 9.0, kind=kind) == [True, True, True]
+    assert chain(9.0, None, 9.0, kind=kind) == [True, True, True]
+    assert chain(9.0, -3.0, None, 9.0) == [False] * 4
+    assert chain(9.0, -10.0, 9.0, kind=kind) == [False] * 3, "in all there is too little"
+    assert chain(30.0, -50.0, 45.0, kind=kind) == [True, False, True]
 
 
 def test_most_of_a_section_is_not_damaged(clean):
@@ -158,6 +169,18 @@ def test_red_ink_on_eosin_is_masked_where_the_measurement_shows_tissue(clean):
     mark = stripe(0.3, 11, 1.5) & (clean[0] > 0)
     planes = stain.planes.copy()
     planes[:3, mark] = np.array([200, 40, 60])[:, None]
+    found, candidates, _ = masked(replace(stain, planes=planes), measurement(clean))
+    assert "ink" in candidates.kinds
+    assert (found[mark] > 0).mean() > 0.9
+    assert found[~mark].astype(bool).sum() < 0.8 * mark.sum()
+
+
+def test_ink_of_the_stains_own_colour_has_no_texture(clean):
+    """Its colour is that of dense tissue; only that it is the same everywhere tells it from tissue."""
+    stain = overview(clean)
+    mark = stripe(0.3, 11, 1.5) & (clean[0] > 0)
+    planes = stain.planes.copy()
+    planes[:3, mark] = np.rint((np.array(WHITE) + 1) * 10 ** -(0.5 * HUES.sum(0)) - 1).astype(np.uint8)[:, None]
     found, candidates, _ = masked(replace(stain, planes=planes), measurement(clean))
     assert "ink" in candidates.kinds
     assert (found[mark] > 0).mean() > 0.9

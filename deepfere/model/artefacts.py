@@ -6,7 +6,7 @@ have clouds of their own. What is found counts as not covered by the slide: it g
 
 Tears and folds have no colour of their own: `deepfere.model.damage` finds what may be one and
 `deepfere.alignment.witness` asks the measurement; so with colours that are odd, but not odd enough to tell by
-themselves. Not found: ink of the stain's own colour.
+themselves, and with ink of the stain's own colour, which has no texture.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ candidates, drawn generously; `deepfere.alignment.witness` lets the measurement 
   colour alike), and longer than wide.
 * **Odd colour**: far from the slide's other colours, but not so far that it can only be ink
   (`deepfere.model.artefacts`).
+* **Flat**: without the texture that tissue has everywhere, as under ink of the stain's own colour.
 """
 
 from __future__ import annotations
@@ -44,6 +45,12 @@ COLOURED = 0.8
 """A slide whose glass is as coloured as that (weakest over strongest channel) shows none."""
 ODD = 2.5
 """Distance from the stain's colours, in their standard deviations, from which ink is possible."""
+FLAT = 0.25
+"""Local s.d. of the density over its median in the tissue, below which a place is flat."""
+FLAT_PITCH = 0.12
+"""S.d. of the window of that local s.d., in measured pixels."""
+FLAT_RIM_PITCH = 0.4
+"""Beside a border nothing is flat: what is flat reaches so far beyond where it is seen to be, in measured pixels."""
 RIM_PITCH = 0.25
 """What is blurred at the border of a gap or a band belongs to it: so far, in measured pixels."""
 PART_PITCH = 2.0
@@ -76,7 +83,7 @@ def find_candidates(
     pitch_um: float,
     expected: NDArray[np.bool_] | None = None,
 ) -> Candidates:
-    """Gaps, bands and odd colours of a slide's overview.
+    """Gaps, bands, odd colours and flat places of a slide's overview.
 
     Args:
         planes: (7, h, w) base planes of the overview, what can only be ink not covered.
@@ -98,7 +105,8 @@ def find_candidates(
     ratio, hue = _against_surroundings(density, tissue, step)
     bands = _hysteresis((hue < HUE) & tissue, ratio, step)
     odd = colour_distance(rgb, planes[6] / 255, reference, spacing_um, pitch_um) > ODD
-    for kind, mask in (("tear", _gaps(tissue, shown, step, expected)), ("ink", odd & tissue), ("fold", bands)):
+    ink = (odd | _flat(density.sum(2), tissue, step)) & tissue
+    for kind, mask in (("tear", _gaps(tissue, shown, step, expected)), ("ink", ink), ("fold", bands)):
         pieces, count = ndimage.label(mask, np.ones((3, 3), bool))
         area = np.bincount(pieces.ravel(), minlength=count + 1) * step[0] * step[1]
         for number, window in enumerate(ndimage.find_objects(pieces), 1):
@@ -188,6 +196,18 @@ def _gaps(
     if core.any():
         inside |= ndimage.distance_transform_edt(~core, sampling=step) <= OUTLINE_PITCH / 2
     return inside & glass
+
+
+def _flat(density: NDArray[np.float32], tissue: NDArray[np.bool_], step: tuple[float, float]) -> NDArray[np.bool_]:
+    """Where the density (h, w) of the tissue hardly changes from pixel to pixel."""
+    sigma = [FLAT_PITCH / s for s in step]
+    weight = np.maximum(ndimage.gaussian_filter(tissue.astype(np.float32), sigma), 1e-3)
+    mean, square = (ndimage.gaussian_filter(d * tissue, sigma) / weight for d in (density, density**2))
+    spread = np.sqrt(np.maximum(square - mean**2, 0))
+    flat = tissue & (spread < FLAT * np.median(spread[tissue])) if tissue.any() else tissue
+    if not flat.any():
+        return flat
+    return np.asarray(ndimage.distance_transform_edt(~flat, sampling=step) <= FLAT_RIM_PITCH, bool)
 
 
 def _hysteresis(allowed: NDArray[np.bool_], ratio: NDArray[np.float32], step: tuple[float, float]) -> NDArray[np.bool_]:
