@@ -1,7 +1,8 @@
 """What the benchmarks share: result rows with their musts, tables, the machine, JSON and the exit code.
 
 A benchmark prints tables for people and rows for programs:
-``{"machine": {...}, "rows": [{"what", "value", "against", "baseline", "ratio", "must", "ok"}]}``.
+``{"machine": {...}, "rows": [{"what", "value", "against", "baseline", "ratio", "must", "ok"}]}``. Some also write
+their part of docs/performance.md, between their own marks.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ import psutil
 _MUST = re.compile(
     r"^(?P<op><=|>=|<|>|within)\s+(?P<number>[0-9.eE+-]+)?\s*(?P<base>(of )?baseline)?\s*(?P<off>[+-]\s*[0-9.eE-]+)?$"
 )
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+#: What stands for a path on this machine where a command is shown.
+PATHS = {"--thyra-python": "PYTHON", "--peer-python": "PYTHON", "--tiles": "SLIDE", "--json": "FILE"}
 PACKAGES = ("deepfere", "numpy", "scipy", "torch", "ray", "zarr", "opencv-python-headless")
 
 
@@ -120,12 +124,12 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> s
 
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
-    versions = {}
+    found = {}
     for name in PACKAGES:
         try:
-            versions[name] = version(name)
+            found[name] = version(name)
         except PackageNotFoundError:
-            versions[name] = "absent"
+            found[name] = "absent"
     cpuinfo = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
     return {
@@ -135,7 +139,7 @@ def machine() -> dict[str, Any]:
         "load_1min": os.getloadavg()[0],
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": found,
     }
 
 
@@ -196,18 +200,79 @@ def measured(command: Sequence[str]) -> tuple[float, int, str]:
     return seconds, peak, printed
 
 
-def parser(description: str, cases: Sequence[str]) -> argparse.ArgumentParser:
-    """The command line that all benchmarks share: ``[CASE ...] [--quick] [--json FILE]``."""
-    out = argparse.ArgumentParser(description=description)
+def parser(description: str, cases: Sequence[str], page: bool = False) -> argparse.ArgumentParser:
+    """The command line that all benchmarks share: ``[CASE ...] [--quick] [--json FILE]``.
+
+    With ``page`` also ``--write-docs``, which a quick run refuses: its figures are for nobody.
+    """
+    out = argparse.ArgumentParser(description=description, allow_abbrev=False)
     # No `choices`: argparse refuses an empty list of them.
     out.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(cases)}; all by default")
-    out.add_argument("--quick", action="store_true", help="within a minute on 2 cores; longer rows are left out")
+    either = out.add_mutually_exclusive_group()
+    either.add_argument("--quick", action="store_true", help="within a minute on 2 cores; longer rows are left out")
+    if page:
+        either.add_argument("--write-docs", action="store_true", help="write its part of docs/performance.md")
     out.add_argument("--json", metavar="FILE", help="write machine and rows")
     return out
 
 
-def chosen(given: argparse.Namespace, cases: dict[str, Any], quick: str) -> list[str]:
-    """Names of the cases to run: those that were asked for, else all, or ``quick`` alone under ``--quick``.
+def versions(names: Sequence[str], python: str = sys.executable) -> dict[str, str]:
+    """Versions of packages that this interpreter or another has.
+
+    Ends the program with exit code 2 where one is not there.
+    """
+    code = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
+    try:
+        done = subprocess.run([python, "-c", code, *names], capture_output=True, text=True)
+        told = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+    except OSError as error:
+        told = [str(error)]
+    if told:
+        print(f"{python} must be a Python with {', '.join(names)}: {told[0]}", file=sys.stderr)
+        sys.exit(2)
+    return dict(zip(names, done.stdout.split(), strict=True))
+
+
+def asked(program: str, words: Sequence[str]) -> str:
+    """The command that a benchmark was run with; where things lie on this machine is nobody else's."""
+    shown, before = [f"python benchmarks/{program}"], ""
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if before in PATHS:
+            shown.append(PATHS[before])
+        else:
+            shown.append(f"{name}={PATHS[name]}" if equals and name in PATHS else word)
+        before = "" if before in PATHS else word
+    return " ".join(shown)
+
+
+def heading(command: str, about: dict[str, Any], packages: dict[str, str], left_out: Sequence[str] = ()) -> str:
+    """What stands above figures on a page: the command, the machine (from `machine`), the others' versions."""
+    text = (
+        f"Written by `{command}` on {time.strftime('%Y-%m-%d')}; do not edit what is between the marks. "
+        f"{about['cores']} cores of {about['cpu']}, {about['memory_bytes'] / 2**30:.0f} GiB of memory, load "
+        f"{about['load_1min']:.1f} at the start; {', '.join(f'{name} {number}' for name, number in packages.items())}."
+    )
+    return text + (f" Left out: {'; '.join(left_out)}." if left_out else "")
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table of a page."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
+
+
+def write_section(name: str, text: str, page: Path = PAGE) -> None:
+    """Put a benchmark's text between its own marks on the page; the rest of it stays."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    whole = page.read_text() if page.exists() else "# Performance\n"
+    if begin not in whole:
+        whole = f"{whole.rstrip()}\n\n{begin}\n{end}\n"
+    head, _, rest = whole.partition(begin)
+    page.write_text(f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+
+
+def chosen(given: argparse.Namespace, cases: dict[str, Any], *quick: str) -> list[str]:
+    """Names of the cases to run: those that were asked for, else all, or those of ``quick`` alone under ``--quick``.
 
     Ends the program with exit code 2 where a name is not known.
     """
@@ -215,7 +280,7 @@ def chosen(given: argparse.Namespace, cases: dict[str, Any], quick: str) -> list
     if unknown:
         print(f"unknown case {unknown[0]!r}; known: {', '.join(cases)}", file=sys.stderr)
         sys.exit(2)
-    return given.cases or ([quick] if given.quick else list(cases))
+    return given.cases or (list(quick) if given.quick else list(cases))
 
 
 def finish(rows: Sequence[Row], json_path: str | None = None, more: dict[str, Any] | None = None) -> int:

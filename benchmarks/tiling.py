@@ -1,20 +1,23 @@
 """Tiles of a slide against what the machine can do: decoding the same compressed tiles, and nothing else.
 
-    python benchmarks/tiling.py [plain] [peers] [memory] [ray] [--quick] [--json FILE] [--tiles SLIDE]
-                                [--peer-python PYTHON] [--write-docs]
+    python benchmarks/tiling.py [plain] [peers] [pool] [memory] [ray] [--quick | --write-docs] [--json FILE]
+                                [--tiles SLIDE] [--peer-python PYTHON]
 
 `plain`: one process, one thread, tiles of 512 px out of a slide of 20 480 x 20 480 px; the ceiling is libjpeg-turbo on
-the distinct compressed native tiles that a case touches, in memory, into one buffer. Ceiling and case alternate, in
+the distinct compressed native tiles that a case touches, in memory, into one buffer; beside it reading their bytes
+(`pread`, from the page cache) and one copy of the pixels that are delivered (`memcpy`). Ceilings and case alternate, in
 pieces of the slide; the ratio is the median over rounds, of processor time (what else runs on the machine does not
-count) and of wall time. `memory`: peak PSS of a worker as the slide grows 10 and 100 times. `ray`: a Ray Data
-job of about a minute against the same plan in a plain loop, one core each. `peers`: OpenSlide and tiffslide in a
-loop, ratiopath with its own pipeline on Ray; PYTHON is that of an environment with `ratiopath==1.0.3 tiffslide`.
-Slides are made in a temporary folder. `--quick` is `plain` on a smaller slide.
+count) and of wall time. `pool`: the same plan by plain processes, one and two. `memory`: peak PSS of a worker as the
+slide grows 10 and 100 times. `ray`: a Ray Data job of about a minute against the same plan in a plain loop, one core
+each. `peers`: OpenSlide and tiffslide in a loop, ratiopath with its own pipeline on Ray; PYTHON is that of an
+environment with `ratiopath==1.0.3 tiffslide`, without which these two are left out. Slides are made in a temporary
+folder. `--quick` is `plain`, `peers` and `pool` on a smaller slide, once, with nothing to meet in time.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import tempfile
@@ -25,18 +28,30 @@ from typing import Any
 
 import imagecodecs
 import numpy as np
-from common import Row, chosen, finish, machine, measured, parser, table
+from common import (
+    Row,
+    asked,
+    chosen,
+    finish,
+    heading,
+    machine,
+    markdown,
+    measured,
+    parser,
+    table,
+    versions,
+    write_section,
+)
 from numpy.typing import NDArray
+from tiling_arm import KEPT, MASK, Reading, checksum
 from tiling_slide import MPP_UM, TILE, different_tiles, write_slide
 
 from deepfere.readers.jpeg import pixel_memory
 from deepfere.readers.slide import open_slide
-from deepfere.tiling.groups import TileReader, group_tiles
+from deepfere.tiling.groups import Group, TileReader, group_tiles
 from deepfere.tiling.tiles import TileSpec, plan_tiles
 
 HERE = Path(__file__).resolve().parent
-PAGE = HERE.parent / "docs" / "performance.md"
-BEGIN, END = "<!-- tiling:begin -->", "<!-- tiling:end -->"
 SIDE = 512
 #: What is read, and the least share of the ceiling.
 TILINGS = {
@@ -48,9 +63,7 @@ TILINGS = {
     "512 px at 1.6 x the mpp": (TileSpec(SIDE, 1.6 * MPP_UM), 0.20),
 }
 ROUNDS = 3
-CASES = ("plain", "peers", "memory", "ray")
-
-
+CASES = ("plain", "peers", "pool", "memory", "ray")
 PIECES = 8
 
 
@@ -68,47 +81,74 @@ def ceiling(jpegs: list[bytes]) -> NDArray[np.float64]:
     return now() - started
 
 
-def plain(slide_path: Path, rounds: int) -> list[Row]:
-    """Every tiling against the ceiling."""
+def preads(handle: int, places: list[tuple[int, int]]) -> NDArray[np.float64]:
+    """Seconds (processor, wall) to read byte ranges, (offset, length), from the page cache into one buffer."""
+    buffer = memoryview(bytearray(max(length for _, length in places)))
+    started = now()
+    for offset, length in places:
+        os.preadv(handle, [buffer[:length]], offset)
+    return now() - started
+
+
+def memcpy(groups: list[Group], source: NDArray[np.uint8], out: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Seconds (processor, wall) to copy as many pixels as the tiles of some groups have, once."""
+    started = now()
+    for group in groups:
+        np.copyto(out[: len(group.tiles)], source[: len(group.tiles)])
+    return now() - started
+
+
+def plain(slide_path: Path, rounds: int, judged: bool) -> list[Row]:
+    """Every tiling against the ceilings."""
     rows, lines = [], []
     slide = open_slide(slide_path)
     raw, plane = slide_path.read_bytes(), slide.tiled[0]  # type: ignore[attr-defined]
+    handle = os.open(slide_path, os.O_RDONLY)
     for name, (spec, least) in TILINGS.items():
         plan = plan_tiles(slide, spec)
         touched = np.zeros(plane.counts.shape, bool)
         for r0, r1, c0, c1 in plan.native:
             touched[r0:r1, c0:c1] = True
-        places = zip(plane.offsets[touched].tolist(), plane.counts[touched].tolist(), strict=True)
+        places = list(zip(plane.offsets[touched].tolist(), plane.counts[touched].tolist(), strict=True))
         jpegs = [raw[a : a + n] for a, n in places]
         groups = group_tiles(plan)
         reader = TileReader(plan, slide)
-        out = np.empty((max(len(g.tiles) for g in groups), spec.tile_px, spec.tile_px, 3), np.uint8)
+        out = np.zeros((max(len(g.tiles) for g in groups), spec.tile_px, spec.tile_px, 3), np.uint8)
+        copy = np.ones_like(out)
         ratios, decoded = [], 0
         for _ in range(rounds):
-            start, spent = slide.decoded, np.zeros((2, 2))  # type: ignore[attr-defined]
+            start, spent = slide.decoded, np.zeros((4, 2))  # type: ignore[attr-defined]
             for k in range(PIECES):
+                some = groups[len(groups) * k // PIECES : len(groups) * (k + 1) // PIECES]
                 spent[0] += ceiling(jpegs[k::PIECES])
+                spent[1] += preads(handle, places[k::PIECES])
+                spent[2] += memcpy(some, out, copy)
                 began = now()
-                for group in groups[len(groups) * k // PIECES : len(groups) * (k + 1) // PIECES]:
+                for group in some:
                     reader.read(group, out[: len(group.tiles)])
-                spent[1] += now() - began
+                spent[3] += now() - began
             decoded = slide.decoded - start  # type: ignore[attr-defined]
-            ratios.append(spent[0] / spent[1])
-        cpu, wall = np.median(ratios, axis=0)
+            ratios.append(spent[:3] / spent[3])
+        (cpu, wall), (pread, _), (copied, _) = np.median(ratios, axis=0)
         again = decoded / len(jpegs)
         speeds = len(jpegs) * TILE**2 / 1e6 / spent[:, 0]
+        must = f">= {least}" if judged else ""
         rows += [
-            Row.of(f"{name}: share of libjpeg-turbo, processor time", cpu, must=f">= {least}"),
+            Row.of(f"{name}: share of libjpeg-turbo, processor time", cpu, must=must),
             Row.of(f"{name}: share of libjpeg-turbo, wall time", wall),
+            Row.of(f"{name}: share of pread of the same bytes, processor time", pread),
+            Row.of(f"{name}: share of one memcpy of the pixels, processor time", copied),
             Row.of(f"{name}: native tiles decoded / distinct", again, must="<= 1.1"),
-            Row.of(f"{name}: native Mpx per second of processor", speeds[1], "libjpeg-turbo", speeds[0]),
+            Row.of(f"{name}: native Mpx per second of processor", speeds[3], "libjpeg-turbo", speeds[0]),
         ]
-        low, high = np.min(ratios, axis=0)[0], np.max(ratios, axis=0)[0]
+        low, high = np.min(ratios, axis=0)[0, 0], np.max(ratios, axis=0)[0, 0]
         cells = [f"{cpu:.2f}", f"{low:.2f} to {high:.2f}", f"{wall:.2f}", f">= {least:.2f}", f"{again:.3f}"]
-        lines.append([name, *cells, f"{speeds[1]:.0f} of {speeds[0]:.0f}"])
+        cells += [f"{speeds[3]:.0f} of {speeds[0]:.0f}", f"{pread:.3f}", f"{copied:.3f}"]
+        lines.append([name, *cells])
         print(".", end="", flush=True)
+    os.close(handle)
     head = ["tiles", "share of libjpeg-turbo", "rounds", "by wall time", "must", "decoded / distinct"]
-    head.append("native Mpx per second of processor")
+    head += ["native Mpx per second of processor", "share of pread", "share of memcpy"]
     _show("one process, one thread", head, lines)
     return rows
 
@@ -121,6 +161,32 @@ def arm(name: str, slide: Path, *options: Any, python: str = sys.executable) -> 
     if found is None:
         sys.exit(f"{' '.join(command)} printed no result\n{printed[-2000:]}")
     return {**json.loads(found[1]), "peak": peak}
+
+
+def pool(slide: Path, rounds: int, judged: bool) -> list[Row]:
+    """The same plan in a loop, and by plain processes, one and two: what a pool costs, and what a second one brings."""
+    seconds = 10 if judged else 1
+    ratios, seen = [], set()
+    for _ in range(rounds):
+        found = {
+            "loop": arm("ours", slide, "--seconds", seconds),
+            "one": arm("ours-pool", slide, "--seconds", seconds, "--workers", 1),
+            "two": arm("ours-pool", slide, "--seconds", seconds, "--workers", 2),
+        }
+        loop, one, two = (result["seconds"] for result in found.values())
+        ratios.append([one / loop, one / (2 * two)])
+        seen |= {(result["tiles"], result["checksum"]) for result in found.values()}
+    same = len(seen) == 1
+    names = ("a pool of one process: time / plain loop", "a pool of two: of twice the speed of one")
+    rows, lines = [], []
+    for k, (name, must) in enumerate(zip(names, ("", ">= 0.85"), strict=True)):
+        each = [ratio[k] for ratio in ratios]
+        rows.append(Row.of(name, float(np.median(each)), must=must if judged else ""))
+        lines.append([name, f"{np.median(each):.2f}", f"{min(each):.2f} to {max(each):.2f}", must])
+    rows.append(Row.of("pools: checksums equal", float(same), must=">= 1"))
+    lines.append(["checksums", "same" if same else "DIFFERENT", "", ""])
+    _show("plain processes, 512 px tiles", ["", "ratio", "rounds", "must"], lines)
+    return rows
 
 
 def memory(slides: dict[int, Path]) -> list[Row]:
@@ -161,16 +227,45 @@ def ray_tax(slide: Path) -> list[Row]:
     return rows
 
 
-def peers(slide: Path, large: Path, python: str | None) -> list[Row]:
-    """Other readers on the same slide and tiles, one core each; on Ray a larger slide, a job of a minute."""
+def first_tiles(slide: Path, most: int) -> tuple[int, NDArray[np.uint8]]:
+    """Checksum of our first tiles, row by row, as a loop reads them; and the pixels of the first `KEPT`."""
+    reading = Reading(str(slide), SIDE, MPP_UM)
+    across = reading.slide.shape_px[1] // SIDE
+    place = reading.plan.corner_px // SIDE @ np.array([across, 1])
+    total, kept = 0, np.zeros((min(KEPT, len(place)), SIDE, SIDE, 3), np.uint8)
+    for number, group in enumerate(reading.groups):
+        pixels, here = reading.pixels(number), place[group.tiles]
+        total += checksum(pixels[here < most], *reading.plan.corner_px[group.tiles][here < most].T)
+        kept[here[here < KEPT]] = pixels[here < KEPT]
+    return total & MASK, kept
+
+
+def loops(slide: Path, python: str | None) -> tuple[list[Row], list[list[str]]]:
+    """OpenSlide and tiffslide, tile after tile, against our loop: time and pixels."""
     rows, lines = [], []
-    ours = arm("ours", slide)
-    most = 1000
-    for name in ("openslide", *(["tiffslide"] if python else [])):
-        found = arm(name, slide, "--most", most, python=sys.executable if name == "openslide" else str(python))
+    ours, most = arm("ours", slide), 1000
+    total, pixels = first_tiles(slide, most)
+    for name, interpreter in {"openslide": sys.executable, **({"tiffslide": python} if python else {})}.items():
+        kept = slide.with_name("kept.npy")
+        found = arm(name, slide, "--most", most, "--keep", kept, python=interpreter)
         speed = ours["tiles"] / ours["seconds"] / (found["tiles"] / found["seconds"])
-        rows.append(Row.of(f"{name} loop: ours is faster by", speed))
-        lines.append([f"{name}, loop", f"{found['tiles'] / found['seconds']:.0f}", f"{speed:.1f}", "", ""])
+        same = found["checksum"] == total
+        apart = float(np.abs(np.load(kept).astype(np.int16) - pixels).mean())
+        rows += [
+            Row.of(f"{name} loop: ours is faster by", speed),
+            # Both decode with libjpeg-turbo: the same pixels, to the last bit.
+            Row.of(f"{name} loop: checksums equal", float(same), must=">= 1"),
+            Row.of(f"{name} loop: mean absolute difference of {len(pixels)} tiles, grey levels", apart),
+        ]
+        told = "same" if same else f"DIFFERENT, by {apart:.3f} grey levels"
+        lines.append([f"{name}, loop", f"{found['tiles'] / found['seconds']:.0f}", f"{speed:.1f}", "", told])
+    lines.append(["ours, loop", f"{ours['tiles'] / ours['seconds']:.0f}", "", "", ""])
+    return rows, lines
+
+
+def peers(slide: Path, large: Path, python: str | None, judged: bool) -> list[Row]:
+    """Other readers on the same slide and tiles, one core each; on Ray a larger slide, a job of a minute."""
+    rows, lines = loops(slide, python)
     if python:
         ray = arm("ours-ray", large)
         found = arm("ratiopath", large, python=python)
@@ -179,13 +274,12 @@ def peers(slide: Path, large: Path, python: str | None) -> list[Row]:
         same = found["checksum"] == ray["checksum"] and found["tiles"] == ray["tiles"]
         speed = found["seconds"] / seconds
         rows += [
-            Row.of("ratiopath 1.0.3 on Ray: ours on Ray is faster by", speed, must=">= 5"),
-            Row.of("ratiopath 1.0.3: checksums equal", float(same), must=">= 1"),
+            Row.of("ratiopath on Ray: ours on Ray is faster by", speed, must=">= 5" if judged else ""),
+            Row.of("ratiopath: checksums equal", float(same), must=">= 1"),
         ]
         rate = f"{found['tiles'] / found['seconds']:.0f}"
-        lines.append(["ratiopath 1.0.3, Ray", rate, f"{speed:.1f}", ">= 5", "same" if same else "DIFFERENT"])
+        lines.append(["ratiopath, Ray", rate, f"{speed:.1f}", ">= 5", "same" if same else "DIFFERENT"])
         lines.append(["ours, Ray", f"{ray['tiles'] / seconds:.0f}", "", "", ""])
-    lines.append(["ours, loop", f"{ours['tiles'] / ours['seconds']:.0f}", "", "", ""])
     _show("512 px tiles, one core", ["reader", "tiles/s", "ours is faster by", "must", "checksum"], lines)
     return rows
 
@@ -195,33 +289,25 @@ TABLES: list[str] = []
 
 def _show(title: str, head: list[str], lines: list[list[str]]) -> None:
     print("\n" + table(title, head, lines), flush=True)
-    page = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)]
-    TABLES.append(f"{title[0].upper()}{title[1:]}:\n\n" + "\n".join(page))
-
-
-def write_docs(command: str) -> None:
-    """Put the tables between this program's own marks on the page; the rest of it stays."""
-    about = machine()
-    parts = [
-        f"Measured on {time.strftime('%Y-%m-%d')} with `{command}` on {about['cpu']}, load {about['load_1min']:.1f}: "
-        "ratios are of arms that alternate in one run, speeds are only for orientation.",
-        *TABLES,
-    ]
-    text = PAGE.read_text() if PAGE.exists() else f"# Performance\n\n## Tiles of slides\n\n{BEGIN}\n{END}\n"
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    PAGE.write_text(f"{head}{BEGIN}\n" + "\n\n".join(parts) + f"\n{END}{tail}")
+    TABLES.append(f"{title[0].upper()}{title[1:]}:\n\n{markdown(head, lines)}")
 
 
 def main() -> int:
-    options = parser("Tiles of a slide against what the machine can do.", cases=CASES)
+    options = parser("Tiles of a slide against what the machine can do.", cases=CASES, page=True)
     options.add_argument(
         "--tiles", metavar="SLIDE", help="cut the different tiles from a slide, not from a painted one"
     )
     options.add_argument("--peer-python", metavar="PYTHON", help="with ratiopath==1.0.3 and tiffslide")
-    options.add_argument("--write-docs", action="store_true", help="write this program's part of docs/performance.md")
     given = options.parse_args()
-    cases = chosen(given, dict.fromkeys(CASES), "plain")
+    cases = chosen(given, dict.fromkeys(CASES), "plain", "peers", "pool")
+    packages = versions(["imagecodecs", "openslide-python", "openslide-bin", "ray"])
+    left_out = []
+    if given.peer_python:
+        packages |= versions(["tiffslide", "ratiopath"], given.peer_python)
+    elif "peers" in cases:
+        left_out.append("tiffslide and ratiopath (no `--peer-python`)")
+        print("left out: " + left_out[0])
+    command, about, judged = asked("tiling.py", sys.argv[1:]), machine(), not given.quick
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         tiles = different_tiles(given.tiles)
@@ -232,21 +318,20 @@ def main() -> int:
             write_slide(path, tiles, side, levels=False)
             return path
 
+        side, rounds = (20480, ROUNDS) if judged else (5120, 1)
         run = {
-            "plain": lambda: plain(slide(5120 if given.quick else 20480), 2 if given.quick else ROUNDS),
-            "peers": lambda: peers(slide(20480), slide(40960), given.peer_python),
+            "plain": lambda: plain(slide(side), rounds, judged),
+            "peers": lambda: peers(slide(side), slide(2 * side if judged else side), given.peer_python, judged),
+            "pool": lambda: pool(slide(side), rounds, judged),
             "memory": lambda: memory({side: slide(side) for side in (4096, 12800, 40960)}),
             "ray": lambda: ray_tax(slide(40960)),
         }
         for case in cases:
             rows += run[case]()
     if given.write_docs:
-        left_out = {"--write-docs", given.json, "--json"}  # where things lie is nobody else's
-        asked = " ".join(word for word in sys.argv[1:] if word not in left_out)
-        if given.peer_python:
-            asked = asked.replace(given.peer_python, "PYTHON")
-        write_docs(f"python benchmarks/tiling.py {asked}".strip())
-    return finish(rows, given.json)
+        told = "Ratios are of arms that alternate in one run, speeds are only for orientation."
+        write_section("tiling", "\n\n".join([heading(command, about, packages, left_out), told, *TABLES]))
+    return finish(rows, given.json, {"command": command, "packages": packages, "left_out": left_out})
 
 
 if __name__ == "__main__":

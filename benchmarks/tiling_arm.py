@@ -1,6 +1,6 @@
 """One arm of the tiling benchmark in a process of its own; prints one line of JSON.
 
-    python benchmarks/tiling_arm.py {ours|ours-ray|ours-map|ours-rows|ratiopath|openslide|tiffslide} SLIDE ...
+    python benchmarks/tiling_arm.py {ours|ours-pool|ours-ray|ours-map|ours-rows|ratiopath|openslide|tiffslide} SLIDE ...
 
 Every arm ends in the same checksum of the same tiles, taken where the tile was read. It runs with what it needs alone:
 `ratiopath` and `tiffslide` in an environment of their own.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import time
 from itertools import islice
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 MASK = (1 << 64) - 1
+KEPT = 32
 
 
 def checksum(tiles: Any, rows: Any, cols: Any) -> int:
@@ -29,27 +31,67 @@ def checksum(tiles: Any, rows: Any, cols: Any) -> int:
     return total & MASK
 
 
+class Reading:
+    """A plan of all tiles, its groups and one buffer, in the process that decodes."""
+
+    def __init__(self, path: str, side: int, mpp: float) -> None:
+        from deepfere.readers.slide import open_slide
+        from deepfere.tiling.groups import TileReader, group_tiles
+        from deepfere.tiling.tiles import TileSpec, plan_tiles
+
+        self.slide = open_slide(path)
+        self.plan = plan_tiles(self.slide, TileSpec(side, mpp))
+        self.groups, self.reader = group_tiles(self.plan), TileReader(self.plan, self.slide)
+        self.out = np.empty((max(len(g.tiles) for g in self.groups), side, side, 3), np.uint8)
+
+    def pixels(self, number: int) -> Any:
+        """Tiles of a group, until the next is read."""
+        group = self.groups[number]
+        return self.reader.read(group, self.out[: len(group.tiles)])[0]
+
+    def sum(self, number: int) -> int:
+        """Checksum of a group's tiles."""
+        return checksum(self.pixels(number), *self.plan.corner_px[self.groups[number].tiles].T)
+
+
 def ours(path: str, side: int, mpp: float, seconds: float) -> dict[str, Any]:
     """Plain, in this process; again and again until ``seconds`` have passed."""
-    from deepfere.readers.slide import open_slide
-    from deepfere.tiling.groups import TileReader, group_tiles
-    from deepfere.tiling.tiles import TileSpec, plan_tiles
-
     began, rounds, total = time.perf_counter(), 0, 0
-    slide = open_slide(path)
-    plan = plan_tiles(slide, TileSpec(side, mpp))
-    groups = group_tiles(plan)
-    reader = TileReader(plan, slide)
-    out = np.empty((max(len(g.tiles) for g in groups), side, side, 3), np.uint8)
+    reading = Reading(path, side, mpp)
     started = time.perf_counter()
     while not rounds or time.perf_counter() - began < seconds:
-        total = 0
-        for group in groups:
-            pixels, _ = reader.read(group, out[: len(group.tiles)])
-            total += checksum(pixels, *plan.corner_px[group.tiles].T)
+        total = sum(map(reading.sum, range(len(reading.groups))))
         rounds += 1
     took = (time.perf_counter() - started) / rounds
-    return {"seconds": took, "tiles": len(plan), "checksum": total & MASK, "backend": slide.backend}
+    return {"seconds": took, "tiles": len(reading.plan), "checksum": total & MASK, "backend": reading.slide.backend}
+
+
+_HERE: dict[str, Reading] = {}  # of a process of the pool
+
+
+def _open(path: str, side: int, mpp: float, ready: Any) -> None:
+    _HERE["reading"] = Reading(path, side, mpp)
+    _sum(0)
+    ready.wait()
+
+
+def _sum(number: int) -> int:
+    return _HERE["reading"].sum(number)
+
+
+def ours_pool(path: str, side: int, mpp: float, seconds: float, workers: int) -> dict[str, Any]:
+    """The same groups by plain processes, one at a time to whichever is free; until ``seconds`` have passed."""
+    reading, rounds, total = Reading(path, side, mpp), 0, 0
+    context = multiprocessing.get_context("spawn")
+    ready = context.Barrier(workers + 1)
+    with context.Pool(workers, _open, (path, side, mpp, ready)) as pool:
+        ready.wait()
+        started = time.perf_counter()
+        while not rounds or time.perf_counter() - started < seconds:
+            total = sum(pool.imap_unordered(_sum, range(len(reading.groups))))
+            rounds += 1
+        took = (time.perf_counter() - started) / rounds
+    return {"seconds": took, "tiles": len(reading.plan), "checksum": total & MASK}
 
 
 def ours_ray(path: str, side: int, mpp: float, repeat: int, apart: bool = False) -> dict[str, Any]:
@@ -87,30 +129,22 @@ def ours_rows(path: str, side: int, mpp: float, repeat: int) -> dict[str, Any]:
     """On the pool of Ray's actors that `deepfere fuse` and `deepfere tile` decode slides with."""
     from deepfere.cluster import connect
     from deepfere.config import RaySettings
-    from deepfere.readers.slide import open_slide
     from deepfere.rows import Phase, RowWorker
     from deepfere.schedule import pool, run_phase
-    from deepfere.tiling.groups import TileReader, group_tiles
-    from deepfere.tiling.tiles import TileSpec, plan_tiles
 
     class Sums(RowWorker):
         def __init__(self) -> None:
-            slide = open_slide(path)
-            self.plan = plan_tiles(slide, TileSpec(side, mpp))
-            self.groups, self.reader = group_tiles(self.plan), TileReader(self.plan, slide)
-            self.out = np.empty((max(len(g.tiles) for g in self.groups), side, side, 3), np.uint8)
+            self.reading = Reading(path, side, mpp)
 
         def work(self, row: dict[str, Any]) -> dict[str, Any]:
-            group = self.groups[row["group"]]
-            pixels, _ = self.reader.read(group, self.out[: len(group.tiles)])
-            return {"sum": checksum(pixels, *self.plan.corner_px[group.tiles].T), "n": len(group.tiles)}
+            return {"sum": self.reading.sum(row["group"]), "n": len(self.reading.groups[row["group"]].tiles)}
 
     found: list[dict[str, Any]] = []
 
     def job(times: int) -> float:
         found.clear()
         started = time.perf_counter()
-        count = len(group_tiles(plan_tiles(open_slide(path), TileSpec(side, mpp))))
+        count = len(Reading(path, side, mpp).groups)
         rows = ({"unit": f"{k}/{group}", "group": group} for k in range(times) for group in range(count))
         run_phase(Phase("tiles", Sums, (), rows, times * count, found.append))
         return time.perf_counter() - started
@@ -152,8 +186,8 @@ def ratiopath(path: str, side: int) -> dict[str, Any]:
     return {"seconds": took, "tiles": sum(row["n"] for row in rows), "checksum": total & MASK}
 
 
-def loop(kind: str, path: str, side: int, most: int) -> dict[str, Any]:
-    """A loop over the tiles through one open handle, row by row."""
+def loop(kind: str, path: str, side: int, most: int, keep: str = "") -> dict[str, Any]:
+    """A loop over the tiles through one open handle, row by row; afterwards the first `KEPT` of them go to a file."""
     if kind == "openslide":
         import openslide
 
@@ -162,16 +196,21 @@ def loop(kind: str, path: str, side: int, most: int) -> dict[str, Any]:
         import tiffslide
 
         handle = tiffslide.TiffSlide(path)
+
+    def read(row: int, col: int) -> Any:
+        if kind == "openslide":
+            return np.asarray(handle.read_region((col, row), 0, (side, side)))[..., :3]
+        return handle.read_region((col, row), 0, (side, side), as_array=True)
+
     w, h = handle.dimensions
     places = [(r, c) for r in range(0, h, side) for c in range(0, w, side)][:most]
     total, started = 0, time.perf_counter()
     for row, col in places:
-        if kind == "openslide":
-            tile = np.asarray(handle.read_region((col, row), 0, (side, side)))[..., :3]
-        else:
-            tile = handle.read_region((col, row), 0, (side, side), as_array=True)
-        total += checksum([tile], [row], [col])
-    return {"seconds": time.perf_counter() - started, "tiles": len(places), "checksum": total & MASK}
+        total += checksum([read(row, col)], [row], [col])
+    took = time.perf_counter() - started
+    if keep:
+        np.save(keep, np.stack([read(*place) for place in places[:KEPT]]))
+    return {"seconds": took, "tiles": len(places), "checksum": total & MASK}
 
 
 def _quiet(ray: Any) -> None:
@@ -182,7 +221,7 @@ def _quiet(ray: Any) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument(
-        "arm", choices=["ours", "ours-ray", "ours-map", "ours-rows", "ratiopath", "openslide", "tiffslide"]
+        "arm", choices=["ours", "ours-pool", "ours-ray", "ours-map", "ours-rows", "ratiopath", "openslide", "tiffslide"]
     )
     parser.add_argument("slide")
     parser.add_argument("--side", type=int, default=512)
@@ -191,10 +230,14 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--nice", type=int, default=0, help="as Ray's workers are: 15")
     parser.add_argument("--most", type=int, default=1 << 40)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--keep", default="", metavar="FILE.npy", help="of a loop's first tiles")
     given = parser.parse_args()
     os.nice(given.nice)
     if given.arm == "ours":
         found = ours(given.slide, given.side, given.mpp, given.seconds)
+    elif given.arm == "ours-pool":
+        found = ours_pool(given.slide, given.side, given.mpp, given.seconds, given.workers)
     elif given.arm == "ours-ray":
         found = ours_ray(given.slide, given.side, given.mpp, given.repeat)
     elif given.arm == "ours-map":
@@ -204,5 +247,5 @@ if __name__ == "__main__":
     elif given.arm == "ratiopath":
         found = ratiopath(given.slide, given.side)
     else:
-        found = loop(given.arm, given.slide, given.side, given.most)
+        found = loop(given.arm, given.slide, given.side, given.most, given.keep)
     print("RESULT " + json.dumps(found))

@@ -380,20 +380,71 @@ def test_tiling_slide_holds_its_tiles_and_every_arm_sums_the_same(tmp_path, prog
     assert slide.backend == "tiff" and [level.shape_px[0] for level in slide.levels] == [1024, 256, 64]
     assert min(np.abs(slide.read(0, 256, 512, 256, 256).astype(int) - tile).mean() for tile in tiles) < 20
     ours = arm.ours(str(path), 512, 0.5, 0.0)
-    assert ours["tiles"] == 4 and ours["checksum"] == arm.loop("openslide", str(path), 512, 99)["checksum"]
+    kept = tmp_path / "kept.npy"
+    assert ours["tiles"] == 4
+    assert ours["checksum"] == arm.loop("openslide", str(path), 512, 99, str(kept))["checksum"]
+    tiling = load("tiling")
+    assert tiling.arm("ours-pool", path, "--workers", 2)["checksum"] == ours["checksum"]
+    total, pixels = tiling.first_tiles(path, 99)
+    assert total == ours["checksum"] and np.array_equal(pixels, np.load(kept))
+    # Of some tiles, in the order of rows, the sum is that of a loop that stops there.
+    assert tiling.first_tiles(path, 3)[0] == arm.loop("openslide", str(path), 512, 3)["checksum"] != total
     turned = [np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 7, np.uint8)]
     assert arm.checksum(turned, [0, 1], [0, 1]) != arm.checksum(turned[::-1], [0, 1], [0, 1])
 
 
-def test_tiling_writes_between_its_own_marks_only(tmp_path, programs, monkeypatch):
-    tiling = load("tiling")
-    monkeypatch.setattr(tiling, "PAGE", tmp_path / "performance.md")
-    monkeypatch.setattr(tiling, "TABLES", ["| first |"])
-    tiling.PAGE.write_text(f"# Performance\n\nmine\n{tiling.BEGIN}\nold\n{tiling.END}\n\nothers'\n")
-    tiling.write_docs("python benchmarks/tiling.py")
-    text = tiling.PAGE.read_text()
-    assert "| first |" in text and "old" not in text and text.startswith("# Performance\n\nmine\n")
-    assert text.endswith(f"{tiling.END}\n\nothers'\n")
+def test_tiling_states_every_ceiling(tmp_path, programs):
+    import numpy as np
+
+    made, tiling = load("tiling_slide"), load("tiling")
+    tiles = [np.full((256, 256, 3), value, np.uint8) for value in (50, 200)]
+    made.write_slide(tmp_path / "s.tif", tiles, 2048, levels=False)
+    rows = tiling.plain(tmp_path / "s.tif", 1, judged=False)
+    for ceiling in ("libjpeg-turbo", "pread of the same bytes", "one memcpy of the pixels"):
+        shares = [row.value for row in rows if f"share of {ceiling}, processor" in row.what]
+        assert len(shares) == len(tiling.TILINGS) and min(shares) > 0
+    assert {row.must for row in rows if "share" in row.what} == {""}
+    head, *lines = [line for line in tiling.TABLES[0].splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {head.count("|")}
+
+
+def test_a_section_is_written_between_its_own_marks_only(tmp_path):
+    page = tmp_path / "performance.md"
+    common.write_section("tiling", "| first |", page)
+    page.write_text(f"# Performance\n\nmine\n{page.read_text().partition(chr(10))[2]}\nothers'\n")
+    common.write_section("pyramid", "| third |", page)
+    common.write_section("tiling", "| second |", page)
+    text = page.read_text()
+    assert text.startswith("# Performance\n\nmine\n") and "\nothers'\n" in text and "| first |" not in text
+    assert "<!-- tiling:begin -->\n| second |\n<!-- tiling:end -->\n" in text
+    assert text.endswith("<!-- pyramid:begin -->\n| third |\n<!-- pyramid:end -->\n")
+
+
+def test_what_stands_above_the_figures_is_the_command_the_machine_and_the_versions():
+    words = ["plain", "--peer-python", "/somewhere/python", "--json=/somewhere/x.json", "--write-docs"]
+    command = common.asked("tiling.py", words)
+    assert command == "python benchmarks/tiling.py plain --peer-python PYTHON --json=FILE --write-docs"
+    machine = {"cpu": "A", "cores": 2, "memory_bytes": 2**34, "load_1min": 0.25}
+    text = common.heading(command, machine, {"one": "1.2", "two": "3"}, ["a peer (no `--peer-python`)"])
+    assert f"`{command}`" in text and "2 cores of A, 16 GiB of memory, load 0.2 at the start; one 1.2, two 3." in text
+    assert text.endswith(" Left out: a peer (no `--peer-python`).")
+    assert "Left out" not in common.heading(command, machine, {"one": "1.2"})
+
+
+def test_a_python_without_the_peer_ends_the_program_before_work_starts(capsys):
+    assert common.versions(["numpy", "zarr"]).keys() == {"numpy", "zarr"}
+    for names, python in ((["numpy", "there-is-no-such-package"], sys.executable), (["numpy"], "/no/such/python")):
+        with pytest.raises(SystemExit) as stopped:
+            common.versions(names, python)
+        assert stopped.value.code == 2
+        shown = capsys.readouterr().err
+        assert python in shown and names[-1] in shown and shown.count("\n") == 1
+
+
+def test_quick_figures_go_to_no_page(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        common.parser("text", ["a"], page=True).parse_args(["--quick", "--write-docs"])
+    assert stopped.value.code == 2 and "not allowed with" in capsys.readouterr().err
 
 
 def test_the_devices_benchmark_needs_torch_and_numpy_alone_and_counts_right():
