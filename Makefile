@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: all demo test test-cluster lint format bench clean
+.PHONY: all demo test test-cluster lint format bench performance clean
 all: $(VENV)/.installed
 
 # The tested versions are in constraints.txt; on a machine with GPUs install the torch build for
@@ -36,6 +36,16 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/fidelity.py --quick
+
+# The generated parts of docs/performance.md, on a machine with nothing else to do. Peers have environments of their own:
+# PEER_PYTHON (ratiopath==1.0.3, tiffslide) and THYRA_PYTHON (thyra); without them their rows are left out. A must that is
+# missed keeps no part from being written, and fails the target.
+performance: $(VENV)/.installed
+	missed=0; \
+	$(BIN)/python benchmarks/ingest.py --write-docs $(if $(THYRA_PYTHON),--thyra-python $(THYRA_PYTHON)) || missed=1; \
+	$(BIN)/python benchmarks/tiling.py --write-docs $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON)) || missed=1; \
+	$(BIN)/python benchmarks/pyramid.py --write-docs || missed=1; \
+	exit $$missed
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
