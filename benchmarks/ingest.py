@@ -1,9 +1,12 @@
-"""Reading imzML against what limits it and against others: ``python benchmarks/ingest.py [CASE ...] [--quick]``.
+"""Reading imzML against what limits it and against others.
 
-Cases: ``index`` (the XML, against pyimzML and against reading the file), ``continuous`` and ``processed`` (the .ibd
-to shards, against reading it once and writing the finished cube once; and against thyra where it is), ``memory``
-(of a process that ingests, as the .ibd grows tenfold). Files are generated from a seed in a temporary folder. All
-arms run in this process or its children on one core, in turns; a figure is the best of its rounds.
+    python benchmarks/ingest.py [CASE ...] [--quick | --write-docs] [--json FILE] [--thyra-python PYTHON]
+
+Cases: ``index`` (the XML, against pyimzML, against reading the file and looking at every byte once), ``continuous`` and
+``processed`` (the .ibd to shards, against summing it, and against reading it once and writing the finished cube once;
+pixels and intensities against pyimzML's; and against thyra where PYTHON has it), ``memory`` (of a process that ingests,
+as the .ibd grows tenfold). Files are generated from a seed in a temporary folder. All arms run in this process or its
+children on one core, in turns; a figure is the best of its rounds. ``--quick``: smaller, nothing to meet in time.
 """
 
 from __future__ import annotations
@@ -24,23 +27,23 @@ from xml.parsers import expat
 
 import common
 import numpy as np
-from common import Row
+from common import Row, asked, heading, machine, markdown, versions, write_section
 from imzml_files import targets, write_continuous, write_processed, write_xml
 
 from deepfere.measured.ingest import ingest
-from deepfere.measured.store import MeasuredWriter
+from deepfere.measured.store import Measured, MeasuredWriter
 from deepfere.readers import imzml
 from deepfere.readers.imzml import read_index
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
-MARKS = ("<!-- ingest:begin -->", "<!-- ingest:end -->")
 # As its command line does by default: centroids are put on a common axis. A shared axis is kept.
 THYRA = (
     "import sys, time; from thyra.convert import convert_msi;"
     "axis = {'method': 'auto', 'axis_type': 'auto', 'reference_mz': 1000.0} if sys.argv[3] == 'resample' else None;"
     "t = time.perf_counter(); c = time.process_time();"
     "ok = convert_msi(sys.argv[1], sys.argv[2], pixel_size_um=10.0, resampling_config=axis);"
-    "print('seconds', time.perf_counter() - t, time.process_time() - c, ok)"
+    "print('seconds', time.perf_counter() - t, time.process_time() - c, ok);"
+    "import spatialdata; (table,) = spatialdata.read_zarr(sys.argv[2]).tables.values();"
+    "print('table', table.n_obs, float(table.X.sum(dtype='f8')))"
 )
 WORKER = (
     "import re, sys; from pathlib import Path; from deepfere.measured.ingest import ingest;"
@@ -77,6 +80,24 @@ def read_all(path: Path) -> None:
             pass
 
 
+def scan(path: Path) -> None:
+    """A file once, from the page cache, looking (memchr) for a byte that is nowhere in it."""
+    block = bytearray(1 << 20)
+    with path.open("rb", buffering=0) as handle:
+        while n := handle.readinto(block):
+            assert block.find(0, 0, n) < 0, "the search ended early"
+
+
+def mapped_sum(path: Path) -> None:
+    """A file once, in order, mapped into memory: the sum of its words."""
+    np.memmap(path, np.uint64, "r", shape=(path.stat().st_size // 8,)).sum()
+
+
+def share(what: str, ours: tuple[float, float], floor: tuple[float, float]) -> Row:
+    """How much of our time a floor takes, by processor time."""
+    return Row.of(f"{what}, share of our processor time", floor[1] / ours[1])
+
+
 def bare_expat(path: Path) -> None:
     """The XML parser alone, with handlers that do nothing."""
     parser = expat.ParserCreate()
@@ -86,6 +107,7 @@ def bare_expat(path: Path) -> None:
 
 
 def index(folder: Path, quick: bool, thyra: str | None) -> list[Row]:
+    """The XML of sizes up to a million spectra."""
     from pyimzml.ImzMLParser import ImzMLParser
 
     rows = []
@@ -100,12 +122,16 @@ def index(folder: Path, quick: bool, thyra: str | None) -> list[Row]:
         }
         rounds = 2 if n < 1_000_000 else 1
         best = timed(arms, rounds)
-        floor = timed({"read": lambda path=path: read_all(path)}, 3)
-        peer, ours = ImzMLParser(str(path), ibd_file=None), read_index(path, check_ibd=False)
-        assert [(x, y) for x, y, _ in peer.coordinates] == list(zip(ours.x, ours.y, strict=True))
-        assert np.array_equal(peer.mzOffsets, ours.mz_offset) and np.array_equal(peer.mzLengths, ours.mz_length)
+        floor = timed({"read": lambda path=path: read_all(path), "scan": lambda path=path: scan(path)}, 3)
         what = f"index of {n:,} spectra{', more terms' * more}"
-        rows += ratio(f"{what}: times pyimzML", best["ours"], best["pyimzml"], ">= 12")
+        peer, ours = ImzMLParser(str(path), ibd_file=None), read_index(path, check_ibd=False)
+        rows.append(Row.of(f"{what}: spectra", len(ours), "pyimzML", len(peer.coordinates), "within 0 of baseline"))
+        theirs = [*np.array(peer.coordinates).T[:2], peer.mzOffsets, peer.mzLengths]
+        pairs = zip((ours.x, ours.y, ours.mz_offset, ours.mz_length), theirs, strict=True)
+        off = sum(not np.array_equal(a, b) for a, b in pairs)
+        rows.append(Row.of(f"{what}: columns (x, y, offset, length) unlike pyimzML's", off, must="<= 0"))
+        rows += ratio(f"{what}: times pyimzML", best["ours"], best["pyimzml"], "" if quick else ">= 12")
+        rows.append(share(f"{what}: looking at every byte once (memchr)", best["ours"], floor["scan"]))
         size = path.stat().st_size
         rows.append(
             Row.of(f"{what}: MB/s", size / best["ours"][0] / 1e6, "reading alone", size / floor["read"][0] / 1e6)
@@ -138,10 +164,13 @@ def ingestion(path: Path, mz: list[float] | None, rounds: int, must: str, what: 
         def write(
             codec: Any = codec, bands: Any = bands, axis: Any = axis, shape: Any = shape, band: int = band
         ) -> None:
-            read_all(known.ibd_path)
             writer = MeasuredWriter(out, axis, shape, band_rows=band, overwrite=True, codec=codec)
             for (begin, _), images in zip(writer.bands, bands, strict=True):
                 writer.write_images(begin, images)
+
+        def floor(write: Callable[[], None] = write) -> None:
+            read_all(known.ibd_path)
+            write()
 
         # The index is measured on its own: here it is at hand, as from its cache.
         import deepfere.measured.ions as module
@@ -149,12 +178,15 @@ def ingestion(path: Path, mz: list[float] | None, rounds: int, must: str, what: 
         at_hand = mock.Mock(return_value=known)
         module.read_index = at_hand
         try:
-            best = timed({"floor": write, "ours": lambda options=options: ingest(path, out, **options)}, rounds)
+            arms = {"floor": floor, "write": write, "ours": lambda options=options: ingest(path, out, **options)}
+            best = timed({"sum": lambda: mapped_sum(known.ibd_path), **arms}, rounds)
         finally:
             module.read_index = read_index
         assert at_hand.called, "the index was read again, and timed"
         name = "blosc-zstd 1 bit-shuffle" if codec == "blosc" else "zstd 1"
         rows += ratio(f"{what}, {name}: of reading once and writing once", best["ours"], best["floor"], bar)
+        rows.append(share(f"{what}, {name}: writing the finished cube alone", best["ours"], best["write"]))
+        rows.append(share(f"{what}, {name}: summing the mapped .ibd", best["ours"], best["sum"]))
         megabytes = known.ibd_path.stat().st_size / 1e6
         rows.append(Row.of(f"{what}, {name}: MB/s of the .ibd", megabytes / best["ours"][0]))
         stored = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
@@ -163,50 +195,82 @@ def ingestion(path: Path, mz: list[float] | None, rounds: int, must: str, what: 
     return rows
 
 
-def against_thyra(path: Path, mz: list[float] | None, python: str | None, what: str) -> list[Row]:
+def same_signal(path: Path, mz: list[float] | None, what: str) -> tuple[list[Row], Measured]:
+    """Pixels and the sum of all their spectra against what pyimzML reads; and the store that they are in."""
+    from pyimzml.ImzMLParser import ImzMLParser
+
+    measured = ingest(path, path.with_suffix(".zarr"), mz=mz, codec="blosc", overwrite=True)
+    with ImzMLParser(str(path)) as peer:
+        n = len(peer.coordinates)
+        theirs = sum(float(peer.getspectrum(k)[1].sum(dtype=np.float64)) for k in range(n))
+    apart = abs(signal(measured) / theirs - 1)
+    return [
+        Row.of(f"{what}: pixels", int(measured.mask.sum()), "pyimzML", n, "within 0 of baseline"),
+        Row.of(f"{what}: sum of all spectra, relative difference to pyimzML's", apart, must="<= 1e-6"),
+    ], measured
+
+
+def signal(measured: Measured) -> float:
+    """Sum of all spectra as read, whatever ions were kept."""
+    return float(measured.tic[measured.mask].sum(dtype=np.float64))
+
+
+def against_thyra(path: Path, mz: list[float] | None, python: str | None, judged: bool, what: str) -> list[Row]:
     """The whole of it, index included, and thyra's conversion of the same pair."""
+    rows, measured = same_signal(path, mz, what)
+    pixels, total = int(measured.mask.sum()), signal(measured)
     if python is None:
-        return []
+        return rows
     out, peer = path.with_suffix(".zarr"), path.with_suffix(".thyra")
     best = timed({"ours": lambda: ingest(path, out, mz=mz, codec="blosc", overwrite=True)}, 2)["ours"]
     command = [python, "-c", THYRA, str(path), str(peer), "keep" if mz is None else "resample"]
     done = subprocess.run(command, capture_output=True, text=True)
     found = re.search(r"seconds (\S+) (\S+) True", done.stdout)
-    if not found:
+    table = re.search(r"table (\d+) (\S+)", done.stdout)
+    if not found or not table:
         print(f"thyra: {(done.stderr or done.stdout).strip().splitlines()[-1:]}", file=sys.stderr)
     theirs = (float(found[1]), float(found[2])) if found else (float("nan"), float("nan"))
+    read = (float(table[1]), float(table[2])) if table else (float("nan"), float("nan"))
     shutil.rmtree(peer, ignore_errors=True)
-    shutil.rmtree(out)
-    return ratio(f"{what}: times thyra, index included", best, theirs, ">= 3")
+    return [
+        *rows,
+        *ratio(f"{what}: times thyra, index included", best, theirs, ">= 3" if judged else ""),
+        Row.of(f"{what}: pixels, those of thyra's table", pixels, "thyra", read[0]),
+        # On a common axis of its own it need not keep the sum.
+        Row.of(f"{what}: sum of thyra's table, over that of all spectra", read[1] / total),
+    ]
 
 
 def continuous(folder: Path, quick: bool, thyra: str | None) -> list[Row]:
+    """Spectra on one axis: all of them are kept."""
     rows = []
-    for ny in (60, 100 if quick else 500):
+    for ny in (10 if quick else 60, 100 if quick else 500):
         path = folder / f"continuous{ny}.imzML"
         write_continuous(path, ny, 500, 500)
         what = f"continuous, {ny} x 500 x 500"
-        if ny == 60:  # thyra needs some 50 bytes of memory per value
-            rows += against_thyra(path, None, thyra, what)
+        if ny <= 60:  # thyra needs some 50 bytes of memory per value
+            rows += against_thyra(path, None, thyra, not quick, what)
         else:
-            rows += ingestion(path, None, 2 if quick else 4, ">= 0.5", what)
+            rows += ingestion(path, None, 2 if quick else 4, "" if quick else ">= 0.5", what)
     return rows
 
 
 def processed(folder: Path, quick: bool, thyra: str | None) -> list[Row]:
+    """Centroids, reduced to targets."""
     rows, mz = [], targets(300).tolist()
-    for ny in (60, 100 if quick else 500):
+    for ny in (10 if quick else 60, 100 if quick else 500):
         path = folder / f"processed{ny}.imzML"
         write_processed(path, ny, 500, 300)
         what = f"processed, {ny} x 500 x ~300, 300 targets"
-        if ny == 60:
-            rows += against_thyra(path, mz, thyra, what)
+        if ny <= 60:
+            rows += against_thyra(path, mz, thyra, not quick, what)
         else:
-            rows += ingestion(path, mz, 2 if quick else 4, ">= 0.3", what)
+            rows += ingestion(path, mz, 2 if quick else 4, "" if quick else ">= 0.3", what)
     return rows
 
 
 def memory(folder: Path, quick: bool, thyra: str | None) -> list[Row]:
+    """Peak memory of a process that ingests ten times as many rows."""
     rows = []
     small = 64 if quick else 128
     for kind in ("continuous", "processed"):
@@ -233,40 +297,30 @@ def memory(folder: Path, quick: bool, thyra: str | None) -> list[Row]:
 CASES = {"index": index, "continuous": continuous, "processed": processed, "memory": memory}
 
 
-def write_page(rows: list[Row]) -> None:
-    """This benchmark's section of the page, between its marks; what others wrote stays."""
-    about = common.machine()
-    lines = [
-        "## Reading imzML",
-        "",
-        "Written by `python benchmarks/ingest.py --write-docs` from a run; do not edit what is between the marks.",
-        f"One core of {about['cores']} ({about['cpu']}), {about['memory_bytes'] / 2**30:.0f} GiB, files in the page "
-        f"cache, load {about['load_1min']:.1f}. A figure is the best of its rounds; arms take turns.",
-        "",
-        "| figure | value | of | must | |",
-        "|---|---|---|---|---|",
-    ]
+def section(rows: list[Row], top: str) -> str:
+    """This benchmark's part of the page."""
+    lines = []
     for row in rows:
         base = "" if row.baseline is None else f"{row.against} {row.baseline:.3g}"
         verdict = ("ok" if row.ok else "missed") if row.must else ""
-        lines.append(f"| {row.what} | {row.value:.3g} | {base} | {row.must} | {verdict} |")
-    section = "\n".join([MARKS[0], *lines, MARKS[1]])
-    text = PAGE.read_text() if PAGE.exists() else "# Performance\n"
-    if MARKS[0] in text:
-        head, _, rest = text.partition(MARKS[0])
-        text = head + section + rest.partition(MARKS[1])[2]
-    else:
-        text = f"{text.rstrip()}\n\n{section}\n"
-    PAGE.write_text(text)
+        lines.append([row.what, f"{row.value:.3g}", base, row.must, verdict])
+    told = "One core, files in the page cache. A figure is the best of its rounds; arms take turns."
+    return "\n\n".join(["## Reading imzML", top, told, markdown(["figure", "value", "of", "must", ""], lines)])
 
 
 def main() -> int:
-    parser = common.parser(__doc__ or "", list(CASES))
-    parser.add_argument("--thyra-python", metavar="PATH", help="a Python that has thyra, to compare with")
-    parser.add_argument("--write-docs", action="store_true", help="write this benchmark's section of the page")
+    parser = common.parser(__doc__ or "", list(CASES), page=True)
+    parser.add_argument("--thyra-python", metavar="PYTHON", help="a Python that has thyra, to compare with")
     given = parser.parse_args()
-    names = common.chosen(given, CASES, "index") if not (given.quick and not given.cases) else list(CASES)
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    names = common.chosen(given, CASES, *CASES)
+    packages, left_out = versions(["pyimzml", "zarr", "zarrs"]), []
+    if given.thyra_python:
+        packages |= versions(["thyra", "spatialdata"], given.thyra_python)
+    elif {"continuous", "processed"} & set(names):
+        left_out.append("thyra (no `--thyra-python`)")
+        print("left out: " + left_out[0], file=sys.stderr)
+    command, about, cores = asked("ingest.py", sys.argv[1:]), machine(), os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
     rows: list[Row] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -274,11 +328,12 @@ def main() -> int:
             with tempfile.TemporaryDirectory() as folder:
                 rows += CASES[name](Path(folder), given.quick, given.thyra_python)
             print(f"{name} done", file=sys.stderr)
+    os.sched_setaffinity(0, cores)  # of the machine, for the JSON
     cells = [[row.what, f"{row.value:.4g}", "" if row.baseline is None else f"{row.baseline:.4g}"] for row in rows]
     print(common.table("imzML", ["figure", "value", "of"], cells))
     if given.write_docs:
-        write_page(rows)
-    return common.finish(rows, given.json)
+        write_section("ingest", section(rows, heading(command, about, packages, left_out)))
+    return common.finish(rows, given.json, {"command": command, "packages": packages, "left_out": left_out})
 
 
 if __name__ == "__main__":

@@ -306,8 +306,12 @@ def main() -> int:
         packages |= versions(["tiffslide", "ratiopath"], given.peer_python)
     elif "peers" in cases:
         left_out.append("tiffslide and ratiopath (no `--peer-python`)")
-        print("left out: " + left_out[0])
     command, about, judged = asked("tiling.py", sys.argv[1:]), machine(), not given.quick
+    if about["cores"] < 2 and "pool" in cases:
+        cases = [case for case in cases if case != "pool"]
+        left_out.append("plain processes (one core)")
+    for what in left_out:
+        print(f"left out: {what}")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         tiles = different_tiles(given.tiles)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -45,13 +46,61 @@ def test_generated_pairs_are_what_they_say(tmp_path, load):
     assert (m.cube() > 0).mean() > 0.3
 
 
-def test_the_page_keeps_what_others_wrote(tmp_path, load, monkeypatch):
+def test_the_page_states_value_baseline_and_verdict(load):
     bench, common = load("ingest"), load("common")
-    page = tmp_path / "performance.md"
-    monkeypatch.setattr(bench, "PAGE", page)
-    bench.write_page([common.Row.of("a figure", 3.0, must=">= 2")])
-    page.write_text(page.read_text() + "\nafter\n")
-    bench.write_page([common.Row.of("another", 1.0, "that", 4.0, ">= 2")])
-    text = page.read_text()
-    assert text.startswith("# Performance\n") and text.endswith("after\n") and "a figure" not in text
-    assert "| another | 1 | that 4 | >= 2 | missed |" in text and text.count("ingest:begin") == 1
+    rows = [common.Row.of("a figure", 3.0, must=">= 2"), common.Row.of("another", 1.0, "that", 4.0, ">= 2")]
+    lines = bench.section(rows, "Written by a command.").splitlines()
+    assert lines[0] == "## Reading imzML" and "Written by a command." in lines
+    assert lines[-2:] == ["| a figure | 3 |  | >= 2 | ok |", "| another | 1 | that 4 | >= 2 | missed |"]
+
+
+@pytest.mark.parametrize("kind", ["continuous", "processed"])
+def test_signal_is_held_against_pyimzml_and_every_floor_is_stated(tmp_path, load, kind):
+    files, bench = load("imzml_files"), load("ingest")
+    path = tmp_path / "x.imzML"
+    mz = files.targets(20).tolist() if kind == "processed" else None
+    (files.write_processed if mz else files.write_continuous)(path, 12, 16, 20)
+    rows, measured = bench.same_signal(path, mz, kind)
+    assert all(row.ok and row.must for row in rows) and rows[0].value == rows[0].baseline == 12 * 16
+    # A store that misses a part of the signal is told from one that has it all.
+    measured.tic[0, 0] = 0
+    bench.ingest = lambda *args, **options: measured
+    assert not all(row.ok for row in bench.same_signal(path, mz, kind)[0])
+    bench.ingest = ingest
+    rows = bench.ingestion(path, mz, 1, "", kind)
+    for floor in ("reading once and writing once", "writing the finished cube alone", "summing the mapped .ibd"):
+        values = [row.value for row in rows if floor in row.what]
+        assert len(values) >= 2 and min(values) > 0
+    bench.scan(path)
+
+
+def test_thyras_row_is_time_pixels_and_signal(tmp_path, load):
+    files, bench = load("imzml_files"), load("ingest")
+    path = tmp_path / "x.imzML"
+    files.write_continuous(path, 3, 4, 20)
+    _, measured = bench.same_signal(path, None, "few")
+    thyra = tmp_path / "python"
+    told = f"seconds 1000 900 True\ntable 12 {2 * bench.signal(measured)!r}"
+    thyra.write_text(f"#!/bin/sh\necho '{told}'\n")
+    thyra.chmod(0o755)
+    rows = {row.what: row for row in bench.against_thyra(path, None, str(thyra), True, "few")}
+    assert rows["few: times thyra, index included"].value > 3
+    pixels = rows["few: pixels, those of thyra's table"]
+    assert (pixels.value, pixels.baseline) == (12, 12)
+    assert rows["few: sum of thyra's table, over that of all spectra"].value == pytest.approx(2)
+    # One that fails is no success.
+    thyra.write_text("#!/bin/sh\necho broken >&2\nexit 1\n")
+    failed = [row for row in bench.against_thyra(path, None, str(thyra), True, "few") if not row.ok]
+    assert [row.what for row in failed] == ["few: times thyra, index included"]
+
+
+def test_a_run_without_thyra_says_so_on_the_page(load, monkeypatch):
+    bench, common, pages = load("ingest"), load("common"), {}
+    monkeypatch.setattr(bench, "CASES", {"continuous": lambda *_: [common.Row.of("a figure", 3.0, must=">= 2")]})
+    monkeypatch.setattr(bench, "write_section", pages.__setitem__)
+    monkeypatch.setattr(sys, "argv", ["ingest.py", "continuous", "--write-docs"])
+    cores = os.sched_getaffinity(0)
+    assert bench.main() == 0 and os.sched_getaffinity(0) == cores
+    (page,) = pages.values()
+    assert "`python benchmarks/ingest.py continuous --write-docs`" in page and f" {len(cores)} cores of " in page
+    assert "Left out: thyra" in page and "pyimzml " in page and "| a figure | 3 |" in page

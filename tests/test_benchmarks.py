@@ -476,6 +476,25 @@ def test_a_pyramids_ratio_is_the_median_of_those_within_rounds(tmp_path, monkeyp
     assert rows[0].value != rows[0].value and not rows[0].ok
 
 
+@pytest.mark.usefixtures("programs")
+def test_tiling_and_pyramid_write_their_parts_of_the_page(monkeypatch):
+    tiling, pyramid, pages = load("tiling"), load("pyramid"), {}
+    monkeypatch.setattr(tiling, "different_tiles", lambda source: [])
+    monkeypatch.setattr(tiling, "write_slide", lambda *args, **options: None)
+    monkeypatch.setattr(tiling, "peers", lambda *_: tiling._show("readers", ["a", "b"], [["c", "d"]]) or [])
+    monkeypatch.setattr(pyramid, "case", lambda *_: ([], ["x"] * len(pyramid.HEAD)))
+    for module in (tiling, pyramid):
+        monkeypatch.setattr(module, "write_section", pages.__setitem__)
+    monkeypatch.setattr(sys, "argv", ["tiling.py", "peers", "--write-docs"])
+    assert tiling.main() == 0 and pyramid.main(["stain", "--write-docs"]) == 0
+    assert pages.keys() == {"tiling", "pyramid"}
+    assert "`python benchmarks/tiling.py peers --write-docs`" in pages["tiling"] and "imagecodecs " in pages["tiling"]
+    assert "Left out: tiffslide and ratiopath" in pages["tiling"] and pages["tiling"].endswith("| c | d |")
+    assert "`python benchmarks/pyramid.py stain --write-docs`" in pages["pyramid"] and "ome-zarr " in pages["pyramid"]
+    head, _, line = pages["pyramid"].splitlines()[-3:]
+    assert head.count("|") == line.count("|")
+
+
 def test_make_performance_hands_peers_on_where_they_are_given():
     import shutil
     import subprocess
