@@ -224,13 +224,13 @@ def versions(names: Sequence[str], python: str = sys.executable) -> dict[str, st
     code = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
     try:
         done = subprocess.run([python, "-c", code, *names], capture_output=True, text=True)
-        told = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+        found, told = done.stdout.split(), (done.stderr.strip().splitlines() or ["it told no versions"])[-1]
     except OSError as error:
-        told = [str(error)]
-    if told:
-        print(f"{python} must be a Python with {', '.join(names)}: {told[0]}", file=sys.stderr)
+        found, told = [], str(error)
+    if len(found) != len(names):
+        print(f"{python} must be a Python with {', '.join(names)}: {told}", file=sys.stderr)
         sys.exit(2)
-    return dict(zip(names, done.stdout.split(), strict=True))
+    return dict(zip(names, found, strict=True))
 
 
 def asked(program: str, words: Sequence[str]) -> str:

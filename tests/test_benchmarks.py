@@ -433,7 +433,12 @@ def test_what_stands_above_the_figures_is_the_command_the_machine_and_the_versio
 
 def test_a_python_without_the_peer_ends_the_program_before_work_starts(capsys):
     assert common.versions(["numpy", "zarr"]).keys() == {"numpy", "zarr"}
-    for names, python in ((["numpy", "there-is-no-such-package"], sys.executable), (["numpy"], "/no/such/python")):
+    wrong = (
+        (["numpy", "there-is-no-such-package"], sys.executable),
+        (["numpy"], "/no/such/python"),
+        (["numpy"], "false"),
+    )
+    for names, python in wrong:
         with pytest.raises(SystemExit) as stopped:
             common.versions(names, python)
         assert stopped.value.code == 2
