@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -18,12 +19,18 @@ import pytest
 from mlflow import MlflowClient
 
 from deepfere.cluster import records_in
+from deepfere.errors import InputError
+from deepfere.reconstruction.result import Result
+from deepfere.reconstruction.whole import object_of
 from tests.conftest import FACTOR, SETTINGS, contents, write_study
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 ARRAYS = ("basis", "denoised", "detail", "measured", "overview", "stain", "uncertainty")
 STEPS = 24
+FINE = 16
+"""Factor with which the section has 36 shards, and 30 above them."""
+ROWS = "ray::Rows(reconstruct)"
 
 
 class Run:
@@ -54,14 +61,15 @@ class Run:
             pass
         return found
 
-    def wait_for(self, condition) -> None:
-        """Until it holds, as long as the process lives."""
-        while not condition():
+    def wait_for(self, condition):
+        """Until it holds, as long as the process lives; gives what it gives."""
+        while not (found := condition()):
             assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.02)
+        return found
 
     def end(self) -> int:
-        return self.process.wait(timeout=400)
+        return self.process.wait(timeout=800)
 
     def kill_driver(self) -> None:
         """As the kernel does when memory runs out; Ray's own processes end by themselves."""
@@ -79,10 +87,39 @@ def step_of(work: Path) -> int:
     return 0
 
 
-def shards_of(work: Path) -> int:
-    """Shards in all journals of the reconstruction."""
-    folders = work.glob("sections/*/journal/reconstruct")
-    return sum(len(record["units"]) for folder in folders for record in records_in(folder))
+def units_of(work: Path) -> dict[str, dict[str, list[int] | None]]:
+    """What is recorded as done of a reconstruction and its pyramid: by unit, the arrays that it has objects of."""
+    folders = [work / "sections" / "one" / "journal" / name for name in ("reconstruct", "pyramid")]
+    return {
+        unit: kept["wrote"] for at in folders for record in records_in(at) for unit, kept in record["units"].items()
+    }
+
+
+def objects_of(made: Path) -> list[Path]:
+    """Shards on the disk."""
+    return [file for image in ("detail", "stain") for file in (made / image).glob("*/c/*/*/*")]
+
+
+def at_work(run: Run, made: Path, count: int, total: int, after_s: float) -> bool:
+    """Whether workers have written objects, so many in all and one after a moment, or seal what is written."""
+    files, latest = objects_of(made), 0.0
+    for file in files:
+        with suppress(FileNotFoundError):  # being made anew
+            latest = max(latest, file.stat().st_mtime)
+    new = latest > after_s or len(files) == total
+    return len(files) >= count and new and bool(run.workers(ROWS))
+
+
+def made_at(work: Path) -> dict[Path, int]:
+    """When each object that is recorded was written."""
+    made = work / "sections" / "one" / "result.zarr"
+    files = [
+        object_of(made, unit, array)
+        for unit, wrote in units_of(work).items()
+        for array, told in wrote.items()
+        if told is not None
+    ]
+    return {file.relative_to(made): file.stat().st_mtime_ns for file in files}
 
 
 def weights_of(work: Path) -> bytes:
@@ -163,33 +200,44 @@ def test_the_driver_is_killed_while_it_trains(study, tiled, calm):
     assert history[0] == history[1]
 
 
-def test_reconstruction_is_killed_at_ten_random_moments(study, tiled, calm):
-    work = copied(tiled, "moments")
-    trained = Run("train", study, work, study.parent / "moments.log")
-    assert trained.end() == 0
-    order, kills, killed_driver = random.Random(0), 0, False
-    while True:
-        run = Run("reconstruct", study, work, study.parent / "moments.log")
-        run.wait_for(lambda run=run: run.workers("ray::Rows(reconstruct)") or run.process.poll() is not None)
-        while run.process.poll() is None:
-            time.sleep(order.uniform(0.05, 0.5))
-            workers = run.workers("ray::Rows(reconstruct)")
-            if kills >= 4 and not killed_driver and shards_of(work):
-                done = shards_of(work)
-                run.kill_driver()
-                killed_driver = True
-                assert not (work / "results" / "one.zarr").exists()
-                assert shards_of(work) >= done
-                break
-            if workers and kills < 10:
-                # All at once, else those that are left end the small section before ten moments have come.
-                for worker in workers:
-                    with suppress(psutil.NoSuchProcess):
-                        worker.kill()
-                kills += 1
-        if run.process.wait(timeout=400) == 0:
-            break
-        # A row whose workers die again and again is given up; the same command goes on.
+@pytest.mark.timeout(1800)
+def test_reconstruction_is_killed_at_ten_random_moments(study, tmp_path):
+    """Six among the shards and four in the pyramid, new ones made before each; one in each is the driver's."""
+    calm, work, log = tmp_path / "calm", tmp_path / "moments", tmp_path / "log"
+    quick = ("train.steps=4", "tracking.uri=none", "reconstruct.chunk_px=64")
+    trained = Run("train", study, calm, log, FINE, *quick)
+    assert trained.end() == 0, log.read_text()
+    shutil.copytree(calm, work)
+    undisturbed = Run("reconstruct", study, calm, log, FINE, *quick)
+    assert undisturbed.end() == 0, log.read_text()
+    whole = calm / "results" / "one.zarr"
+    total, shards = len(objects_of(whole)), len(list(whole.glob("*/0/c/*/*/*")))
+    assert shards > 50 and total - shards > 20
+
+    order, made = random.Random(0), work / "sections" / "one" / "result.zarr"
+    moments = sorted([*order.sample(range(1, shards), 6), *order.sample(range(shards, total - 4), 4)])
+    with_driver = (order.choice(moments[:6]), order.choice(moments[6:-1]))
+    run, killed_s = None, 0.0
+    kept: dict[Path, int] = {}
+    for moment in moments:
+        if run is None:
+            run = Run("reconstruct", study, work, log, FINE, *quick)
+        run.wait_for(partial(at_work, run, made, moment, total, killed_s))
+        time.sleep(order.uniform(0, 0.1))
+        if moment in with_driver:
+            run.kill_driver()
+            run, kept = None, made_at(work) | kept
+        else:
+            for worker in run.workers(ROWS):
+                with suppress(psutil.NoSuchProcess):
+                    worker.kill()
+        killed_s = time.time()
         assert not (work / "results" / "one.zarr").exists()
-    assert killed_driver and kills == 10
-    assert contents(work / "results" / "one.zarr", *ARRAYS) == contents(calm / "results" / "one.zarr", *ARRAYS)
+        with pytest.raises(InputError, match="is unfinished"):
+            Result(str(made))
+    assert run is not None and run.end() == 0, log.read_text()
+    result = work / "results" / "one.zarr"
+    assert contents(result, *ARRAYS) == contents(whole, *ARRAYS)
+    assert len(Result(str(result)).ions) == len(Result(str(whole)).ions)
+    # What was recorded when a driver was killed was not made again by the next one.
+    assert len(kept) >= shards and kept == {file: (result / file).stat().st_mtime_ns for file in kept}
