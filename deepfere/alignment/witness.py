@@ -8,7 +8,7 @@ seen the candidate, but all others: most of what looks like damage is anatomy. W
 others are judged again.
 
 Large candidates are judged in parts: a tear may run into a lumen. Parts that touch are decided together. Ink and folds
-are one thing each: what is proven of one as a whole holds for its parts, unless one of them speaks clearly against it.
+are one thing each: what is proven of one as a whole holds for all parts that speak for it, and for those between them.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ def decide(found: list[Verdict], touching: NDArray[np.int64]) -> NDArray[np.bool
     """Which parts (n,) are damage.
 
     Parts that touch and have some evidence each (`EACH`) are decided together, by the sum of what exceeds that; ink and
-    folds also as a whole, by that sum less what speaks against them. What is damage takes in the parts beside it that
-    were not judged or have little against it (`JOINS`).
+    folds also as a whole, by that sum less what speaks against them, which takes in parts between two others. What is
+    damage takes in the parts beside it that were not judged or have little against it (`JOINS`).
 
     Args:
         found: The evidence.
@@ -168,7 +168,10 @@ def decide(found: list[Verdict], touching: NDArray[np.int64]) -> NDArray[np.bool
     damaged = able & (total[group] > margin)
     whole, one = np.array([v.whole for v in found]), np.array([v.kind != "tear" for v in found])
     in_all = np.bincount(whole, np.where(able, evidence - EACH, np.minimum(np.nan_to_num(evidence), 0.0)))
-    damaged |= one & (in_all[whole] > margin) & ~(evidence < -margin)
+    proven = one & (in_all[whole] > margin)
+    damaged |= proven & able
+    between = sum(np.bincount(k, damaged[other], len(found)) for k, other in (touching.T, touching.T[::-1])) >= 2
+    damaged |= proven & between & ~(evidence < -margin)
     # One step only: a chain of parts that say little may lead all around the tissue.
     joins = ~(evidence <= JOINS)
     a, b = touching[damaged[touching].any(1) & joins[touching].all(1)].T
