@@ -32,6 +32,8 @@ ENVIRONMENT = {
     # (ray-project/ray#53727). What fails reaches the user as an exception; RAY_BACKEND_LOG_LEVEL=info shows the rest.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # By default the workers of a session give way to every other process of the machine (15).
+    "RAY_worker_niceness": "0",
 }
 RAY_INFORMATION = re.compile(rb"\[[^]]* I \d+ \d+\] (\([^)]*\) )?\w+\.cc:\d+: ")
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(64 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(512 * 2**20)}
