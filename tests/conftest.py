@@ -217,6 +217,27 @@ def tracking_store(request, tmp_path):
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 16 MiB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if shutil.which("mount") and hasattr(os, "geteuid") and os.geteuid() == 0
+        else None
+    )
+    if made is None or made.returncode:
+        pytest.skip("a file system of its own needs root and the right to mount")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
 def write_study(folder: Path, phantom) -> Path:
     """A manifest of the phantom alone, aligned as it is."""
     section = {"name": "one", "msi": str(phantom.imzml), "slide": str(phantom.slide)}

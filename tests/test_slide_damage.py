@@ -111,27 +111,6 @@ def test_native_tiles_are_counted_and_hardly_ever_decoded_twice(tmp_path, monkey
     assert native_tiles(blind, one - [[0, 1]], Journal(journal.folder, "other").done()) is None
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 16 MiB of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = (
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if shutil.which("mount") and hasattr(os, "geteuid") and os.geteuid() == 0
-        else None
-    )
-    if made is None or made.returncode:
-        pytest.skip("a file system of its own needs root and the right to mount")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 @pytest.mark.ray
 def test_a_full_disk_in_the_tile_stage_and_a_rerun(small_disk, phantom, ray_session, tmp_path, cli):
     """A real file system that fills up half-way through the planes; after making room the same bytes."""
