@@ -118,6 +118,7 @@ def test_reconstruct_writes_every_section(stage, manifest, tracking):
         assert result.provenance["section"]["name"] == name
     whole = MlflowClient(tracking).get_run(result.provenance["run"]["run_id"]).data.metrics
     assert {"total", "held_out_r2_median", "training_steps_per_s"} <= whole.keys() and whole["sections"] == 2
+    assert 0 <= whole["training_input_wait"] <= 1
     assert whole.keys().isdisjoint({"consistency_worst", "ions_informed"})
     # The runs that training began for the sections.
     own = sections_of(tracking)

@@ -153,28 +153,30 @@ def test_the_clock_tells_waiting_from_work():
 @pytest.mark.ray
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
-def test_four_workers_learn_what_one_learns(phantom, ray_session, tmp_path, cli):
-    """The same global batch, by one worker and a quarter each: the same losses, the same weights to rounding."""
+def test_more_workers_and_parts_learn_what_one_learns(phantom, ray_session, tmp_path, cli):
+    """The same global batch by one, by four, and by two in two parts each: the same losses and weights, to rounding."""
     study = write_study(tmp_path, phantom)
     settings = [s for s in SETTINGS if not s.startswith(("train.batch", "train.steps"))]
     settings += ["train.batch=4", "train.steps=24", "model.tier=T2", "tracking.uri=none"]
 
-    def train(workers):
+    def train(workers, parts=1):
         work = tmp_path / f"work-{workers}"
+        given = [f"train.workers={workers}", f"train.accumulate={parts}"]
         shutil.copytree(tmp_path / "tiled", work)
-        done = cli("train", study, "-o", work, "--factor", FACTOR, *settings, f"train.workers={workers}")
+        done = cli("train", study, "-o", work, "--factor", FACTOR, *settings, *given)
         assert done.code == 0, done
         history = json.loads((work / "done" / "learn.json").read_text())["history"]
         return history, load_file(work / "sections" / "one" / "network.safetensors")
 
     done = cli("tile", study, "-o", tmp_path / "tiled", "--factor", FACTOR, *settings)
     assert done.code == 0, done
-    (history, one), (theirs, four) = train(1), train(4)
+    history, one = train(1)
     assert [entry["step"] for entry in history] == list(range(2, 25, 2))
-    for entry, other in zip(history, theirs, strict=True):
-        assert entry == pytest.approx(other, rel=1e-4)
-    for name, value in one.items():
-        assert np.abs(value - four[name]).max() <= 1e-3 * max(np.abs(value).max(), 1e-6), name
+    for theirs, weights in (train(4), train(2, parts=2)):
+        for entry, other in zip(history, theirs, strict=True):
+            assert entry == pytest.approx(other, rel=1e-4)
+        for name, value in one.items():
+            assert np.abs(value - weights[name]).max() <= 1e-3 * max(np.abs(value).max(), 1e-6), name
 
 
 @pytest.mark.ray
