@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from tests.conftest import FACTOR, contents, write_study
 from tests.hosts import Hosts, missing
+from tests.test_kills import points_of, step_of
 
 pytestmark = [
     pytest.mark.cluster,
@@ -63,39 +64,42 @@ def test_several_hosts_write_what_one_writes(calm, study, command, ray_session, 
     assert contents(study.parent / "alone" / "results" / "one.zarr", *ARRAYS) == contents(calm, *ARRAYS)
 
 
-def step_of(work) -> int:
-    """Steps that the first training worker has told of."""
-    texts = [file.read_text() for file in (work / "training").glob("*.step")]
-    return max((int(text) for text in texts if text.isdigit()), default=0)
+LOSSES = [Hosts.cut, Hosts.kill]
+"""A host falls silent, or its Ray node and all workers end at once."""
 
 
-def test_a_host_is_cut_off_while_it_trains_and_comes_back(calm, hosts, study, command):
-    """One worker a host: what is left goes on with one, to the same weights but for rounding."""
-    work, log = study.parent / "cut", study.parent / "cut.log"
-    running = hosts.begin(0, [*command("train", "cut"), "train.workers=2"], log)
+@pytest.mark.parametrize("lose", LOSSES)
+def test_a_host_is_lost_while_it_trains_and_comes_back(calm, hosts, study, command, lose):
+    """One worker a host: the other one goes on, to the same weights but for rounding; MLflow has each point once."""
+    name = f"train-{lose.__name__}"
+    work, log = study.parent / name, study.parent / f"{name}.log"
+    running = hosts.begin(0, [*command("train", name), "train.workers=2"], log)
     while step_of(work) < 6:
         assert running.poll() is None, log.read_text()
         time.sleep(0.1)
     assert all(hosts.holds(n, "ray::RayTrainWorker") for n in (1, 2))
-    hosts.cut(2)
+    lose(hosts, 2)
     try:
-        assert running.wait(timeout=400) == 0, log.read_text()
+        assert running.wait(timeout=600) == 0, log.read_text()
     finally:
         hosts.rejoin(2)
-    one, two = (load_file(study.parent / at / "sections" / "one" / "network.safetensors") for at in ("calm", "cut"))
-    for name, value in one.items():
-        assert np.abs(value - two[name]).max() <= 1e-3 * max(np.abs(value).max(), 1e-6), name
+    one, two = (load_file(study.parent / at / "sections" / "one" / "network.safetensors") for at in ("calm", name))
+    for part, value in one.items():
+        assert np.abs(value - two[part]).max() <= 1e-3 * max(np.abs(value).max(), 1e-6), part
+    assert points_of(work) == points_of(study.parent / "calm")
 
 
-def test_a_host_is_cut_off_while_it_reconstructs(calm, hosts, study, command):
-    log = study.parent / "torn.log"
-    running = hosts.begin(0, command("reconstruct", "torn"), log)
+@pytest.mark.parametrize("lose", LOSSES)
+def test_a_host_is_lost_while_it_reconstructs(calm, hosts, study, command, lose):
+    name = f"reconstruct-{lose.__name__}"
+    log = study.parent / f"{name}.log"
+    running = hosts.begin(0, command("reconstruct", name), log)
     while not hosts.holds(2, "ray::Rows(reconstruct)"):
         assert running.poll() is None, log.read_text()
         time.sleep(0.02)
-    hosts.cut(2)
+    lose(hosts, 2)
     try:
-        assert running.wait(timeout=400) == 0, log.read_text()
+        assert running.wait(timeout=600) == 0, log.read_text()
     finally:
         hosts.rejoin(2)
-    assert contents(study.parent / "torn" / "results" / "one.zarr", *ARRAYS) == contents(calm, *ARRAYS)
+    assert contents(study.parent / name / "results" / "one.zarr", *ARRAYS) == contents(calm, *ARRAYS)
