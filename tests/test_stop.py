@@ -22,7 +22,8 @@ from deepfere.pipeline.workspace import Workspace
 from deepfere.pipeline.write import shard_phases
 from deepfere.rows import RowWorker
 from deepfere.training import trainer
-from tests.conftest import FACTOR, contents, run_rows
+from tests.conftest import FACTOR, contents, run_rows, write_study
+from tests.test_kills import Run, step_of
 
 ARRAYS = ("basis", "denoised", "detail", "measured", "overview", "stain", "uncertainty")
 
@@ -268,3 +269,36 @@ def test_a_run_that_was_stopped_twice_ends_with_the_same_bytes(cli, phantom, pla
     run = client.get_run(fused.provenance["run"]["run_id"])
     calm = [point.value for point in client.get_metric_history(run.info.run_id, "total")]
     assert [entry["total"] for entry in history] == calm
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(1800)
+def test_training_that_is_out_of_time_saves_first_and_goes_on(phantom, tmp_path):
+    study, work = write_study(tmp_path, phantom), tmp_path / "work"
+    more = ("train.steps=100000", "train.report_every=100000", "tracking.uri=none")
+    tiled = Run("tile", study, work, tmp_path / "log", FACTOR, *more)
+    assert tiled.end() == 0, tiled.log.read_text()
+
+    def train(limit_s: int) -> list[int]:
+        """The steps that it told of."""
+        seen = set()
+        run = Run("train", study, work, tmp_path / "log", FACTOR, *more, f"run.time_limit_s={limit_s}")
+        while run.process.poll() is None:
+            seen.add(step_of(work))
+            time.sleep(0.02)
+        assert run.end() == 1
+        last = run.log.read_text().splitlines()[-1]
+        assert f"stopped (its time limit of {limit_s} s is over); the same command again resumes" in last
+        return sorted(seen - {0})
+
+    def saved() -> list[int]:
+        files = (work / "training").glob("run-*/checkpoint_*/history.json")
+        return [json.loads(file.read_text())["step"] for file in files]
+
+    # Until it is enough for this machine to begin; no report comes before the limit, so the checkpoint is its own.
+    limit_s = next(limit_s for limit_s in (30, 90, 270, 540) if train(limit_s) and saved())
+    (first,) = saved()
+    seen = train(2 * limit_s)
+    (second,) = saved()
+    assert first < seen[0] <= seen[-1] <= second
+    assert not (work / "done" / "learn.json").exists()
