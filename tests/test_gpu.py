@@ -69,13 +69,22 @@ def test_the_settings_of_a_gpu_do_not_make_another_result():
 
 SHARING = """
 import os
+import sys
 import time
+from pathlib import Path
 import ray
 from deepfere.rows import Phase, RowWorker
 from deepfere.schedule import run_jobs
 
 class Tell(RowWorker):
+    def __init__(self, folder):
+        self.folder, self.until = Path(folder), time.monotonic() + 60
+
     def work(self, row):
+        # On a busy machine one worker would be through before the other one has begun.
+        (self.folder / str(os.getpid())).touch()
+        while len(os.listdir(self.folder)) < 2 and time.monotonic() < self.until:
+            time.sleep(0.05)
         time.sleep(0.05)
         return {"pid": os.getpid(), "gpus": list(map(str, ray.get_gpu_ids()))}
 
@@ -83,7 +92,7 @@ if __name__ == "__main__":
     ray.init(num_cpus=4, num_gpus=1, include_dashboard=False)
     found = []
     rows = [{"unit": str(n)} for n in range(40)]
-    run_jobs([("one", (p for p in [Phase("x", Tell, (), rows, 40, found.append)]))], title="t", per_gpu=2)
+    run_jobs([("one", (p for p in [Phase("x", Tell, (sys.argv[1],), rows, 40, found.append)]))], title="t", per_gpu=2)
     print(len({record["pid"] for record in found}), {tuple(record["gpus"]) for record in found}, len(found))
 """
 
@@ -92,7 +101,8 @@ if __name__ == "__main__":
 def test_workers_that_share_a_gpu_are_as_many_as_were_asked_for(tmp_path):
     """On a cluster that says that it has a GPU: Ray's bookkeeping, no device."""
     (tmp_path / "sharing.py").write_text(SHARING)
-    command = [sys.executable, str(tmp_path / "sharing.py")]
+    (tmp_path / "seen").mkdir()
+    command = [sys.executable, str(tmp_path / "sharing.py"), str(tmp_path / "seen")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.stdout.split("\n")[0] == "2 {('0',)} 40", done.stderr[-2000:]
