@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from tests.conftest import FACTOR, contents, write_study
 from tests.hosts import Hosts, missing
-from tests.test_kills import points_of, step_of
+from tests.runs import points_of, step_of
 
 pytestmark = [
     pytest.mark.cluster,

@@ -13,7 +13,7 @@ from deepfere.training import live
 from deepfere.training.live import Live, Recording
 from deepfere.training.tracking import Tracker, log_history
 from tests.conftest import FACTOR, free_port, serving, write_study
-from tests.test_kills import Run
+from tests.runs import Run
 
 HISTORY = [{"step": step, "total": 1.0 / step, "mapping": 2.0 / step} for step in range(1, 6)]
 

@@ -23,7 +23,7 @@ from deepfere.pipeline.write import shard_phases
 from deepfere.rows import RowWorker
 from deepfere.training import trainer
 from tests.conftest import FACTOR, contents, run_rows, write_study
-from tests.test_kills import Run, step_of
+from tests.runs import Run, step_of
 
 ARRAYS = ("basis", "denoised", "detail", "measured", "overview", "stain", "uncertainty")
 
