@@ -2,7 +2,7 @@
 
 A benchmark prints tables for people and rows for programs:
 ``{"machine": {...}, "rows": [{"what", "value", "against", "baseline", "ratio", "must", "ok"}]}``. Some also write
-their part of docs/performance.md, between their own marks.
+their part of docs/performance.md (`performance`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,6 @@ import psutil
 _MUST = re.compile(
     r"^(?P<op><=|>=|<|>|within)\s+(?P<number>[0-9.eE+-]+)?\s*(?P<base>(of )?baseline)?\s*(?P<off>[+-]\s*[0-9.eE-]+)?$"
 )
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
-#: What stands for a path on this machine where a command is shown.
-PATHS = {"--thyra-python": "PYTHON", "--peer-python": "PYTHON", "--tiles": "SLIDE", "--json": "FILE"}
 PACKAGES = ("deepfere", "numpy", "scipy", "torch", "ray", "zarr", "opencv-python-headless")
 
 
@@ -120,6 +117,21 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> s
         if number == 0:
             lines.append("  ".join("-" * w for w in widths))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], bold: str | None = None) -> str:
+    """A markdown table, figures to the right; the row that begins with ``bold`` is set off."""
+
+    def escaped(values: Sequence[str]) -> list[str]:
+        return [str(value).replace("|", "\\|") for value in values]
+
+    lines = ["| " + " | ".join(escaped(header)) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    for row in rows:
+        cells = escaped(row)
+        if bold is not None and cells[0].removesuffix(" †") == bold:
+            cells = [f"**{cell}**" if cell else "" for cell in cells]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def machine() -> dict[str, Any]:
@@ -214,61 +226,6 @@ def parser(description: str, cases: Sequence[str], page: bool = False) -> argpar
         either.add_argument("--write-docs", action="store_true", help="write its part of docs/performance.md")
     out.add_argument("--json", metavar="FILE", help="write machine and rows")
     return out
-
-
-def versions(names: Sequence[str], python: str = sys.executable) -> dict[str, str]:
-    """Versions of packages that this interpreter or another has.
-
-    Ends the program with exit code 2 where one is not there.
-    """
-    code = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
-    try:
-        done = subprocess.run([python, "-c", code, *names], capture_output=True, text=True)
-        found, told = done.stdout.split(), (done.stderr.strip().splitlines() or ["it told no versions"])[-1]
-    except OSError as error:
-        found, told = [], str(error)
-    if len(found) != len(names):
-        print(f"{python} must be a Python with {', '.join(names)}: {told}", file=sys.stderr)
-        sys.exit(2)
-    return dict(zip(names, found, strict=True))
-
-
-def asked(program: str, words: Sequence[str]) -> str:
-    """The command that a benchmark was run with; where things lie on this machine is nobody else's."""
-    shown, before = [f"python benchmarks/{program}"], ""
-    for word in words:
-        name, equals, _ = word.partition("=")
-        if before in PATHS:
-            shown.append(PATHS[before])
-        else:
-            shown.append(f"{name}={PATHS[name]}" if equals and name in PATHS else word)
-        before = "" if before in PATHS else word
-    return " ".join(shown)
-
-
-def heading(command: str, about: dict[str, Any], packages: dict[str, str], left_out: Sequence[str] = ()) -> str:
-    """What stands above figures on a page: the command, the machine (from `machine`), the others' versions."""
-    text = (
-        f"Written by `{command}` on {time.strftime('%Y-%m-%d')}; do not edit what is between the marks. "
-        f"{about['cores']} cores of {about['cpu']}, {about['memory_bytes'] / 2**30:.0f} GiB of memory, load "
-        f"{about['load_1min']:.1f} at the start; {', '.join(f'{name} {number}' for name, number in packages.items())}."
-    )
-    return text + (f" Left out: {'; '.join(left_out)}." if left_out else "")
-
-
-def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table of a page."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
-
-
-def write_section(name: str, text: str, page: Path = PAGE) -> None:
-    """Put a benchmark's text between its own marks on the page; the rest of it stays."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    whole = page.read_text() if page.exists() else "# Performance\n"
-    if begin not in whole:
-        whole = f"{whole.rstrip()}\n\n{begin}\n{end}\n"
-    head, _, rest = whole.partition(begin)
-    page.write_text(f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
 def chosen(given: argparse.Namespace, cases: dict[str, Any], *quick: str) -> list[str]:

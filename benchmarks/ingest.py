@@ -27,8 +27,9 @@ from xml.parsers import expat
 
 import common
 import numpy as np
-from common import Row, asked, heading, machine, markdown, versions, write_section
+from common import Row, markdown
 from imzml_files import targets, write_continuous, write_processed, write_xml
+from performance import Section, versions
 
 from deepfere.measured.ingest import ingest
 from deepfere.measured.store import Measured, MeasuredWriter
@@ -297,15 +298,14 @@ def memory(folder: Path, quick: bool, thyra: str | None) -> list[Row]:
 CASES = {"index": index, "continuous": continuous, "processed": processed, "memory": memory}
 
 
-def section(rows: list[Row], top: str) -> str:
-    """This benchmark's part of the page."""
+def figures(rows: list[Row]) -> str:
+    """All of them as a table of the page."""
     lines = []
     for row in rows:
         base = "" if row.baseline is None else f"{row.against} {row.baseline:.3g}"
         verdict = ("ok" if row.ok else "missed") if row.must else ""
         lines.append([row.what, f"{row.value:.3g}", base, row.must, verdict])
-    told = "One core, files in the page cache. A figure is the best of its rounds; arms take turns."
-    return "\n\n".join(["## Reading imzML", top, told, markdown(["figure", "value", "of", "must", ""], lines)])
+    return markdown(["figure", "value", "of", "must", ""], lines)
 
 
 def main() -> int:
@@ -318,8 +318,7 @@ def main() -> int:
         packages |= versions(["thyra", "spatialdata"], given.thyra_python)
     elif {"continuous", "processed"} & set(names):
         left_out.append("thyra (no `--thyra-python`)")
-        print("left out: " + left_out[0], file=sys.stderr)
-    command, about, cores = asked("ingest.py", sys.argv[1:]), machine(), os.sched_getaffinity(0)
+    section, cores = Section.begin("ingest", sys.argv[1:], packages, left_out), os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})
     rows: list[Row] = []
     with warnings.catch_warnings():
@@ -332,8 +331,9 @@ def main() -> int:
     cells = [[row.what, f"{row.value:.4g}", "" if row.baseline is None else f"{row.baseline:.4g}"] for row in rows]
     print(common.table("imzML", ["figure", "value", "of"], cells))
     if given.write_docs:
-        write_section("ingest", section(rows, heading(command, about, packages, left_out)))
-    return common.finish(rows, given.json, {"command": command, "packages": packages, "left_out": left_out})
+        told = "One core, files in the page cache. A figure is the best of its rounds; arms take turns."
+        section.write(told, figures(rows))
+    return common.finish(rows, given.json, section.facts())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from common import signed
+from common import markdown, signed
 from methods import ROWS, ahead
 
 from deepfere.errors import InputError
@@ -67,21 +67,6 @@ def load(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
             raise InputError("is of a quick run", where=path, remedy="run without --quick")
         out.append(values)
     return out
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], bold: str | None = None) -> str:
-    """A markdown table, figures to the right; the row that begins with ``bold`` is set off."""
-
-    def escaped(values: Sequence[str]) -> list[str]:
-        return [str(value).replace("|", "\\|") for value in values]
-
-    lines = ["| " + " | ".join(escaped(header)) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
-    for row in rows:
-        cells = escaped(row)
-        if bold is not None and cells[0].removesuffix(" †") == bold:
-            cells = [f"**{cell}**" if cell else "" for cell in cells]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def merged(runs: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -23,21 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import (
-    Row,
-    asked,
-    chosen,
-    finish,
-    heading,
-    machine,
-    markdown,
-    measured,
-    parser,
-    table,
-    versions,
-    write_section,
-)
+from common import Row, chosen, finish, markdown, measured, parser, table
 from numpy.typing import NDArray
+from performance import Section, versions
 
 CHUNK_PX, SHARD_PX = 256, 1024
 LEVELS = 5
@@ -265,8 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     given = parser(__doc__.splitlines()[0], list(SIDES_PX), page=True).parse_args(words)
     names = chosen(given, dict.fromkeys(SIDES_PX), "stain")
-    command, about = asked("pyramid.py", words), machine()
-    packages = versions(["ome-zarr", "zarr", "zarrs", "dask"])
+    section = Section.begin("pyramid", words, versions(["ome-zarr", "zarr", "zarrs", "dask"]))
     rows, lines = [], []
     for name in names:
         with tempfile.TemporaryDirectory(prefix="deepfere-pyramid-") as scratch:
@@ -277,8 +264,8 @@ def main(arguments: list[str] | None = None) -> int:
         told = (
             f"Medians of {ROUNDS} rounds; *times faster* is the median of the ratios within each, beside their range."
         )
-        write_section("pyramid", "\n\n".join([heading(command, about, packages), told, markdown(HEAD, lines)]))
-    return finish(rows, given.json, {"command": command, "packages": packages})
+        section.write(told, markdown(HEAD, lines))
+    return finish(rows, given.json, section.facts())
 
 
 if __name__ == "__main__":

@@ -28,21 +28,9 @@ from typing import Any
 
 import imagecodecs
 import numpy as np
-from common import (
-    Row,
-    asked,
-    chosen,
-    finish,
-    heading,
-    machine,
-    markdown,
-    measured,
-    parser,
-    table,
-    versions,
-    write_section,
-)
+from common import Row, chosen, finish, machine, markdown, measured, parser, table
 from numpy.typing import NDArray
+from performance import Section, versions
 from tiling_arm import KEPT, MASK, Reading, checksum
 from tiling_slide import MPP_UM, TILE, different_tiles, write_slide
 
@@ -205,16 +193,14 @@ def memory(slides: dict[int, Path]) -> list[Row]:
 
 def ray_tax(slide: Path) -> list[Row]:
     """The same plan, several times over, on one core: as a Ray Data job, and on our actors, against a plain loop."""
-    # Ray's workers give way to others on the machine; so must what they are compared with.
-    alike = ("--nice", 15)
-    one = arm("ours", slide, *alike)
+    one = arm("ours", slide)
     repeat = max(1, round(60 / one["seconds"]))
     rows, lines = [], []
     arms = (("ours-ray", "Ray Data"), ("ours-map", "Ray Data, blocks of pixels"), ("ours-rows", "Ray's actors"))
     for name, what in arms:
-        before = arm("ours", slide, "--seconds", 15, *alike)["seconds"]
+        before = arm("ours", slide, "--seconds", 15)["seconds"]
         ray = arm(name, slide, "--repeat", repeat)
-        after = arm("ours", slide, "--seconds", 15, *alike)["seconds"]
+        after = arm("ours", slide, "--seconds", 15)["seconds"]
         tax = ray["seconds"] / repeat / ((before + after) / 2)
         same = ray["checksum"] == one["checksum"] * repeat % (1 << 64)
         cells = [f"{ray['tiles']:,}", f"{ray['seconds']:.0f}", f"{tax:.2f}", "<= 1.15", "same" if same else "DIFFERENT"]
@@ -306,12 +292,10 @@ def main() -> int:
         packages |= versions(["tiffslide", "ratiopath"], given.peer_python)
     elif "peers" in cases:
         left_out.append("tiffslide and ratiopath (no `--peer-python`)")
-    command, about, judged = asked("tiling.py", sys.argv[1:]), machine(), not given.quick
-    if about["cores"] < 2 and "pool" in cases:
+    if machine()["cores"] < 2 and "pool" in cases:
         cases = [case for case in cases if case != "pool"]
         left_out.append("plain processes (one core)")
-    for what in left_out:
-        print(f"left out: {what}")
+    section, judged = Section.begin("tiling", sys.argv[1:], packages, left_out), not given.quick
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         tiles = different_tiles(given.tiles)
@@ -334,8 +318,8 @@ def main() -> int:
             rows += run[case]()
     if given.write_docs:
         told = "Ratios are of arms that alternate in one run, speeds are only for orientation."
-        write_section("tiling", "\n\n".join([heading(command, about, packages, left_out), told, *TABLES]))
-    return finish(rows, given.json, {"command": command, "packages": packages, "left_out": left_out})
+        section.write(told, *TABLES)
+    return finish(rows, given.json, section.facts())
 
 
 if __name__ == "__main__":

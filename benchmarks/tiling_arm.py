@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import time
 from itertools import islice
 from typing import Any
@@ -214,7 +213,9 @@ def loop(kind: str, path: str, side: int, most: int, keep: str = "") -> dict[str
 
 
 def _quiet(ray: Any) -> None:
-    ray.init(num_cpus=1, include_dashboard=False, logging_level="error", log_to_driver=False)
+    # Workers as those of deepfere's sessions: not behind other programs.
+    config = {"worker_niceness": 0}
+    ray.init(num_cpus=1, include_dashboard=False, logging_level="error", log_to_driver=False, _system_config=config)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
@@ -228,12 +229,10 @@ if __name__ == "__main__":
     parser.add_argument("--mpp", type=float, default=0.5)
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.0)
-    parser.add_argument("--nice", type=int, default=0, help="as Ray's workers are: 15")
     parser.add_argument("--most", type=int, default=1 << 40)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--keep", default="", metavar="FILE.npy", help="of a loop's first tiles")
     given = parser.parse_args()
-    os.nice(given.nice)
     if given.arm == "ours":
         found = ours(given.slide, given.side, given.mpp, given.seconds)
     elif given.arm == "ours-pool":

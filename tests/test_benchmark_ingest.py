@@ -21,7 +21,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 def load(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module
-    for name in ("ingest", "imzml_files", "common"):
+    for name in ("ingest", "imzml_files", "performance", "common"):
         sys.modules.pop(name, None)
 
 
@@ -49,8 +49,7 @@ def test_generated_pairs_are_what_they_say(tmp_path, load):
 def test_the_page_states_value_baseline_and_verdict(load):
     bench, common = load("ingest"), load("common")
     rows = [common.Row.of("a figure", 3.0, must=">= 2"), common.Row.of("another", 1.0, "that", 4.0, ">= 2")]
-    lines = bench.section(rows, "Written by a command.").splitlines()
-    assert lines[0] == "## Reading imzML" and "Written by a command." in lines
+    lines = bench.figures(rows).splitlines()
     assert lines[-2:] == ["| a figure | 3 |  | >= 2 | ok |", "| another | 1 | that 4 | >= 2 | missed |"]
 
 
@@ -97,10 +96,10 @@ def test_thyras_row_is_time_pixels_and_signal(tmp_path, load):
 def test_a_run_without_thyra_says_so_on_the_page(load, monkeypatch):
     bench, common, pages = load("ingest"), load("common"), {}
     monkeypatch.setattr(bench, "CASES", {"continuous": lambda *_: [common.Row.of("a figure", 3.0, must=">= 2")]})
-    monkeypatch.setattr(bench, "write_section", pages.__setitem__)
+    monkeypatch.setattr(bench.Section, "write", lambda self, *parts: pages.update({self.heading(): parts}))
     monkeypatch.setattr(sys, "argv", ["ingest.py", "continuous", "--write-docs"])
     cores = os.sched_getaffinity(0)
     assert bench.main() == 0 and os.sched_getaffinity(0) == cores
-    (page,) = pages.values()
+    ((page, (_, table)),) = pages.items()
     assert "`python benchmarks/ingest.py continuous --write-docs`" in page and f" {len(cores)} cores of " in page
-    assert "Left out: thyra" in page and "pyimzml " in page and "| a figure | 3 |" in page
+    assert "Left out: thyra" in page and "pyimzml " in page and "| a figure | 3 |" in table
