@@ -38,7 +38,7 @@ LEAST_PX = 2
 """Measured pixels that a part needs to be judged on."""
 MARGIN = 8.0
 """Evidence, in nats, that damage needs, besides the logarithm of the number of parts (Bonferroni). Regressions are
-never quite right: of seven undamaged sections, generated and real, some parts reach 4 to 7 nats, one of two pixels 10.
+never quite right: of ten undamaged sections, generated and real, some parts reach 4 to 7 nats, one of two pixels 10.
 """
 EACH = 2.0
 """Parts that touch and have more evidence than this are decided by the sum of what exceeds it. Less is what parts show
