@@ -162,3 +162,21 @@ def write_processed(path: Path, ny: int, nx: int, peaks: int, seed: int = 0) -> 
             for k, size in enumerate(here.tolist()):
                 mz = np.sort(every[rank[k, :size]] * jitter[k, :size])
                 out.write(mz.tobytes() + values[k, :size].tobytes())
+
+
+def write_long(path: Path, ny: int, nx: int, peaks: int, *, continuous: bool, seed: int = 0) -> None:
+    """A pair of any number of rows, written as fast as can be: spectra are those of one row, cut to their lengths."""
+    rng = np.random.default_rng(seed)
+    most = peaks if continuous else int(1.2 * peaks)
+    lengths = rng.integers(peaks if continuous else int(0.8 * peaks), most + 1, ny * nx)
+    write_xml(path, nx, lengths, continuous=continuous, seed=seed)
+    mz = np.sort(rng.uniform(100, 1000, (nx, most)), axis=1)
+    values = _image_row(rng, nx, most)
+    with path.with_suffix(".ibd").open("wb") as out:
+        out.write(bytes(16) + (mz[0].tobytes() if continuous else b""))
+        for y in range(ny):
+            here = lengths[y * nx : (y + 1) * nx].tolist()
+            if continuous:
+                out.write(values.tobytes())
+            else:
+                out.write(b"".join(part for m, v, n in zip(mz, values, here, strict=True) for part in (m[:n], v[:n])))

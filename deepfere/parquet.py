@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deepfere.errors import InputError
@@ -22,19 +24,22 @@ def write_table(table: pa.Table, target: Place) -> None:
     Raises:
         InputError: A local folder cannot be written.
     """
-    import pyarrow.parquet as pq
+    write_parts(table.schema, [table], target)
 
+
+def write_parts(schema: pa.Schema, parts: Iterable[pa.Table], target: Place) -> None:
+    """As `write_table`, of parts that are not in memory all at once; each is a row group, or several."""
     from deepfere.store import sync
 
     if isinstance(target, UrlPath):
         with writing(target) as file:
-            pq.write_table(table, file, compression="zstd")
+            _write(schema, parts, file)
         return
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            pq.write_table(table, temporary, compression="zstd")
+            _write(schema, parts, temporary)
             sync(temporary)
             temporary.replace(target)
         finally:
@@ -43,3 +48,11 @@ def write_table(table: pa.Table, target: Place) -> None:
         raise InputError(
             f"cannot be written ({error.strerror})", where=target, remedy="choose another place"
         ) from error
+
+
+def _write(schema: pa.Schema, parts: Iterable[pa.Table], path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for part in parts:
+            writer.write_table(part)

@@ -113,7 +113,8 @@ def outcome(find):
         walk = find()
     except InputError as error:
         return str(error)
-    return {name: getattr(walk, name) for name in FOUND}
+    columns = {name: values[:].tolist() for name, values in walk.columns.items()}
+    return {name: getattr(walk, name) for name in FOUND} | {"columns": columns}
 
 
 def same(path, workers=1):
@@ -320,12 +321,12 @@ def agrees_with_pyimzml(path):
         warnings.simplefilter("ignore")
         peer = ImzMLParser(str(path), ibd_file=None)
     index = read_index(path, check_ibd=False)
-    assert [(x, y) for x, y, _ in peer.coordinates] == list(zip(index.x, index.y, strict=True))
+    assert [(x, y) for x, y, _ in peer.coordinates] == list(zip(index.x[:], index.y[:], strict=True))
     for ours, its in (
         (index.mz_offset, peer.mzOffsets),
-        (index.mz_length, peer.mzLengths),
+        (index.length, peer.mzLengths),
         (index.int_offset, peer.intensityOffsets),
-        (index.int_length, peer.intensityLengths),
+        (index.length, peer.intensityLengths),
     ):
         np.testing.assert_array_equal(ours, its)
 

@@ -33,7 +33,7 @@ def test_plain_pair(tmp_path):
     index = read_index(path)
     assert len(index) == 6 and index.mode == "processed" and index.representation == "centroid"
     assert index.pitch_um == (20.0, 10.0)  # (y, x)
-    assert index.x.tolist() == [1, 2, 3, 1, 2, 3] and index.y.tolist() == [1, 1, 1, 2, 2, 2]
+    assert index.x[:].tolist() == [1, 2, 3, 1, 2, 3] and index.y[:].tolist() == [1, 1, 1, 2, 2, 2]
     assert index.mz_dtype == np.dtype("<f8") and index.int_dtype == np.dtype("<f4")
     assert index.uuid_matches is True and not index.shared_axis
     assert index.mz_offset[0] == 16 and index.int_offset[0] == 40 and index.mz_offset[1] == 52
@@ -249,7 +249,7 @@ def test_real_files_agree_with_pyimzml(name):
         assert index.pitch_um is None and expected in index.pitch_problem
     else:
         assert index.pitch_um == pytest.approx(expected)
-    assert [(x, y) for x, y, _ in peer.coordinates] == list(zip(index.x, index.y, strict=True))
+    assert [(x, y) for x, y, _ in peer.coordinates] == list(zip(index.x[:], index.y[:], strict=True))
     assert index.polarity == peer.polarity
     with index.ibd_path.open("rb") as ibd:
         many = read_arrays(index, ibd, np.arange(len(index)), "int")

@@ -58,7 +58,7 @@ def imzml(path: Place) -> Description:
         index = _index_despite(path, error)
         notes.problem(error.what if error.where == path else f"{Path(str(error.where)).name}: {error.what}")
     size = size_of(index.ibd_path) if index.ibd_path.is_file() else 0
-    ends = np.maximum(index.mz_offset + index.mz_bytes, index.int_offset + index.int_bytes)
+    ends = np.maximum(index.mz_offset[:] + index.mz_bytes, index.int_offset[:] + index.int_bytes)
     inside = np.flatnonzero(ends <= size)
     pitch = index.pitch_um
     notes.add("mode", index.mode)
@@ -66,7 +66,7 @@ def imzml(path: Place) -> Description:
     notes.add("polarity", index.polarity or "not stated, or mixed")
     notes.add("pitch", f"{pair_text(pitch)} um" if pitch else f"not known ({index.pitch_problem}): give --pitch-um")
     notes.add("spectra", f"{len(index):,}")
-    empty = int((index.int_length == 0).sum())
+    empty = int((index.int_length[:] == 0).sum())
     if empty:
         notes.add("empty spectra", f"{empty:,}")
     if size and len(inside) < len(index):
@@ -149,7 +149,7 @@ def _add_mz(notes: Notes, index: ImzmlIndex, inside: NDArray[np.int64]) -> None:
     except InputError as error:
         notes.problem(error.what)
         return
-    lengths = index.mz_length[inside]
+    lengths = index.length[inside]
     low, high = int(lengths.min()), int(lengths.max())
     notes.add("values", f"{low:,} per spectrum" if low == high else f"{low:,} to {high:,} per spectrum")
     if not arrays:

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from deepfere.measured.ions import (
 from deepfere.measured.lock_mass import describe, fill_shifts, shift_image, told
 from deepfere.measured.normalise import FACTORS, REFERENCE
 from deepfere.measured.peaks import SharedIons
-from deepfere.measured.raster import Raster, batches, plan_raster
+from deepfere.measured.raster import Raster, batches, by_band, plan_raster
 from deepfere.measured.reduce import Reduce, Reducer, put, shared_axis
 from deepfere.measured.sampled import PeakSpec
 from deepfere.measured.store import (
@@ -51,6 +50,7 @@ from deepfere.measured.table import choose_ions as choose_table_ions
 from deepfere.measured.tolerance import Targets, Tolerance
 from deepfere.measured.treatment import UNTREATED, Treatment
 from deepfere.measured.windows import Windows
+from deepfere.readers.columns import Column
 from deepfere.readers.imzml import ImzmlIndex
 from deepfere.readers.ranges import open_binary
 from deepfere.readers.table import Table
@@ -65,7 +65,6 @@ class _Tally:
 
     seen: NDArray[np.bool_]
     negatives: int = 0
-    factors: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class _Plan:
         tolerance: Half-width of their windows.
         how: How they were chosen, and what is done to spectra.
         band_rows: Image rows of a band.
-        reduce: Spectra to ions.
+        of: Some spectra, to what makes ions of those, counted from 0.
         images: Further images (ny, nx) of the store.
     """
 
@@ -85,7 +84,7 @@ class _Plan:
     tolerance: Tolerance
     how: dict[str, Any]
     band_rows: int
-    reduce: Reduce
+    of: Callable[[NDArray[np.int64]], Reduce]
     images: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
@@ -187,7 +186,7 @@ def ingest(
                 codec=codec,
             )
             names = FACTORS if reference_mz is None else (*FACTORS, REFERENCE)
-            tally = _write_bands(source.int_length, raster, plan.reduce, names, writer, duplicates, progress)
+            tally = _write_bands(source.int_length, raster, plan, names, writer, duplicates, progress)
             if not tally.seen.any():
                 raise InputError(
                     "every ion is zero in every pixel",
@@ -232,9 +231,8 @@ def ingest(
             "negative_intensities": tally.negatives,
             "written_by": f"deepfere {_version()}",
         }
-        images = {name: image.astype(np.float32, copy=False) for name, image in tally.factors.items()}
         with _whole_or_not(out_path, storage_options):
-            return writer.finish(raster.mask, {**images, **plan.images}, pitch, attrs)
+            return writer.finish(raster.mask, plan.images, pitch, attrs)
 
 
 def _provenance(source: Source) -> dict[str, Any]:
@@ -268,16 +266,18 @@ def _open_reduce(
         ions, how = choose_table_ions(source, raster, targets, kind, spec)
         ions, how = own_structured(source, raster, ions, how, kind, spec, treatment)
         rows = _band_rows(band_rows, len(ions), raster)
-        order = np.concatenate(list(_by_band(raster, fitting_band(rows, raster.shape_px))))
+        order = np.concatenate(list(by_band(raster, fitting_band(rows, raster.shape_px))))
         reduce = TableReducer(source, ions, how["ions"], tolerance, order, reference)
-        yield _Plan(ions, tolerance, how, rows, reduce)
+        yield _Plan(ions, tolerance, how, rows, reduce.of)
         return
     with open_binary(source.ibd_path) as ibd:
         axis = shared_axis(source, ibd)
         treatment.check(source, kind, "axis" if axis is not None and targets is None else "list", axis is not None)
         ions, how = choose_ions(source, raster, axis, targets, kind, spec, treatment)
         ions, how = own_structured(source, raster, ions, how, kind, spec, treatment)
-        found = None if kind is None else treatment.shifts(source, np.arange(len(source)), kind)
+        found = None
+        if kind is not None and treatment.lock_mass is not None:
+            found = treatment.shifts(source, np.arange(len(source)), kind)
         if reference_mz is not None:
             kind = known_kind(source, kind)
         if treatment.profile.active:
@@ -289,7 +289,11 @@ def _open_reduce(
             images[SHIFT] = shift_image(shifts, raster).astype(np.float32)
             images[FOUND] = np.isfinite(shift_image(found, raster))
         spectra = Reducer(source, axis, ions, how["ions"], kind, tolerance, shifts, treatment.profile, reference)
-        yield _Plan(ions, tolerance, how, _band_rows(band_rows, len(ions), raster), partial(spectra, ibd), images)
+
+        def of(rows: NDArray[np.int64]) -> Reduce:
+            return partial(spectra.of(rows), ibd)
+
+        yield _Plan(ions, tolerance, how, _band_rows(band_rows, len(ions), raster), of, images)
 
 
 def _band_rows(most: int, ions: int, raster: Raster) -> int:
@@ -338,57 +342,46 @@ def _choose_pitch(source: Source, given: float | tuple[float, float] | None) -> 
     return values[0], values[1]
 
 
-def _by_band(raster: Raster, band_rows: int) -> Iterator[NDArray[np.int64]]:
-    """The spectra of each band."""
-    by_row = None if (np.diff(raster.row) >= 0).all() else np.argsort(raster.row, kind="stable")
-    edges = np.append(np.arange(0, raster.shape_px[0], band_rows), raster.shape_px[0])
-    for begin, end in pairwise(np.searchsorted(raster.row, edges, sorter=by_row).tolist()):
-        yield np.arange(begin, end) if by_row is None else np.sort(by_row[begin:end])
-
-
 def _write_bands(
-    lengths: NDArray[np.int64],
+    lengths: Column | NDArray[np.int64],
     raster: Raster,
-    reduce: Reduce,
+    plan: _Plan,
     names: tuple[str, ...],
     writer: MeasuredWriter,
     duplicates: str,
     progress: Callable[[int, int], None] | None,
 ) -> _Tally:
-    ny, nx = raster.shape_px
+    nx = raster.shape_px[1]
     repeated = bool(raster.counts.max() > 1)
-    factors = {name: np.zeros((ny, nx), np.float64 if repeated else np.float32) for name in names}
     bands = writer.bands
     ions = writer.ions.shape[0]
-    tally = _Tally(np.zeros(ions, bool), factors=factors)
-    images = np.empty((ions, writer.band_rows, nx), dtype=np.float32)  # one band, used again for the next
-    for done, ((begin, end), rows) in enumerate(zip(bands, _by_band(raster, writer.band_rows), strict=True)):
-        flat = images.reshape(ions, -1)
+    tally = _Tally(np.zeros(ions, bool))
+    # One band, used again for the next.
+    images = np.empty((ions, writer.band_rows, nx), dtype=np.float32)
+    factors = np.empty((len(names), writer.band_rows, nx), np.float64 if repeated else np.float32)
+    for done, ((begin, end), spectra) in enumerate(zip(bands, by_band(raster, writer.band_rows), strict=True)):
+        flat, own = images.reshape(ions, -1), factors.reshape(len(names), -1)
         counts = raster.counts[begin:end]
         if repeated or not counts.all():
-            flat[:] = 0
-        for batch in batches(lengths, rows, ions):
-            values, own, negatives = reduce(batch)
+            flat[:] = own[:] = 0
+        row, col = raster.at(spectra)
+        pixels, reduce = (row - begin) * nx + col, plan.of(spectra)
+        for batch in batches(lengths[spectra], np.arange(len(spectra)), ions):
+            values, found, negatives = reduce(batch)
             tally.negatives += negatives
             # Nearly all ions are seen in the first batch: the others are few to look at.
             missing = np.flatnonzero(~tally.seen)
             tally.seen[missing] = values[:, missing].any(0)
-            put(flat, (raster.row[batch] - begin) * nx + raster.col[batch], values, repeated)
-            for name, factor in zip(names, own, strict=True):
-                if repeated:
-                    np.add.at(tally.factors[name], (raster.row[batch], raster.col[batch]), factor)
-                else:
-                    tally.factors[name][raster.row[batch], raster.col[batch]] = factor
-        block = images[:, : end - begin]
-        if repeated and duplicates == "mean":
-            block /= np.maximum(counts, 1)
-        if not counts.all():
-            block[:, counts == 0] = np.nan
+            put(flat, pixels[batch], values, repeated)
+            put(own, pixels[batch], found.T, repeated)
+        block, factor = images[:, : end - begin], factors[:, : end - begin]
+        for part in (block, factor):
+            if repeated and duplicates == "mean":
+                part /= np.maximum(counts, 1)
+            if not counts.all():
+                part[:, counts == 0] = np.nan
         writer.write_images(begin, block)
+        writer.write_factors(begin, dict(zip(names, factor.astype(np.float32, copy=False), strict=True)))
         if progress is not None:
             progress(done + 1, len(bands))
-    for image in tally.factors.values():
-        if duplicates == "mean":
-            image /= np.maximum(raster.counts, 1)
-        image[raster.counts == 0] = np.nan
     return tally

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from deepfere.errors import InputError
 from deepfere.measured.peaks import SharedIons, found_ions
-from deepfere.measured.raster import Raster, batches, evenly, plan_raster
+from deepfere.measured.raster import Raster, batches, in_image_order, plan_raster
 from deepfere.measured.reduce import (
     Reduce,
     Reducer,
@@ -50,8 +50,10 @@ def of_region(source: Source, region: int | str | None) -> Source:
     """
     whole = plan_raster(source, "sum")
     chosen = choose_region(whole.mask, region, whole.origin_px, source.path)
-    kept = np.flatnonzero(chosen[whole.row, whole.col])
-    return source if len(kept) == len(source) else source.only(kept)
+    if int(whole.counts.sum(where=chosen)) == len(source):
+        return source
+    inside = chosen.reshape(-1)
+    return source.only(np.concatenate([begin + np.flatnonzero(inside[places]) for begin, places in whole.pixels()]))
 
 
 def own_axis(source: Source) -> NDArray[np.float64] | None:
@@ -97,7 +99,7 @@ def sample_source(
     """
     if isinstance(source, Table):
         return sample_table(source, raster, kind, spec)
-    rows = evenly(raster)[sample_rows(len(source), spec)]
+    rows = in_image_order(raster, sample_rows(len(source), spec))
     shifts = treatment.shifts(source, rows, kind)
     if shifts is not None:
         shifts = np.where(np.isnan(shifts), np.nanmedian(shifts), shifts)

@@ -88,7 +88,8 @@ def shift_image(shifts: NDArray[np.float64], raster: Raster) -> NDArray[np.float
     """(ny, nx) mean shift of each pixel's spectra that have one; NaN elsewhere."""
     ny, nx = raster.shape_px
     known = np.flatnonzero(np.isfinite(shifts))
-    at = raster.row[known] * nx + raster.col[known]
+    row, col = raster.at(known)
+    at = row * nx + col
     total, count = (np.bincount(at, w, ny * nx) for w in (shifts[known], None))
     return np.divide(total, count, out=np.full(ny * nx, np.nan), where=count > 0).reshape(ny, nx)
 

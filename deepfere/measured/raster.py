@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from deepfere.errors import InputError
 from deepfere.places import Place
+from deepfere.readers.columns import BLOCK, Column, blocks, reach
 
 MIN_PIXELS = 4
 MAX_GRID_PER_PIXEL = 1000
@@ -29,38 +31,57 @@ class Placed(Protocol):
         ...
 
     @property
-    def x(self) -> NDArray[np.int64]:
+    def x(self) -> Column | NDArray[np.int64]:
         """(N,) position x."""
         ...
 
     @property
-    def y(self) -> NDArray[np.int64]:
+    def y(self) -> Column | NDArray[np.int64]:
         """(N,) position y."""
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Raster:
-    """Which grid pixel each spectrum is.
+    """Which grid pixel each of N spectra is.
 
     Attributes:
-        row: (N,) int64.
-        col: (N,) int64.
+        source: The spectra.
         shape_px: (ny, nx).
         origin_px: Smallest (y, x) in the file.
-        counts: (ny, nx) int32, spectra per pixel.
+        counts: (ny, nx), spectra per pixel; the smallest unsigned type that holds them.
     """
 
-    row: NDArray[np.int64]
-    col: NDArray[np.int64]
+    source: Placed
     shape_px: tuple[int, int]
     origin_px: tuple[int, int]
-    counts: NDArray[np.int32]
+    counts: NDArray[np.unsignedinteger]
 
     @property
     def mask(self) -> NDArray[np.bool_]:
         """(ny, nx) bool, True where measured."""
         return self.counts > 0
+
+    @cached_property
+    def row(self) -> NDArray[np.int64]:
+        """(N,) int64; of many spectra `at` takes less memory."""
+        return self.source.y[:] - self.origin_px[0]
+
+    @cached_property
+    def col(self) -> NDArray[np.int64]:
+        """(N,) int64."""
+        return self.source.x[:] - self.origin_px[1]
+
+    def at(self, spectra: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Row and column (n,) of some spectra."""
+        return self.source.y[spectra] - self.origin_px[0], self.source.x[spectra] - self.origin_px[1]
+
+    def pixels(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Spectra in the order of the file, some at a time: the first one's position, and their pixels, row by row."""
+        done = 0
+        for y, x in zip(blocks(self.source.y), blocks(self.source.x), strict=True):
+            yield done, (y - self.origin_px[0]) * self.shape_px[1] + x - self.origin_px[1]
+            done += len(y)
 
 
 def plan_raster(source: Placed, duplicates: str = "error") -> Raster:
@@ -72,21 +93,24 @@ def plan_raster(source: Placed, duplicates: str = "error") -> Raster:
     """
     if duplicates not in DUPLICATES:
         raise InputError(f"unknown policy {duplicates!r} for duplicates", remedy=f"give {', '.join(DUPLICATES)}")
-    origin = (int(source.y.min()), int(source.x.min()))
-    row, col = source.y - origin[0], source.x - origin[1]
-    ny, nx = int(row.max()) + 1, int(col.max()) + 1
+    (top, bottom), (left, right) = reach(source.y), reach(source.x)
+    ny, nx = bottom - top + 1, right - left + 1
     if ny * nx > MAX_GRID_PER_PIXEL * max(len(source.x), 1000):
         raise InputError(
             f"its coordinates span {ny} x {nx} pixels but only {len(source.x)} spectra exist",
             where=source.path,
             remedy="export it with pixel numbers as coordinates",
         )
-    counts = np.bincount(row * nx + col, minlength=ny * nx).reshape(ny, nx).astype(np.int32)
+    raster = Raster(source, (ny, nx), (top, left), np.zeros((ny, nx), np.uint32))
+    for _, places in raster.pixels():
+        first, last = int(places.min()), int(places.max()) + 1
+        raster.counts.reshape(-1)[first:last] += np.bincount(places - first).astype(np.uint32)
+    counts = raster.counts.astype(np.min_scalar_type(int(raster.counts.max())))
     pixels = int((counts > 0).sum())
     if pixels < MIN_PIXELS:
         number = "one measured pixel" if pixels == 1 else f"only {pixels} measured pixels"
         raise InputError(f"has {number}", where=source.path, remedy=f"at least {MIN_PIXELS} make an image")
-    steps = [int(np.gcd.reduce(offsets)) for offsets in (row, col) if offsets.any()]
+    steps = [_step(source.y, top)] * (ny > 1) + [_step(source.x, left)] * (nx > 1)
     if pixels >= MANY_PIXELS and min(steps) > 1:
         step = " and ".join(str(step) for step in dict.fromkeys(steps[::-1]))
         raise InputError(
@@ -97,20 +121,77 @@ def plan_raster(source: Placed, duplicates: str = "error") -> Raster:
     if duplicates == "error" and counts.max() > 1:
         y, x = np.unravel_index(int(counts.argmax()), counts.shape)
         raise InputError(
-            f"has {int((counts > 1).sum())} pixels with several spectra, first x {int(x) + origin[1]}, "
-            f"y {int(y) + origin[0]}",
+            f"has {int((counts > 1).sum())} pixels with several spectra, first x {int(x) + left}, y {int(y) + top}",
             where=source.path,
             remedy="give --duplicates sum or mean",
         )
-    return Raster(row, col, (ny, nx), origin, counts)
+    return Raster(source, (ny, nx), (top, left), counts)
 
 
-def evenly(raster: Raster) -> NDArray[np.int64]:
-    """The spectra in the order of the image, not of the acquisition: a part of them is spread over the image."""
-    return np.lexsort((raster.col, raster.row))
+def _step(places: Column | NDArray[np.int64], least: int) -> int:
+    """The largest number of which all distances of coordinates are multiples."""
+    return int(np.gcd.reduce([int(np.gcd.reduce(values - least)) for values in blocks(places)]))
 
 
-def batches(lengths: NDArray[np.int64], rows: NDArray[np.int64], per_spectrum: int) -> Iterator[NDArray[np.int64]]:
+def in_image_order(raster: Raster, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Which spectra (n,) are those at some places in the order of the image, not of the acquisition.
+
+    A part of them is spread over the image. Those of one pixel are in the order of the file.
+
+    Args:
+        raster: Of all spectra.
+        numbers: (n,) places, rising, each once.
+    """
+    ends = np.cumsum(raster.counts.sum(1, dtype=np.int64))
+    rows = np.searchsorted(ends, numbers, side="right")
+    wanted, within = np.empty(len(numbers), np.int64), np.empty(len(numbers), np.int64)
+    for row in np.unique(rows).tolist():
+        here = rows == row
+        line = np.cumsum(raster.counts[row], dtype=np.int64)
+        rank = numbers[here] - (ends[row] - line[-1])
+        col = np.searchsorted(line, rank, side="right")
+        wanted[here], within[here] = row * raster.shape_px[1] + col, rank - (line[col] - raster.counts[row, col])
+    return _of_pixels(raster, wanted, within)
+
+
+def first_of_pixels(raster: Raster, pixels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The first spectrum (n,) of each of some measured pixels, which are counted row by row, rising."""
+    return _of_pixels(raster, pixels, np.zeros(len(pixels), np.int64))
+
+
+def _of_pixels(raster: Raster, pixels: NDArray[np.int64], within: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The spectrum that is the so-manieth one, from 0, of each of some pixels (n,), which do not fall."""
+    out = np.empty(len(pixels), np.int64)
+    if not len(pixels):
+        return out
+    distinct = np.unique(pixels)
+    seen = np.zeros(len(distinct), np.int64)
+    for begin, places in raster.pixels():
+        k = np.minimum(np.searchsorted(distinct, places), len(distinct) - 1)
+        for n in np.flatnonzero(distinct[k] == places).tolist():
+            same = slice(*np.searchsorted(pixels, [places[n], places[n] + 1]).tolist())
+            out[same][within[same] == seen[k[n]]] = begin + n
+            seen[k[n]] += 1
+    return out
+
+
+def by_band(raster: Raster, band_rows: int) -> Iterator[NDArray[np.int64]]:
+    """The spectra (n,) of each band of so many image rows, rising."""
+    top = raster.origin_px[0]
+    ends = [(int(y.min() - top) // band_rows, int(y.max() - top) // band_rows) for y in blocks(raster.source.y)]
+    for band in range(-(-raster.shape_px[0] // band_rows)):
+        found = [np.empty(0, np.int64)]
+        for k, (first, last) in enumerate(ends):
+            if first <= band <= last:
+                begin = k * BLOCK
+                rows = raster.source.y[begin : begin + BLOCK] - top
+                found.append(begin + np.flatnonzero(rows // band_rows == band))
+        yield np.concatenate(found)
+
+
+def batches(
+    lengths: Column | NDArray[np.int64], rows: NDArray[np.int64], per_spectrum: int
+) -> Iterator[NDArray[np.int64]]:
     """Cut spectra into runs whose arrays and ions stay within the memory of a batch.
 
     Args:

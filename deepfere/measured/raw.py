@@ -67,7 +67,8 @@ class RawMeasured:
         repeated = bool(self._raster.counts.max() > 1)
         with self._reduce(np.array([float(mz)]), width, representation) as reduce:
             for rows in batches(self._source.int_length, np.arange(len(self._source)), 1):
-                put(out, self._raster.row[rows] * nx + self._raster.col[rows], reduce(rows)[0], repeated)
+                row, col = self._raster.at(rows)
+                put(out, row * nx + col, reduce(rows)[0], repeated)
         image = out.reshape(ny, nx)
         image[~self.mask] = np.nan
         return image
@@ -80,8 +81,9 @@ class RawMeasured:
         kind = self._source.representation or "centroid"
         with self._reduce(np.array([1.0]), self.tolerance_ppm, kind) as reduce:
             for rows in batches(self._source.int_length, np.arange(len(self._source)), 1):
+                at = self._raster.at(rows)
                 for image, factor in zip(out, reduce(rows)[1], strict=True):
-                    np.add.at(image, (self._raster.row[rows], self._raster.col[rows]), factor)
+                    np.add.at(image, at, factor)
         out[:, ~self.mask] = np.nan
         return dict(zip(FACTORS, out.astype(np.float32), strict=True))
 
@@ -122,7 +124,7 @@ class RawMeasured:
         if not (0 <= y < ny and 0 <= x < nx):
             what = f"pixel ({y}, {x}) is outside the grid of {ny} x {nx}"
             raise InputError(what, where=self.path, remedy="give another pixel")
-        found = np.flatnonzero((self._raster.row == y) & (self._raster.col == x))
+        found = np.concatenate([k + np.flatnonzero(at == y * nx + x) for k, at in self._raster.pixels()])
         if len(found) != 1:
             what = f"has {len(found)} spectra" if len(found) else "was not measured"
             raise InputError(f"pixel ({y}, {x}) {what}", where=self.path, remedy="give another pixel")

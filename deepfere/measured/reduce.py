@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from typing import IO, Any
 
@@ -134,6 +135,13 @@ class Reducer:
             self.order = np.argsort(axis, kind="stable")
             self.axis = axis[self.order]
 
+    def of(self, rows: NDArray[np.int64]) -> Reducer:
+        """For some spectra (positions, rising), which are then counted from 0."""
+        other = copy(self)
+        other.index = self.index.only(rows)
+        other.shifts = None if self.shifts is None else self.shifts[rows]
+        return other
+
     def __call__(self, ibd: IO[bytes], rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float64], int]:
         """Ions (n, M), factors (3, n; 4 with a reference) and the number of negative intensities of some spectra."""
         lengths = self.index.int_length[rows]
@@ -222,7 +230,7 @@ def _centroids(
     return windows.sum_ragged(mz, values, lengths)
 
 
-def put(images: NDArray[np.float32], at: NDArray[np.int64], values: NDArray[np.float32], repeated: bool) -> None:
+def put(images: NDArray[Any], at: NDArray[np.int64], values: NDArray[Any], repeated: bool) -> None:
     """Spectra (n, M) into the pixels (n,) of images (M, pixels), added where a pixel has several."""
     if repeated:
         np.add.at(images.T, at, values)

@@ -43,7 +43,7 @@ class Region:
         return f"{ny} x {nx} pixels ({self.pixels} measured) from x {x}, y {y}"
 
 
-def find_regions(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], list[Region]]:
+def find_regions(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int32], list[Region]]:
     """The regions of a raster.
 
     Args:
@@ -54,21 +54,21 @@ def find_regions(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], list[Regio
     """
     square = np.ones((3, 3), bool)
     parts, count = ndimage.label(ndimage.binary_dilation(mask, square), square)
-    parts = np.where(mask, parts, 0)
+    parts *= mask
     sizes = np.bincount(parts.ravel(), minlength=count + 1)[1:]
     boxes = ndimage.find_objects(parts, max_label=count)
     least = max(LEAST_PX, LEAST_SHARE * int(sizes.max(initial=0)))
     kept = [k for k in range(count) if sizes[k] >= least]
     if len(kept) < 2:
         # One piece and its specks, or nothing but specks: all of it is one.
-        rows, cols = np.nonzero(mask)
+        rows, cols = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
         if not len(rows):
-            return np.zeros(mask.shape, np.int64), []
-        start = int(rows.min()), int(cols.min())
-        shape = int(rows.max()) - start[0] + 1, int(cols.max()) - start[1] + 1
-        return mask.astype(np.int64), [Region(1, start, shape, len(rows))]
+            return np.zeros(mask.shape, np.int32), []
+        start, end = (int(rows[0]), int(cols[0])), (int(rows[-1]) + 1, int(cols[-1]) + 1)
+        shape = end[0] - start[0], end[1] - start[1]
+        return mask.astype(np.int32), [Region(1, start, shape, int(mask.sum()))]
     kept.sort(key=lambda k: (boxes[k][0].start, boxes[k][1].start))
-    numbers = np.zeros(count + 1, np.int64)
+    numbers = np.zeros(count + 1, np.int32)
     regions = []
     for n, k in enumerate(kept, 1):
         numbers[k + 1] = n

@@ -291,6 +291,19 @@ class MeasuredWriter:
                 part = images[first : first + self.shard_ions]
                 self.ions[first : first + len(part), begin : begin + part.shape[1], :] = part
 
+    def write_factors(self, begin: int, factors: Mapping[str, NDArray[np.float32]]) -> None:
+        """The part of images of one value a pixel ("tic", "rms", "median"...) that lies in a band, (rows, nx) each."""
+        for name, part in factors.items():
+            self._image(name, np.float32)[begin : begin + len(part)] = part
+
+    def _image(self, name: str, dtype: type) -> zarr.Array:
+        """An array (ny, nx), a chunk per band; not measured is NaN, or False."""
+        if name in self.group:
+            return _array(self.group, name)
+        fill: Any = False if dtype is bool else np.nan
+        chunk = (min(self.band_rows, self.shape_px[0]), self.shape_px[1])
+        return create_array(self.group, name, self.shape_px, dtype, chunk, fill_value=fill, dimension_names=("y", "x"))
+
     def finish(
         self,
         mask: NDArray[np.bool_],
@@ -302,16 +315,12 @@ class MeasuredWriter:
 
         Args:
             mask: (ny, nx).
-            images: "tic", "rms" and "median", and others by their names, each (ny, nx) float32 or bool.
+            images: By their names what `write_factors` has not written, each (ny, nx) float32 or bool.
             pitch_um: Pitch (y, x).
             attrs: Further attributes, plain values.
         """
-        shape = self.shape_px
         for name, image in {"mask": mask, **images}.items():
-            fill: Any = False if image.dtype == bool else np.nan
-            dtype: Any = bool if image.dtype == bool else np.float32
-            array = create_array(self.group, name, shape, dtype, shape, fill_value=fill, dimension_names=("y", "x"))
-            array[:] = image
+            self._image(name, bool if image.dtype == bool else np.float32)[:] = image
         self.group.attrs.update(
             {
                 "tolerance_ppm": 5.0,

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from deepfere.measured.raster import Raster
+from deepfere.measured.raster import Raster, first_of_pixels
 
 LEAST = 0.15
 """Correlation of neighbours that an ion without structure has to be proven to stay below."""
@@ -55,9 +55,7 @@ def neighbours(raster: Raster, most: int) -> tuple[NDArray[np.int64], Pairs, Pai
         Spectra (n,) ascending, and which of these are neighbours, along and across the rows; none of a large image in
         which no four pixels are.
     """
-    first = np.full(raster.shape_px, -1, np.int64)
-    first[raster.row[::-1], raster.col[::-1]] = np.arange(len(raster.row))[::-1]
-    chosen = first >= 0
+    chosen = raster.mask
     if chosen.sum() > most:
         whole = chosen[:-1, :-1] & chosen[1:, :-1] & chosen[:-1, 1:] & chosen[1:, 1:]
         corners = np.flatnonzero(whole)
@@ -67,13 +65,14 @@ def neighbours(raster: Raster, most: int) -> tuple[NDArray[np.int64], Pairs, Pai
         chosen = np.zeros_like(chosen)
         for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
             chosen[y + dy, x + dx] = True
-    rows = np.sort(first[chosen])
-    place = np.full(raster.shape_px, -1, np.int64)
-    place[chosen] = np.searchsorted(rows, first[chosen])
+    first = first_of_pixels(raster, np.flatnonzero(chosen))
+    rows = np.sort(first)
+    place = np.full(raster.shape_px, -1, np.int32)
+    place[chosen] = np.searchsorted(rows, first)
 
-    def pairs(one: NDArray[np.int64], other: NDArray[np.int64]) -> Pairs:
+    def pairs(one: NDArray[np.int32], other: NDArray[np.int32]) -> Pairs:
         both = (one >= 0) & (other >= 0)
-        return one[both], other[both]
+        return one[both].astype(np.int64), other[both].astype(np.int64)
 
     return rows, pairs(place[:, :-1], place[:, 1:]), pairs(place[:-1], place[1:])
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from deepfere.errors import InputError
 from deepfere.measured.normalise import ragged_factors
 from deepfere.measured.peaks import SharedIons, found_ions
-from deepfere.measured.raster import Raster, batches, evenly
-from deepfere.measured.reduce import LARGEST, refuse_range, refuse_twice
+from deepfere.measured.raster import Raster, batches, in_image_order
+from deepfere.measured.reduce import LARGEST, Reduce, refuse_range, refuse_twice
 from deepfere.measured.sampled import (
     Highest,
     PeakSpec,
@@ -117,7 +117,7 @@ def sample_table(table: Table, raster: Raster, kind: str, spec: PeakSpec) -> Sam
         InputError: A value is not finite.
     """
     axis, rank = table.sorted_mz()
-    rows = np.sort(evenly(raster)[sample_rows(len(table), spec)])
+    rows = np.sort(in_image_order(raster, sample_rows(len(table), spec)))
     reader = RowReader(table, rows)
     reach = float(axis[0]), float(axis[-1])
 
@@ -207,6 +207,10 @@ class TableReducer:
         self.windows = None if how == "axis" else Windows(ions, tolerance)
         self.reference = reference
         self.reader = RowReader(table, order)
+
+    def of(self, rows: NDArray[np.int64]) -> Reduce:
+        """For some pixels, which are then counted from 0."""
+        return lambda some: self(rows[some])
 
     def __call__(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float64], int]:
         """Ions (n, M), factors (3 or 4, n) and the number of negative intensities of some pixels.

@@ -19,6 +19,7 @@ from deepfere.errors import InputError
 from deepfere.places import Place, place
 from deepfere.readers import imzml_cache
 from deepfere.readers import imzml_head as head
+from deepfere.readers.columns import Column, blocks, same
 from deepfere.readers.digest import content_digest
 from deepfere.readers.imzml_pitch import stated_pitch
 from deepfere.readers.imzml_scan import Unsure, scan
@@ -32,21 +33,22 @@ IMZML = (".imzml", ".xml", ".ibd")
 class ImzmlIndex:
     """Where everything in an imzML pair is; N spectra.
 
+    What there is of every spectrum takes a few bytes (`Column`) and is read as an array is.
+
     Attributes:
         path: The .imzML.
         ibd_path: The .ibd.
         mode: "continuous" or "processed", as the file says.
         representation: "centroid", "profile", or None where the file does not say.
         polarity: "positive", "negative", or None where the file does not say or mixes them.
-        x: (N,) int64, position x as in the file.
-        y: (N,) int64, position y as in the file.
-        mz_offset: (N,) int64, byte offset of the m/z array in the .ibd.
-        mz_length: (N,) int64, its elements.
+        x: (N,), position x as in the file.
+        y: (N,), position y as in the file.
+        length: (N,), values of either array.
+        mz_offset: (N,), byte offset of the m/z array in the .ibd.
         mz_bytes: (N,) int64, its bytes in the .ibd; computed when asked for, unless compressed.
         mz_dtype: Type of an m/z value.
         mz_compressed: Whether m/z arrays are zlib streams.
         int_offset: As mz_offset, of the intensities.
-        int_length: As mz_length.
         int_bytes: As mz_bytes.
         int_dtype: As mz_dtype.
         int_compressed: As mz_compressed.
@@ -63,22 +65,26 @@ class ImzmlIndex:
     mode: str
     representation: str | None
     polarity: str | None
-    x: NDArray[np.int64]
-    y: NDArray[np.int64]
-    mz_offset: NDArray[np.int64]
-    mz_length: NDArray[np.int64]
+    x: Column
+    y: Column
+    length: Column
+    mz_offset: Column
     mz_dtype: np.dtype[Any]
     mz_compressed: bool
-    int_offset: NDArray[np.int64]
-    int_length: NDArray[np.int64]
+    int_offset: Column
     int_dtype: np.dtype[Any]
     int_compressed: bool
     pitch_um: tuple[float, float] | None
     pitch_problem: str
     uuid: str | None
     uuid_matches: bool | None
-    stated_bytes: dict[str, NDArray[np.int64]]
-    numbers: NDArray[np.int64] | None = None
+    stated_bytes: dict[str, Column]
+    numbers: Column | None = None
+
+    @property
+    def int_length(self) -> Column:
+        """(N,), values of the intensity array; those of the m/z array are as many."""
+        return self.length
 
     @property
     def mz_bytes(self) -> NDArray[np.int64]:
@@ -94,23 +100,21 @@ class ImzmlIndex:
         """Bytes in the .ibd of the "mz" or "int" arrays of some spectra."""
         if kind in self.stated_bytes:
             return self.stated_bytes[kind][rows]
-        if kind == "mz":
-            return self.mz_length[rows] * self.mz_dtype.itemsize
-        return self.int_length[rows] * self.int_dtype.itemsize
+        return self.length[rows] * (self.mz_dtype if kind == "mz" else self.int_dtype).itemsize
 
     @property
     def shared_axis(self) -> bool:
         """Whether all spectra point at one and the same m/z array."""
-        return bool((self.mz_offset == self.mz_offset[0]).all() and (self.mz_length == self.mz_length[0]).all())
+        return same(self.mz_offset) and same(self.length)
 
     def __len__(self) -> int:
         return len(self.x)
 
     def only(self, rows: NDArray[np.int64]) -> ImzmlIndex:
         """The index of some spectra (their positions here, rising), which keep their numbers in the file."""
-        columns = {name: getattr(self, name)[rows] for name in head.COLUMNS if not name.endswith("_bytes")}
-        stated = {kind: sizes[rows] for kind, sizes in self.stated_bytes.items()}
-        numbers = rows if self.numbers is None else self.numbers[rows]
+        columns: dict[str, Any] = {name: Column.of(getattr(self, name)[rows]) for name in head.COLUMNS}
+        stated = {kind: Column.of(sizes[rows]) for kind, sizes in self.stated_bytes.items()}
+        numbers = Column.of(rows if self.numbers is None else self.numbers[rows])
         return replace(self, **columns, stated_bytes=stated, numbers=numbers)
 
     def number(self, i: int | np.integer[Any]) -> int:
@@ -144,23 +148,17 @@ def read_index(path: str | Place, *, check_ibd: bool = True, cache: str | Place 
     if len(modes) != 1:
         stated = "both continuous and processed" if modes else "neither continuous nor processed"
         raise InputError(f"states {stated}", where=path, remedy="correct its fileContent (IMS:1000030 or 31)")
-    columns = {name: np.frombuffer(values, dtype=np.int64) for name, values in walk.columns.items()}
+    columns = walk.columns
     uuid, matches = None, None
     if check_ibd:
         ibd_path = _find_ibd(path)
-        _check_length(ibd_path, columns)
+        _check_length(ibd_path, walk)
         uuid, matches = _check_uuid(walk.content, path, ibd_path)
     else:
         try:
             ibd_path = _find_ibd(path)
         except InputError:
             ibd_path = path.with_suffix(".ibd")
-    # Memory is little more than what has to be known: lengths are the same, and sizes mostly follow from them.
-    for name in ("mz_offset", "mz_length"):
-        columns[name] = _once(columns[name])
-    columns["int_length"] = columns["mz_length"]
-    by_kind = {kind: columns.pop(f"{kind}_bytes") for kind in ("mz", "int")}
-    walk.columns.clear()
     pitch_um, problem = stated_pitch(walk.scan_settings)
     # What the spectra say is nearer to the data than what the file says.
     representations = walk.representations or {
@@ -183,8 +181,8 @@ def read_index(path: str | Place, *, check_ibd: bool = True, cache: str | Place 
         pitch_problem=problem,
         uuid=uuid,
         uuid_matches=matches,
-        stated_bytes={kind: sizes for kind, sizes in by_kind.items() if walk.compressed[kind]},
-        **columns,
+        stated_bytes={kind: columns[f"{kind}_bytes"] for kind in ("mz", "int") if walk.compressed[kind]},
+        **{name: columns[name] for name in head.COLUMNS},
     )
 
 
@@ -197,12 +195,6 @@ def msi_digest(path: str | Place) -> str:
         raise InputError("is empty", where=path, remedy="export it again")
     parts = content_digest(str(path)) + content_digest(str(_find_ibd(path)))
     return hashlib.sha256(parts.encode()).hexdigest()
-
-
-def _once(column: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A column whose values are all the same, as a view of one of them; others as they are."""
-    same = column[0] == column[-1] and bool((column == column[0]).all())
-    return np.broadcast_to(column[:1].copy(), len(column)) if same else column
 
 
 def _cached_walk(path: Place, cache: Place) -> head.Walk:
@@ -266,14 +258,20 @@ def _find_ibd(path: Place) -> Place:
     raise InputError(f"its binary file {exact.name} is missing", where=path, remedy="put it beside the .imzML")
 
 
-def _check_length(ibd_path: Place, columns: dict[str, NDArray[np.int64]]) -> None:
-    size = size_of(ibd_path)
-    ends = np.maximum(columns["mz_offset"] + columns["mz_bytes"], columns["int_offset"] + columns["int_bytes"])
-    beyond = np.flatnonzero(ends > size)
-    if len(beyond):
+def _check_length(ibd_path: Place, walk: head.Walk) -> None:
+    size, needed, first, done = size_of(ibd_path), 0, None, 0
+    for parts in zip(*map(blocks, walk.columns.values()), strict=True):
+        part = dict(zip(walk.columns, parts, strict=True))
+        sizes = (part.get(f"{k}_bytes", part["length"] * np.dtype(walk.dtypes[k]).itemsize) for k in ("mz", "int"))
+        ends = np.maximum(*(part[f"{k}_offset"] + n for k, n in zip(("mz", "int"), sizes, strict=True)))
+        needed = max(needed, int(ends.max()))
+        beyond = np.flatnonzero(ends > size)
+        if first is None and len(beyond):
+            first = done + int(beyond[0])
+        done += len(ends)
+    if first is not None:
         raise InputError(
-            f"truncated: spectrum {beyond[0] + 1} of {len(ends)} ends beyond it; {int(ends.max())} bytes "
-            f"needed, {size} present",
+            f"truncated: spectrum {first + 1} of {done} ends beyond it; {needed} bytes needed, {size} present",
             where=ibd_path,
             remedy="copy the .ibd again",
         )

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
+from deepfere.readers.columns import Column
 from deepfere.readers.imzml import ImzmlIndex
 
 COALESCE_GAP_BYTES = 1 << 16
@@ -31,8 +32,9 @@ def spectrum(index: ImzmlIndex, ibd: Any, i: int) -> tuple[NDArray[np.float64], 
     Raises:
         InputError: The bytes are missing or not a valid zlib stream.
     """
-    mz = _decode(index, "mz", _cut(ibd, int(index.mz_offset[i]), int(index.mz_bytes[i])), i)
-    values = _decode(index, "int", _cut(ibd, int(index.int_offset[i]), int(index.int_bytes[i])), i)
+    row = np.array([i])
+    mz = _decode(index, "mz", _cut(ibd, int(index.mz_offset[i]), int(index.sizes("mz", row)[0])), i)
+    values = _decode(index, "int", _cut(ibd, int(index.int_offset[i]), int(index.sizes("int", row)[0])), i)
     kind = np.float32 if values.dtype == np.float32 else np.float64
     return mz.astype(np.float64), values.astype(kind)
 
@@ -81,10 +83,10 @@ def read_flat(
     return out
 
 
-def _layout(index: ImzmlIndex, kind: str) -> tuple[np.dtype[Any], bool, NDArray[np.int64]]:
+def _layout(index: ImzmlIndex, kind: str) -> tuple[np.dtype[Any], bool, Column]:
     if kind == "mz":
-        return index.mz_dtype, index.mz_compressed, index.mz_length
-    return index.int_dtype, index.int_compressed, index.int_length
+        return index.mz_dtype, index.mz_compressed, index.length
+    return index.int_dtype, index.int_compressed, index.length
 
 
 def _read(index: ImzmlIndex, ibd: IO[bytes], rows: NDArray[np.int64], kinds: tuple[str, ...]) -> list[list[memoryview]]:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from array import array
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from deepfere.errors import InputError
-from deepfere.parquet import write_table
+from deepfere.parquet import write_parts
 from deepfere.places import Place, UrlPath, reading
 from deepfere.readers import imzml_head as head
+from deepfere.readers.columns import BLOCK, blocks
 from deepfere.readers.ranges import open_binary, size_of
 
-VERSION = 1
+VERSION = 2
 KEY = b"deepfere"
 DIGESTED_BYTES = 1 << 20
 PLAIN = ("content", "scan_settings", "dtypes", "compressed")
@@ -43,16 +43,17 @@ def load(path: Place, cache: Place) -> head.Walk | None:
     import pyarrow.parquet as pq
 
     try:
-        with reading(cache) as file:
-            table = pq.read_table(file)
-        kept = json.loads(table.schema.metadata[KEY])
-        if kept["key"] != key_of(path):
-            return None
         walk = head.Walk(path)
-        for name in head.COLUMNS:
-            walk.columns[name] = array("q", table.column(name).to_numpy().tobytes())
-        for name in PLAIN:
-            setattr(walk, name, kept[name])
+        with reading(cache) as file, pq.ParquetFile(file) as table:
+            kept = json.loads(table.schema_arrow.metadata[KEY])
+            if kept["key"] != key_of(path):
+                return None
+            for name in PLAIN:
+                setattr(walk, name, kept[name])
+            names = walk.names()
+            for part in table.iter_batches(BLOCK, columns=list(names)):
+                for name in names:
+                    walk.columns[name].extend(part.column(name).to_numpy())
         for name in SETS:
             setattr(walk, name, set(kept[name]))
         walk.content = _terms(walk.content)
@@ -64,18 +65,18 @@ def load(path: Place, cache: Place) -> head.Walk | None:
 
 def save(walk: head.Walk, key: dict[str, Any], cache: Place) -> None:
     """Keep a walk, as a whole file; where a folder cannot hold it, nothing is kept."""
-    import numpy as np
     import pyarrow as pa
 
     kept = {"key": key, **{name: getattr(walk, name) for name in PLAIN}}
     kept |= {name: sorted(getattr(walk, name)) for name in SETS}
-    columns = {name: np.frombuffer(walk.columns[name], dtype=np.int64) for name in head.COLUMNS}
-    table = pa.table(columns).replace_schema_metadata({KEY: json.dumps(kept)})
+    schema = pa.schema([(name, pa.int64()) for name in walk.columns], metadata={KEY: json.dumps(kept)})
+    columns = (blocks(values) for values in walk.columns.values())
+    parts = (pa.table(list(arrays), schema=schema) for arrays in zip(*columns, strict=True))
     if isinstance(cache, UrlPath):
-        write_table(table, cache)
+        write_parts(schema, parts, cache)
         return
     with suppress(OSError, pa.ArrowException, InputError):
-        write_table(table, cache)
+        write_parts(schema, parts, cache)
 
 
 def _terms(kept: Any) -> head.Terms:

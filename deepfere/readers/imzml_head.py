@@ -8,13 +8,13 @@ Source: imzML 1.1 (Schramm et al., J. Proteomics 2012, 75, 5106), the PSI-MS and
 
 from __future__ import annotations
 
-from array import array
 from xml.parsers import expat
 
 import numpy as np
 
 from deepfere.errors import InputError
 from deepfere.places import Place
+from deepfere.readers.columns import Column
 from deepfere.readers.ranges import open_binary
 
 Term = tuple[str, str, str]  # value, unit accession or unit name, term name
@@ -41,7 +41,8 @@ DTYPES = {
 UNREAD_COMPRESSIONS = {f"MS:{n}" for n in (*range(1002312, 1002315), *range(1002746, 1002749), 1003088)}
 UNREAD_COMPRESSIONS |= {"IMS:1005001", "IMS:1005002", "IMS:1005003"}
 
-COLUMNS = ("x", "y", "mz_offset", "mz_length", "mz_bytes", "int_offset", "int_length", "int_bytes")
+COLUMNS = ("x", "y", "length", "mz_offset", "int_offset")
+"""What is known of every spectrum; "mz_bytes" and "int_bytes" are where arrays are compressed."""
 
 
 class Walk:
@@ -50,7 +51,8 @@ class Walk:
     Attributes:
         content: Terms of ``fileContent``.
         scan_settings: Terms of each ``scanSettings``.
-        columns: int64 values per spectrum, by the names in ``COLUMNS``; bytes are those in the .ibd.
+        columns: A value per spectrum, by the names in ``COLUMNS``; bytes are those in the .ibd, and the length, in
+            values, is that of both arrays.
         dtypes: Kind ("mz" or "int") -> numpy dtype string.
         compressed: Kind -> whether its arrays are zlib streams.
         representations: Which of "centroid" and "profile" the spectra state.
@@ -61,7 +63,7 @@ class Walk:
         self.path = path
         self.content: Terms = {}
         self.scan_settings: list[Terms] = []
-        self.columns = {name: array("q") for name in COLUMNS}
+        self.columns = {name: Column() for name in COLUMNS}
         self.dtypes: dict[str, str] = {}
         self.compressed: dict[str, bool] = {}
         self.representations: set[str] = set()
@@ -187,6 +189,7 @@ class Walk:
             if self._z is not None and z != self._z:
                 raise self._refuse(f"holds several sections (position z {self._z} and {z})", "split it by z")
             self._z = z
+        lengths: dict[str, int] = {}
         for terms in self._arrays:
             kind, dtypes, compressed = self._describe(terms, number)
             if not kind:
@@ -213,17 +216,26 @@ class Walk:
                     f"spectrum {number}: its {kind} array has another number type than those before",
                     "export the imzML with one type",
                 )
-            row |= {f"{kind}_offset": offset, f"{kind}_length": length, f"{kind}_bytes": encoded}
-        if len(row) != len(COLUMNS):
-            missing = "m/z" if "mz_offset" not in row else "intensity"
+            row |= {f"{kind}_offset": offset, f"{kind}_bytes": encoded}
+            lengths[kind] = length
+        if len(lengths) < 2:
+            missing = "m/z" if "mz" not in lengths else "intensity"
             raise self._refuse(f"spectrum {number} has no {missing} array", "export the imzML again")
-        if row["mz_length"] != row["int_length"]:
+        if lengths["mz"] != lengths["int"]:
             raise self._refuse(
-                f"spectrum {number} has {row['mz_length']} m/z values but {row['int_length']} intensities",
+                f"spectrum {number} has {lengths['mz']} m/z values but {lengths['int']} intensities",
                 "export the imzML again",
             )
-        for name in COLUMNS:
+        row["length"] = lengths["mz"]
+        for name in self.names():
             self.columns[name].append(row[name])
+
+    def names(self) -> tuple[str, ...]:
+        """What is kept of every spectrum, once the first was met."""
+        names = (*COLUMNS, *(f"{kind}_bytes" for kind in ("mz", "int") if self.compressed[kind]))
+        for name in names[len(self.columns) :]:
+            self.columns[name] = Column()
+        return names
 
     def _describe(self, terms: Terms, number: int) -> tuple[str, tuple[str, ...], bool]:
         """Kind, candidate dtypes and compression of an array, by which terms it has."""

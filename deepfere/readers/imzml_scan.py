@@ -300,12 +300,12 @@ class Scanner:
                 return False
             if unstated if packed else other:
                 return False
-            rows[f"{kind}_bytes"] = encoded if packed else length * size
-            rows |= {f"{kind}_offset": numbers[f"{kind}_offset"], f"{kind}_length": length}
-        if (rows["mz_length"] != rows["int_length"]).any():
+            rows[f"{kind}_bytes"] = encoded
+            rows[f"{kind}_offset"], rows["length"] = numbers[f"{kind}_offset"], length
+        if (numbers["mz_length"] != numbers["int_length"]).any():
             return False
-        for name in head.COLUMNS:
-            self.walk.columns[name].frombytes(np.ascontiguousarray(rows[name], dtype=np.int64).tobytes())
+        for name in self.walk.names():
+            self.walk.columns[name].extend(rows[name])
         self.fast_rows += len(rows["x"])
         return True
 
