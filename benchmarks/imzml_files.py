@@ -170,7 +170,8 @@ def write_long(path: Path, ny: int, nx: int, peaks: int, *, continuous: bool, se
     most = peaks if continuous else int(1.2 * peaks)
     lengths = rng.integers(peaks if continuous else int(0.8 * peaks), most + 1, ny * nx)
     write_xml(path, nx, lengths, continuous=continuous, seed=seed)
-    mz = np.sort(rng.uniform(100, 1000, (nx, most)), axis=1)
+    every = np.sort(np.concatenate([targets(peaks, seed), rng.uniform(100, 1000, most - peaks)]))
+    mz = np.sort(every * (1 + 2e-6 * rng.standard_normal((nx, most))), axis=1)
     values = _image_row(rng, nx, most)
     with path.with_suffix(".ibd").open("wb") as out:
         out.write(bytes(16) + (mz[0].tobytes() if continuous else b""))
