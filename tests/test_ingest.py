@@ -308,3 +308,41 @@ def test_real_bladder(out):
         warnings.simplefilter("ignore")
         want = getionimage(ImzMLParser(str(path)), m.mz[7], tol=1e-3)
     np.testing.assert_allclose(m.ion_image(m.mz[7]), want, rtol=1e-6)
+
+
+class Counted:
+    """An .ibd that notes what is read of it."""
+
+    def __init__(self, file, seen):
+        self.file, self.seen = file, seen
+
+    def __enter__(self):
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self.file.__exit__(*error)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def read(self, size=-1):
+        at, data = self.file.tell(), self.file.read(size)
+        self.seen.append((at, at + len(data)))
+        return data
+
+
+@pytest.mark.parametrize("mode", ["continuous", "processed"])
+@pytest.mark.parametrize("band_rows", [2, 64])
+def test_the_ibd_is_read_once(tmp_path, out, monkeypatch, mode, band_rows):
+    y, x = np.divmod(np.arange(12 * 9), 9)
+    axis = np.linspace(100, 900, 40)
+    spectra = [(int(a), int(b), axis, np.full(40, 1.0 + a)) for a, b in zip(x, y, strict=True)]
+    path, seen = write_pair(tmp_path / "a.imzML", spectra, mode=mode), []
+    real = ingest_module.open_binary
+    monkeypatch.setattr(ingest_module, "open_binary", lambda path: Counted(real(path), seen))
+    ingest(path, out, mz=axis[::3].tolist(), band_rows=band_rows)
+    size, read = path.with_suffix(".ibd").stat().st_size, np.zeros(path.with_suffix(".ibd").stat().st_size, int)
+    for begin, end in seen:
+        read[begin:end] += 1
+    assert (read[16:] == 1).all() and size > 12 * 9 * 40 * 4

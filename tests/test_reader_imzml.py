@@ -3,7 +3,9 @@ import warnings
 import numpy as np
 import pytest
 
+import deepfere
 from deepfere.errors import InputError
+from deepfere.measured.ingest import ingest
 from deepfere.readers.imzml import msi_digest, read_index
 from deepfere.readers.imzml_arrays import read_arrays, spectrum
 
@@ -264,3 +266,20 @@ def test_real_files_agree_with_pyimzml(name):
 @pytest.mark.real
 def test_every_real_file_is_listed():
     assert {p.stem for p in real_data("imzml").glob("*.imzML")} == set(REAL)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize(
+    "mz_type", [("MS:1000521", "f"), ("MS:1000523", "d"), ("MS:1000519", "i"), ("MS:1000522", "q")]
+)
+@pytest.mark.parametrize(
+    "int_type", [("MS:1000521", "f"), ("MS:1000523", "d"), ("MS:1000519", "i"), ("MS:1000522", "q")]
+)
+def test_every_number_type_is_read(tmp_path, mz_type, int_type, compress):
+    spectra = [(x, y, [100 + y, 250, 731], [x + 1, 7, 10 * y + 3]) for y in (1, 2) for x in (1, 2, 3)]
+    path = write_pair(tmp_path / "a.imzML", spectra, mz_type=mz_type, int_type=int_type, compress=compress)
+    raw, stored = deepfere.open_measured(path), ingest(path, tmp_path / "m.zarr", mz=[101.0, 102.0, 250.0, 731.0])
+    for k, (x, y, mz, intensity) in enumerate(spectra):
+        for found in (raw.spectrum(y - 1, x - 1), spectrum(read_index(path), path.with_suffix(".ibd").read_bytes(), k)):
+            assert found[0].dtype == np.float64 and found[0].tolist() == mz and found[1].tolist() == intensity
+        assert stored.cube()[:, y - 1, x - 1].tolist() == [*[(x + 1) * (y == n) for n in (1, 2)], 7, 10 * y + 3]
