@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+import deepfere
 from deepfere.config import Config, load_config
-from deepfere.submit.submission import VARIABLE, tags_from_environment
+from deepfere.submit.submission import VARIABLE, git_revision, tags_from_environment
 from deepfere.submit.target import Ended, Job, Tail, follow
 from tests.conftest import write_study
 from tests.test_cluster_files import operator_errors, schema_errors
@@ -421,6 +422,29 @@ def test_a_log_is_read_as_it_grows(tmp_path):
     assert tail.read() == ""
     (tmp_path / "log").write_bytes(data)
     assert (tail.read(), tail.read()) == ("µm: 1\n", "")
+
+
+def test_the_revision_is_that_of_the_checkout_and_says_where_it_was_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(deepfere, "__file__", str(tmp_path / "deepfere" / "__init__.py"))
+    assert git_revision() == {}  # installed, not checked out
+    for name in ("HOME", "GIT_CONFIG_GLOBAL"):
+        monkeypatch.setenv(name, str(tmp_path / "nobody"))
+
+    def git(*words):
+        who = ["-c", "user.name=A", "-c", "user.email=a@b"]
+        return subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True, text=True)
+
+    git("init", "-q")
+    assert git_revision() == {}  # nothing committed
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-qm", "1")
+    revision = git("rev-parse", "HEAD").stdout.strip()
+    assert len(revision) == 40 and git_revision() == {"deepfere.git": revision}
+    (tmp_path / "a").write_text("2")
+    assert git_revision() == {"deepfere.git": f"{revision}-dirty"}
+    monkeypatch.setenv("PATH", "")
+    assert git_revision() == {}
 
 
 def test_the_run_is_tagged_with_its_submission(monkeypatch):

@@ -17,8 +17,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from .conftest import FACTOR, SETTINGS
+
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 PROGRAM = [sys.executable, "-m", "deepfere"]
+ROOT = Path(__file__).parents[1]
 
 
 def free_ports(count: int) -> list[int]:
@@ -97,8 +100,8 @@ def info(dashboard: str, name: str):
     return JobSubmissionClient(dashboard).get_job_info(name)
 
 
-def finished(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=200)
+def finished(process: subprocess.Popen[str], most_s: float = 200) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=most_s)
     return process.returncode, out, err
 
 
@@ -128,6 +131,50 @@ def test_one_job_is_followed_attached_to_and_begun_again(phantom, submit, dashbo
     assert code == 0 and err == f"{name}-2: submitted\n", (out, err)
     # All that it printed, once.
     assert out.count("one: 24 ions, 24 x 21 pixels") == 1 and out.count("Running entrypoint") == 1
+
+
+def files_of(group: Path) -> dict[str, bytes]:
+    """Every chunk of a store."""
+    return {str(p.relative_to(group)): p.read_bytes() for p in sorted(group.rglob("c/*/**")) if p.is_file()}
+
+
+@pytest.mark.timeout(1200)
+def test_a_study_goes_through_in_jobs_of_either_kind(phantom, submit, dashboard, environment, tmp_path):
+    from mlflow import MlflowClient
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    section = {"msi": str(phantom.imzml), "slide": str(phantom.slide)}
+    section |= {"name": "one", "alignment": str(phantom.truth / "alignment.json")}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({"sections": [section]}))
+    tracking, client = f"sqlite:///{tmp_path}/mlflow.db", JobSubmissionClient(dashboard)
+    settings = ["--factor", str(FACTOR), *SETTINGS, "model.tier=T2", f"tracking.uri={tracking}"]
+    names = {}
+    for stage in ("tile", "train", "reconstruct"):
+        words = [tmp_path / "study.yaml", "-o", tmp_path / "submitted", *settings]
+        code, out, err = finished(submit(stage, *words), 600)
+        assert code == 0, (stage, out, err)
+        names[stage] = err.split(":")[0]
+        # The entry points, as Ray's own client starts them.
+        words = [
+            sys.executable,
+            ROOT / "jobs" / f"{stage}.py",
+            tmp_path / "study.yaml",
+            "-o",
+            tmp_path / "plain",
+            *settings,
+        ]
+        job = client.submit_job(
+            entrypoint=" ".join(map(str, words)), runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}
+        )
+        while not (status := client.get_job_status(job)).is_terminal():
+            time.sleep(0.5)
+        assert status == JobStatus.SUCCEEDED, (stage, client.get_job_logs(job))
+    one, other = (files_of(tmp_path / work / "one.zarr") for work in ("submitted", "plain"))
+    assert len(one) > 5 and one == other
+    # The record says which job a run was.
+    store = MlflowClient(tracking)
+    runs = store.search_runs([e.experiment_id for e in store.search_experiments()])
+    assert names["train"] in {run.data.tags.get("deepfere.submission") for run in runs}
 
 
 def test_a_job_that_is_stopped_is_no_success(submit, dashboard, tmp_path):

@@ -12,12 +12,15 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from deepfere.config import TrainSettings
+from deepfere.errors import InputError
 from deepfere.frame import Alignment, SectionGrid
 from deepfere.model.features import FEATURES, PLANES
 from deepfere.model.guide import GuideSpec
 from deepfere.store import create_array, open_group
 from deepfere.tiling.patches import PatchReader, PatchSource, core_window
 from deepfere.training.loop import INDICES, JointModel, LoopSettings, SectionTask, on_device, train_step
+from deepfere.training.trainer import preflight
 from deepfere.training.worker import Clock
 from tests.conftest import FACTOR, SETTINGS, write_study
 
@@ -212,3 +215,28 @@ def test_a_loaders_error_is_told_in_its_own_words(ray_session, tmp_path):
         trainer.fit()
     assert _why(caught.value) == said
     assert _why(ValueError("first\n\nlast")) == "last"
+
+
+@pytest.mark.parametrize(
+    ("have", "wanted", "told"),
+    [
+        ({"CPU": 8.0}, {"use_gpu": True}, "1 GPU workers are asked for and the cluster has 0 GPUs"),
+        (
+            {"CPU": 8.0, "GPU": 3.0},
+            {"use_gpu": True, "workers": 4},
+            "4 GPU workers are asked for and the cluster has 3",
+        ),
+        ({"CPU": 8.0, "GPU": 4.0}, {"use_gpu": True, "workers": 4, "batch": 8}, None),
+        ({"CPU": 2.0, "GPU": 9.0}, {"workers": 5}, "5 CPU workers are asked for and the cluster has 2 CPUs"),
+        ({"CPU": 2.0}, {"workers": 4, "batch": 8}, None),
+        ({"CPU": 2.0}, {"workers": 2, "accumulate": 3, "batch": 8}, "8 patches cannot be dealt evenly to 2 workers, 3"),
+    ],
+)
+def test_what_the_cluster_does_not_have_is_refused_at_once(monkeypatch, have, wanted, told):
+    monkeypatch.setattr("ray.cluster_resources", lambda: have)
+    settings = TrainSettings(**wanted)
+    if told is None:
+        preflight(settings)
+    else:
+        with pytest.raises(InputError, match=told):
+            preflight(settings)
