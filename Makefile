@@ -38,12 +38,14 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/fidelity.py --quick
 
 # The generated parts of docs/performance.md, on a machine with nothing else to do. Peers have environments of their own:
-# PEER_PYTHON (ratiopath==1.0.3, tiffslide) and THYRA_PYTHON (thyra); without them their rows are left out. A must that is
-# missed keeps no part from being written, and fails the target.
+# PEER_PYTHON (ratiopath==1.0.3, tiffslide) and THYRA_PYTHON (thyra); without them their rows are left out. TILES is a
+# slide whose JPEG tiles are used in place of painted ones. A must that is missed keeps no part from being written, and
+# fails the target.
 performance: $(VENV)/.installed
 	missed=0; \
 	$(BIN)/python benchmarks/ingest.py --write-docs $(if $(THYRA_PYTHON),--thyra-python $(THYRA_PYTHON)) || missed=1; \
-	$(BIN)/python benchmarks/tiling.py --write-docs $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON)) || missed=1; \
+	$(BIN)/python benchmarks/tiling.py --write-docs $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON)) \
+		$(if $(TILES),--tiles $(TILES)) || missed=1; \
 	$(BIN)/python benchmarks/pyramid.py --write-docs || missed=1; \
 	exit $$missed
 

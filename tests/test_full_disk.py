@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -66,3 +69,46 @@ def test_a_full_disk_among_the_shards_and_in_the_pyramid(small_disk, phantom, ra
     assert again.code == 0, again
     assert contents(result, *ARRAYS) == contents(calm, *ARRAYS)
     assert len(Result(str(result)).ions) == len(Result(str(calm)).ions)
+
+
+def test_a_disk_that_becomes_read_only_midway(small_disk, phantom, ray_session, tmp_path, cli):
+    """As a disk with errors is mounted again, or a share whose lease has ended."""
+    study, work = write_study(tmp_path, phantom), small_disk / "work"
+    settings = [*SETTINGS, "model.tier=T1", "tracking.uri=none", "reconstruct.shard_px=64", "reconstruct.chunk_px=64"]
+
+    def run(stage: str, to: Path):
+        return cli(stage, study, "-o", to, "--factor", 16, *settings)
+
+    assert run("train", work).code == 0
+    shutil.copytree(work, tmp_path / "calm")
+    assert run("reconstruct", tmp_path / "calm").code == 0
+    calm = tmp_path / "calm" / "results" / "one.zarr"
+    result, made = work / "results" / "one.zarr", work / "sections" / "one" / "result.zarr"
+    over = threading.Event()
+
+    def remount() -> None:
+        while not over.is_set():
+            if len(objects_of(made, "detail/0")) > 4 and mounted(small_disk, "ro"):
+                return
+            time.sleep(0.01)
+
+    watch = threading.Thread(target=remount)
+    watch.start()
+    try:
+        stopped = run("reconstruct", work)
+    finally:
+        over.set()
+        watch.join()
+        assert mounted(small_disk, "rw")
+    assert stopped.code in (1, 2) and len(stopped.errors) == 1 and "Read-only file system" in stopped.errors[0], stopped
+    assert not result.exists()
+    with pytest.raises(InputError, match="is unfinished"):
+        Result(str(made))
+    again = run("reconstruct", work)
+    assert again.code == 0, again
+    assert contents(result, *ARRAYS) == contents(calm, *ARRAYS)
+
+
+def mounted(disk: Path, how: str) -> bool:
+    """Have a disk mounted anew; not while somebody writes to it."""
+    return subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], capture_output=True).returncode == 0

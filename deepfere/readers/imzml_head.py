@@ -8,6 +8,7 @@ Source: imzML 1.1 (Schramm et al., J. Proteomics 2012, 75, 5106), the PSI-MS and
 
 from __future__ import annotations
 
+from contextlib import suppress
 from xml.parsers import expat
 
 import numpy as np
@@ -41,6 +42,8 @@ DTYPES = {
 UNREAD_COMPRESSIONS = {f"MS:{n}" for n in (*range(1002312, 1002315), *range(1002746, 1002749), 1003088)}
 UNREAD_COMPRESSIONS |= {"IMS:1005001", "IMS:1005002", "IMS:1005003"}
 
+MOST = 10**17
+"""No offset, length or position is larger: sums of such, in bytes, are no more than 64 bits hold."""
 COLUMNS = ("x", "y", "length", "mz_offset", "int_offset")
 """What is known of every spectrum; "mz_bytes" and "int_bytes" are where arrays are compressed."""
 
@@ -161,16 +164,16 @@ class Walk:
         if accession not in terms:
             raise self._refuse(f"spectrum {number} has no {what} ({accession})", "export the imzML again")
         text = terms[accession][0]
+        value: int | None = None
         try:
-            return int(text)
+            value = int(text)
         except ValueError:
-            pass
-        try:
-            value = float(text)
-            if value.is_integer():
-                return int(value)
-        except ValueError:
-            pass
+            with suppress(ValueError, OverflowError):
+                value = int(float(text)) if float(text).is_integer() else None
+        if value is not None:
+            if abs(value) > MOST:
+                raise self._refuse(f"spectrum {number}: {what} is {text!r}, which cannot be", "export the imzML again")
+            return value
         raise self._refuse(f"spectrum {number}: {what} is {text!r}, not a whole number", "export the imzML again")
 
     def _keep(self, spectrum: Terms) -> None:

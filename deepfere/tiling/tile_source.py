@@ -18,6 +18,8 @@ from deepfere.tiling.tiles import TilePlan
 if TYPE_CHECKING:
     import pandas as pd
 
+LEAST_GROUPS = 12
+"""Groups of a read task, unless there are too few for all processors: borders are then a tenth of what is decoded."""
 TASK_BYTES = 1 << 30
 """Pixels of a read task, about: a second's work, beside which starting it is nothing. It holds one block of them."""
 BLOCK_BYTES = 26 << 20
@@ -61,6 +63,11 @@ class SlideTiles(Datasource):
         """Bytes of all tiles' pixels: exact, as shapes are fixed. What ``apply`` makes of them is not known."""
         return sum(len(part) * _tile_bytes(part) for part, _, _ in self._left)
 
+    @property
+    def groups(self) -> int:
+        """Groups of tiles that are read at once, of all plans."""
+        return sum(len(group_tiles(part)) for part, _, _ in self._left)
+
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
@@ -100,7 +107,8 @@ def tile_dataset(
 
     Args:
         plans: Tiles of each slide, all of one side.
-        tasks: At least so many read tasks; None is four for each CPU that the cluster has.
+        tasks: At least so many read tasks; None is up to four for each CPU that the cluster has, and one where tasks
+            would be small: much of what they decode at their borders their neighbours would decode, too.
         apply: Takes the columns of some tiles (NumPy arrays of one length); what it gives, columns of one length too,
             become the rows: a network's features of each tile, a score. It is called in the task that reads, while the
             pixels are in the processor's cache and before anything becomes a block: a little faster than with
@@ -116,7 +124,8 @@ def tile_dataset(
 
     source = SlideTiles(plans, apply, done)
     if tasks is None:
-        tasks = max(1, int(4 * ray.cluster_resources().get("CPU", 1.0))) if ray.is_initialized() else 1
+        cpus = max(1, int(ray.cluster_resources().get("CPU", 1.0))) if ray.is_initialized() else 1
+        tasks = min(4 * cpus, max(cpus, source.groups // LEAST_GROUPS))
     # Ray splits the blocks of a source that has fewer tasks than it asks for, and then fuses nothing.
     out = ray.data.read_datasource(source, override_num_blocks=len(source.get_read_tasks(tasks)) or None, **options)
     # Blocks are to go on as they are: Ray joins those that are smaller than this, and cuts those that are half as large
