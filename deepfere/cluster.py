@@ -88,7 +88,7 @@ def connect(settings: RaySettings) -> None:
                 )
             except (ConnectionError, OSError, RuntimeError, ValueError) as error:
                 raise DeepfereError(f"Ray does not start: {last_line(error)}") from error
-    _quiet_ray_data()
+    quiet_ray_data()
 
 
 def _check_address(address: str) -> None:
@@ -179,7 +179,8 @@ def last_line(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _quiet_ray_data() -> None:
+def quiet_ray_data() -> None:
+    """Have Ray Data of this process keep the order of rows, and say nothing."""
     import ray
 
     context = ray.data.DataContext.get_current()

@@ -246,6 +246,11 @@ def test_a_run_that_was_stopped_twice_ends_with_the_same_bytes(cli, phantom, pla
     saved = torch.load(kept, weights_only=True)
     # Between two reports (every second step): what is not in the history yet is saved, too.
     assert (saved["step"], saved["history"], saved["count"]) == (1, [], 1)
+    # No patch of what is done is loaded again. Were the checkpoint lost that this was noted for, all would be.
+    (note,) = (work / "training").glob("run-*/begin.json")
+    noted = json.loads(note.read_text())
+    assert noted["step"] == 1
+    note.write_text(json.dumps({**noted, "step": 3}))
 
     def in_reconstruction(*about):
         for phase in shard_phases(*about):
@@ -262,6 +267,7 @@ def test_a_run_that_was_stopped_twice_ends_with_the_same_bytes(cli, phantom, pla
     assert done.code == 1 and "stopped (in reconstruction)" in done.err, done
     assert not out.exists() and states() == ["KILLED"]
     history = json.loads((work / "done" / "learn.json").read_text())["history"]
+    assert json.loads(note.read_text())["step"] == 4
     done = fuse()
     assert done.code == 0 and states() == ["FINISHED"], done
     assert contents(out, *ARRAYS) == contents(place.result, *ARRAYS)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepfere.cluster import keep_signals, last_line
+from deepfere.cluster import keep_signals, last_line, quiet_ray_data
 from deepfere.config import TrainSettings
 from deepfere.errors import DeepfereError, InputError, StorageError
 from deepfere.places import Place
@@ -25,7 +25,7 @@ from deepfere.tiling.patches import PatchSource, draw, plane_shape
 from deepfere.training.live import Recording
 from deepfere.training.loop import LoopSettings, SectionTask
 from deepfere.training.storage import run_storage
-from deepfere.training.worker import CHECKPOINT, HISTORY, TELL_EVERY_S, work
+from deepfere.training.worker import CHECKPOINT, HISTORY, TELL_EVERY_S, begin_at, note_begin, work
 
 MOST_FAILURES = 2
 """Workers that may be lost before it counts whether training got any further."""
@@ -126,9 +126,16 @@ def train_joint(
     patches = [(s, p) for s, source in enumerate(sources) for p in range(len(source.cells))]
     slots = train.workers * train.accumulate
     shape = plane_shape(sources, settings.patch_px)
-    rows = draw(patches, settings.steps, settings.batch, settings.seed)
     cpus = ray.cluster_resources().get("CPU", 1.0)
     per_worker = 1.0 if cpus >= train.workers else 0.5
+
+    def input_left() -> Any:
+        """What a group of workers is given, each time that one is begun: what is done is not loaded again."""
+        quiet_ray_data()  # in the process that calls it, which is Ray Train's
+        rows = draw(patches, settings.steps, settings.batch, settings.seed)
+        done = min(begin_at(folder / name, digest), settings.steps - 1)
+        each = settings.batch // slots
+        return patch_dataset(rows[done * settings.batch :], sources, settings.patch_px, shape, each, train.workers)
 
     def trainer() -> TorchTrainer:
         return TorchTrainer(
@@ -162,9 +169,7 @@ def train_joint(
                     max_failures=MOST_FAILURES, controller_failure_limit=3
                 ),
             ),
-            datasets={
-                "train": patch_dataset(rows, sources, settings.patch_px, shape, settings.batch // slots, train.workers)
-            },
+            datasets={"train": input_left},
         )
 
     reached, result = _Reached(on_step), None
@@ -173,6 +178,9 @@ def train_joint(
         try:
             with saving(), _watch(progress, reached if on_step else None), keep_signals():
                 result = trainer().fit()
+                # Ray has that checkpoint for certain, whether the run is finished or was asked to stop.
+                with suppress(Exception), result.checkpoint.as_directory() as kept:  # type: ignore[union-attr]
+                    note_begin(folder / name, digest, json.loads((Path(kept) / HISTORY).read_text())["step"])
         except SystemExit as stop:
             # Ray's own handler of Ctrl-C ends the process with success when the controller is gone already.
             raise KeyboardInterrupt from stop

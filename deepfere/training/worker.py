@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, distributed
 
 from deepfere.errors import DeepfereError
-from deepfere.places import place
+from deepfere.places import Place, place
 from deepfere.stopping import Asking
 from deepfere.training.live import Live, Recording
 from deepfere.training.loop import Batch, JointModel, LoopSettings, SectionTask, on_device, train_step
@@ -29,6 +29,8 @@ from deepfere.training.system import SystemMetrics
 TELL_EVERY_S = 2.0
 CHECKPOINT = "training.pt"
 HISTORY = "history.json"
+BEGIN = "begin.json"
+"""In the run's folder: from which step on patches are loaded when training is begun again."""
 
 
 class Clock:
@@ -89,9 +91,19 @@ def work(config: dict[str, Any]) -> None:
     tells = Telling(config["progress"]) if rank == 0 and config["progress"] else None
     live, load = _recorders(config["recording"], config["node"])
     settled: list[dict[str, float]] = list(history)
-    for step, loaded in enumerate(clock.steps(batches, config["parts"])):
+    run, kept, awaited = place(config["run"]), first, None
+    for loaded in clock.steps(batches, config["parts"]):
+        step = int(loaded[0]["step"][0])
+        if step > first if awaited is None else step != awaited:
+            # A checkpoint was lost since: the next attempt loads all.
+            if rank == 0:
+                note_begin(run, config["digest"], 0)
+            raise DeepfereError(f"patches of step {step + 1} came, not those of step {(awaited or first) + 1}")
+        awaited = step + 1
         if step < first:
             clock.restart()
+            if _stops(asking, step, device):
+                break
             continue
         parts: list[Batch] = [on_device(batch, device) for batch in loaded]
         losses = train_step(wrapped, optimiser, parts, step, settings)
@@ -114,6 +126,10 @@ def work(config: dict[str, Any]) -> None:
                     saved_to = train.Checkpoint.from_directory(folder)
                 told = {**(history[-1] if history else {}), "step": step + 1}
                 train.report(told, checkpoint=saved_to, checkpoint_upload_fn=upload)
+            # What was reported last is safe only when the next report has gone through.
+            if rank == 0:
+                note_begin(run, config["digest"], kept)
+            kept = step + 1
             if live is not None:
                 live(settled)
                 timing = {f"training_{name}": value for name, value in clock.reading().items()}
@@ -123,6 +139,21 @@ def work(config: dict[str, Any]) -> None:
     for recorder in (live, load):
         if recorder is not None:
             recorder.close()
+
+
+def begin_at(run: Place, digest: str) -> int:
+    """From which step on patches are wanted when a run is begun again: that of its last checkpoint, or before."""
+    try:
+        found = json.loads((run / BEGIN).read_text())
+        return max(0, int(found["step"])) if found["digest"] == digest else 0
+    except (OSError, DeepfereError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def note_begin(run: Place, digest: str, step: int) -> None:
+    """Keep what `begin_at` gives. A run for which this cannot be kept loads what it does not need, and nothing else."""
+    with suppress(OSError, DeepfereError):
+        (run / BEGIN).write_text(json.dumps({"digest": digest, "step": step}))
 
 
 def _recorders(to: Recording | None, drivers: str) -> tuple[Live | None, SystemMetrics | None]:
