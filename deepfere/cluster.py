@@ -73,9 +73,12 @@ def connect(settings: RaySettings) -> None:
             _check_address(address)
             try:
                 ray.init(address=address, **options)
-            except (ConnectionError, ValueError) as error:
+            except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+                # Another version of Ray or Python, or a token that is missing, is told by one of the latter.
                 raise InputError(
-                    f"no Ray cluster answers ({error})", where=address, remedy="check ray.address, or leave it out"
+                    f"no Ray cluster answers ({' '.join(str(error).split())})",
+                    where=address,
+                    remedy="check ray.address, or leave it out",
                 ) from error
         else:
             try:
@@ -285,8 +288,11 @@ class Journal:
                 self._begin()
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a") as handle:
-            handle.write(line)
+        with self._file.open("ab+") as handle:
+            # What was cut off when a disk was full is not to take the next line with it.
+            if handle.tell() and (handle.seek(-1, os.SEEK_END), handle.read(1))[1] != b"\n":
+                line = "\n" + line
+            handle.write(line.encode())
             handle.flush()
             os.fsync(handle.fileno())
 

@@ -127,6 +127,30 @@ def test_sections_have_runs_of_their_own_which_a_restart_goes_on_with(tracking_s
     assert {f.path for f in client.list_artifacts(study.info.run_id, "datasets")} == {"datasets/study.json"}
 
 
+@pytest.mark.parametrize("where", ["_write_params", "log_dict", "log_dataset"])
+def test_a_driver_that_is_lost_while_it_begins_leaves_one_run(tracking_store, tmp_path, monkeypatch, where):
+    work = Workspace(tmp_path / "work")
+    config = load_config(None, [f"tracking.uri={tracking_store}", f"tracking.experiment={where}"])
+    section, inputs = make_section(name="one", msi="a.imzML"), [{"msi": "ab" * 32}]
+
+    def lost(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(track.Tracker, where, lost)
+        with pytest.raises(KeyboardInterrupt), tracked(work, [section], inputs, config, "work"):
+            pass
+    with tracked(work, [section], inputs, config, "work") as run:
+        name = run.describe()["run_id"]
+    client = MlflowClient(tracking_store)
+    experiment = client.get_experiment_by_name(where)
+    (only,) = client.search_runs([experiment.experiment_id])
+    assert only.info.run_id == name and only.info.status == "FINISHED" and only.data.params["train.steps"]
+    (given,) = only.inputs.dataset_inputs
+    assert given.dataset.name == "one"
+    assert "config.json" in {file.path for file in client.list_artifacts(name)}
+
+
 def test_an_interruption_is_told_where_the_store_is_away(tracking_store, tmp_path, monkeypatch):
     work, config = Workspace(tmp_path / "work"), load_config(None, [f"tracking.uri={tracking_store}"])
     section = make_section(name="one", msi="a.imzML")

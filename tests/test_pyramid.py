@@ -84,3 +84,14 @@ def test_detail_and_stain_on_disk(tmp_path):
         # Every level is rounded when it is stored: half precision, and whole grey values.
         np.testing.assert_allclose(group["detail"][str(k)][:], direct(full["detail"], k), rtol=2e-3, atol=2e-3)
         assert np.abs(group["stain"][str(k)][:] - direct(full["stain"], k)).max() <= 0.5 * k
+
+
+def test_a_line_that_a_full_disk_cut_off_takes_no_other_with_it(tmp_path):
+    journal = Journal(tmp_path / "journal", "x")
+    journal.record({"a": {"wrote": 1}})
+    (file,) = (tmp_path / "journal").glob("*.jsonl")
+    with file.open("a") as handle:
+        handle.write(file.read_text().replace('"a"', '"b"')[:-9])
+    journal.record({"c": {"wrote": 3}})
+    journal.record({"d": {"wrote": 4}})
+    assert set(Journal(tmp_path / "journal", "x").done()) == {"a", "c", "d"}

@@ -263,10 +263,17 @@ elif words[:2] == ["get", "rayjob"]:
         status = json.loads((store / "end").read_text())
     print(json.dumps({{"status": status}}))
 elif words[0] == "logs":
-    print("one\\ntwo")
+    asked = len([c for c in (store / "calls").read_text().splitlines() if c.startswith('["logs"')])
+    print("one", flush=True) if asked > {absent} else None
+    sys.exit("container is creating") if asked <= {failures} else print("two")
 """
 
 
+@pytest.mark.parametrize(
+    ("absent", "failures"),
+    [(0, 0), (2, 2), (0, 2), (10**6, 10**6)],
+    ids=["there", "late", "lost midway", "never there"],
+)
 @pytest.mark.parametrize(
     ("end", "code"),
     [
@@ -283,16 +290,17 @@ elif words[0] == "logs":
         ({"jobDeploymentStatus": "Failed", "message": "no nodes"}, 1),
     ],
 )
-def test_kubectl_is_told_and_asked_until_the_end(cli, study, home, monkeypatch, end, code):
+def test_kubectl_is_told_and_asked_until_the_end(cli, study, home, monkeypatch, end, code, absent, failures):
     store = home / "store"
     store.mkdir()
     (store / "end").write_text(json.dumps(end))
-    (home / "kubectl").write_text(KUBECTL.format(python=sys.executable, store=str(store)))
+    fake = KUBECTL.format(python=sys.executable, store=str(store), absent=absent, failures=failures)
+    (home / "kubectl").write_text(fake)
     (home / "kubectl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{home}:{os.environ['PATH']}")
     monkeypatch.setattr("deepfere.submit.kuberay.KubeJob.poll_s", 0.01)
     done = cli("submit", "train", study, "-o", home / "work", "--to", "kuberay", "--image", "a/b:1")
-    assert (done.code, done.out) == (code, "one\ntwo\n"), done
+    assert (done.code, done.out) == (code, "one\ntwo\n" if failures < 10 else ""), done
     calls = [json.loads(line) for line in (store / "calls").read_text().splitlines()]
     assert [c[0] for c in calls[:4]] == ["get", "create", "create", "patch"]
     # The settings go when the job goes.

@@ -218,22 +218,22 @@ def test_a_loaders_error_is_told_in_its_own_words(ray_session, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("have", "wanted", "told"),
+    ("hosts", "wanted", "told"),
     [
-        ({"CPU": 8.0}, {"use_gpu": True}, "1 GPU workers are asked for and the cluster has 0 GPUs"),
-        (
-            {"CPU": 8.0, "GPU": 3.0},
-            {"use_gpu": True, "workers": 4},
-            "4 GPU workers are asked for and the cluster has 3",
-        ),
-        ({"CPU": 8.0, "GPU": 4.0}, {"use_gpu": True, "workers": 4, "batch": 8}, None),
-        ({"CPU": 2.0, "GPU": 9.0}, {"workers": 5}, "5 CPU workers are asked for and the cluster has 2 CPUs"),
-        ({"CPU": 2.0}, {"workers": 4, "batch": 8}, None),
-        ({"CPU": 2.0}, {"workers": 2, "accumulate": 3, "batch": 8}, "8 patches cannot be dealt evenly to 2 workers, 3"),
+        ([(8, 0)], {"use_gpu": True}, "1 GPU workers are asked for and the cluster has 0 GPUs"),
+        ([(8, 3)], {"use_gpu": True, "workers": 4}, "4 GPU workers are asked for and the cluster has 3 GPUs"),
+        ([(8, 2), (8, 2)], {"use_gpu": True, "workers": 4, "batch": 8}, None),
+        ([(1, 4)], {"use_gpu": True, "workers": 4, "batch": 8}, "have room for 2 .a GPU and 0.5 CPUs each"),
+        ([(16, 0), (0, 4)], {"use_gpu": True, "workers": 2, "batch": 8}, "have room for 0"),
+        ([(2, 9)], {"workers": 5}, "5 CPU workers are asked for and the cluster has 2 CPUs"),
+        ([(1, 0), (1, 0)], {"workers": 4, "batch": 8}, None),
+        ([(2, 0)], {"workers": 2, "accumulate": 3, "batch": 8}, "8 patches cannot be dealt evenly to 2 workers, 3"),
     ],
 )
-def test_what_the_cluster_does_not_have_is_refused_at_once(monkeypatch, have, wanted, told):
-    monkeypatch.setattr("ray.cluster_resources", lambda: have)
+def test_what_the_cluster_does_not_have_is_refused_at_once(monkeypatch, hosts, wanted, told):
+    alive = [{"Alive": True, "Resources": {"CPU": float(cpu), "GPU": float(gpu)}} for cpu, gpu in hosts]
+    lost = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}
+    monkeypatch.setattr("ray.nodes", lambda: [*alive, lost])
     settings = TrainSettings(**wanted)
     if told is None:
         preflight(settings)

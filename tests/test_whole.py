@@ -255,6 +255,25 @@ def test_sealing_over_damage_says_one_line_and_the_next_run_mends_it(where, begu
     assert study.again("pyramid") == {f"stain/{level}/0/0" for level in (1, 2, 3)}
 
 
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_result_that_was_complete_but_not_in_its_place_is_moved_there(begun, monkeypatch):
+    study, calm = begun("disk")
+
+    def full(*_):
+        raise DeepfereError("no place for it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "publish", full)
+        study.fails("reconstruct", "no place for it")
+    files = [file for name in ("detail", "stain") for file in (study.made / name).rglob("*/c/*/*") if file.is_file()]
+    before = {file.relative_to(study.made): file.stat().st_mtime_ns for file in files}
+    assert len(before) > 4 and not study.result.exists()
+    study.completes("reconstruct")
+    assert study.arrays() == calm
+    assert {name: (study.result / name).stat().st_mtime_ns for name in before} == before
+
+
 @pytest.mark.parametrize("where", WHERE)
 def test_planes_that_are_damaged_between_two_runs(where, cli, manifest, ray_session, tmp_path, request, monkeypatch):
     if where != "disk":

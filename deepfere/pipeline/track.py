@@ -227,6 +227,11 @@ def tracked(
     known = work.facts("track")
     if known.get("belongs") != belongs:
         known = {}
+
+    def note(run_id: str, described: bool = False) -> None:
+        facts = {"run_id": run_id, "belongs": belongs, "described": described, "seconds": 0}
+        write_json(work.root / "done" / "track.json", facts)
+
     try:
         tracker = Tracker.start(
             config.tracking.uri,
@@ -235,12 +240,13 @@ def tracked(
             config.numbered(),
             {"deepfere.config": config.digest(), **tags_from_environment()},
             run_id=known.get("run_id"),
+            on_new=note,
         )
     except InputError as error:
         # It answered when the work began: what has been done since then is no worse for it.
         raise DeepfereError(str(error)) from error
-    if tracker.run_id and not known:
-        write_json(work.root / "done" / "track.json", {"run_id": tracker.run_id, "belongs": belongs, "seconds": 0})
+    if tracker.run_id and not known.get("described"):
+        # Again, if the program was lost meanwhile.
         tracker.log_dict(config.resolved(), "config.json")
         if len(sections) == 1:
             _log_input(tracker, sections[0], inputs[0])
@@ -251,6 +257,7 @@ def tracked(
                 for row in _rows(digests)
             ]
             tracker.log_dataset(name, digest(inputs), str(work.root), rows)
+        note(tracker.run_id, described=True)
     run = Run(tracker, work, config, sections, inputs, not known)
     try:
         with _load_of_this_host(tracker, config):

@@ -72,8 +72,8 @@ def reconstruct_phases(
     fingerprint = digest([depends, parts, shards.shard_px] + ["cuda"] * gpu)
     journal = Journal(prep.folder.journal / "reconstruct", fingerprint)
     stands = attributes_of(made)
-    # A complete one that stands there is to be replaced: else nobody would have come here.
-    begun = stands.get("identity") == outcome.identity and stands.get("complete") is not True
+    # A complete one at a URL is to be replaced: else nobody would have come here. On a disk it was not moved yet.
+    begun = stands.get("identity") == outcome.identity and (made != out or stands.get("complete") is not True)
     pyramid = Journal(prep.folder.journal / "pyramid", fingerprint)
     counts = level_counts(shapes, shards.shard_px, ("detail", "stain"))
     if begun:

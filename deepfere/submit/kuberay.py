@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -22,6 +23,8 @@ from deepfere.submit.templates import template
 FOLDER, FILE = "/etc/deepfere", "settings.yaml"
 LABEL = "deepfere/submission"
 NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+LATE_TRIES = 3
+"""How often the output of a job that is over is asked for."""
 IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*")
 
 
@@ -40,6 +43,7 @@ class KubeJob(Job):
         self.name, self._namespace, self._work = name, namespace, work
         self._log: _Pipe | None = None
         self._reading = False
+        self._told = self._late = 0
 
     def _kubectl(self, *words: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
         return kubectl(self._namespace, *words, text=text)
@@ -58,7 +62,7 @@ class KubeJob(Job):
         deployment, state = status.get("jobDeploymentStatus", ""), status.get("jobStatus", "")
         if deployment not in ("Complete", "Failed", "ValidationFailed"):
             return None
-        if self._reading and (self._log is None or not self._log.drained()):
+        if self._reading and self._late <= LATE_TRIES and (self._log is None or not self._log.drained()):
             return None
         if state == "SUCCEEDED":
             return Ended(0)
@@ -72,12 +76,18 @@ class KubeJob(Job):
         """From the pod that submits the command within the cluster; none before it is there."""
         self._reading = True
         if self._log is None or self._log.broken():
-            if self._status().get("jobDeploymentStatus") not in ("Running", "Complete", "Failed"):
+            deployment = self._status().get("jobDeploymentStatus")
+            if deployment not in ("Running", "Complete", "Failed"):
                 return ""
-            since = ["--tail=-1"] if self._log is None else ["--since=2s"]
-            words = ["logs", "--follow", *since, f"job/{self.name}"]
-            self._log = _Pipe(_words(self._namespace, *words))
-        return self._log.read()
+            self._late += deployment != "Running"
+            if self._late > LATE_TRIES:
+                return ""  # its pod is gone, or there never was one
+            # All of it, less what was told: a pod that is being made gives nothing, and a connection may be lost.
+            words = ["logs", "--follow", "--tail=-1", f"job/{self.name}"]
+            self._log = _Pipe(_words(self._namespace, *words), skip=self._told)
+        lines = self._log.read()
+        self._told += len(lines)
+        return "".join(lines)
 
     def close(self) -> None:
         """Let go of the log."""
@@ -113,10 +123,16 @@ class KubeJob(Job):
 
 
 class _Pipe:
-    """What a program prints, read by a thread."""
+    """What a program prints, read by a thread.
 
-    def __init__(self, words: list[str]) -> None:
+    Args:
+        words: The program and its arguments.
+        skip: So many lines are left out first.
+    """
+
+    def __init__(self, words: list[str], skip: int = 0) -> None:
         self._lines: deque[str] = deque()
+        self._skip = skip
         self._process = subprocess.Popen(
             words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, text=True
         )
@@ -125,13 +141,14 @@ class _Pipe:
 
     def _run(self) -> None:
         assert self._process.stdout is not None
-        self._lines.extend(self._process.stdout)
+        self._lines.extend(itertools.islice(self._process.stdout, self._skip, None))
 
-    def read(self) -> str:
+    def read(self) -> list[str]:
+        """The lines since it was last asked."""
         lines = []
         while self._lines:
             lines.append(self._lines.popleft())
-        return "".join(lines)
+        return lines
 
     def broken(self) -> bool:
         return self._process.poll() not in (None, 0)

@@ -18,7 +18,7 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -94,6 +94,7 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
         run_id: str | None = None,
+        on_new: Callable[[str], None] = lambda run_id: None,
     ) -> Tracker:
         """Create a run, or resume the run ``run_id``.
 
@@ -106,6 +107,7 @@ class Tracker:
             tags: Recorded as they are.
             run_id: Resume this run: its parameters must be the same as far as both name them;
                 ``experiment`` and ``run_name`` are not used.
+            on_new: Called with the id of a run that was made, before anything is recorded in it.
 
         Raises:
             InputError: The store does not answer, has no such run, or the run has other parameters.
@@ -123,6 +125,7 @@ class Tracker:
                 return tracker
             found = experiment_id(client, uri, experiment)
             tracker = _new(client, uri, found, run_name, {**_own_tags(), **_texts(tags)})
+            on_new(tracker.run_id)
             tracker._write_params(flat)
             if flat:
                 tracker.log_dict(dict(params or {}), "config.json")

@@ -56,15 +56,25 @@ def preflight(settings: TrainSettings) -> None:
     """
     import ray
 
-    have = ray.cluster_resources()
-    cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
+    have = [host["Resources"] for host in ray.nodes() if host["Alive"]]
+    hosts = [(one.get("CPU", 0.0), one.get("GPU", 0.0)) for one in have]
+    cpus, gpus = (sum(kind) for kind in zip(*hosts, strict=True))
     if settings.use_gpu and gpus < settings.workers:
         raise InputError(
             f"{settings.workers} GPU workers are asked for and the cluster has {gpus:g} GPUs",
             where="train.workers",
             remedy="lower train.workers or set train.use_gpu=false",
         )
-    most = int(2 * cpus)
+    share = cpu_share(cpus, settings.workers)
+    most = sum(int(min(gpu, cpu / share)) for cpu, gpu in hosts)
+    if settings.use_gpu and most < settings.workers:
+        raise InputError(
+            f"{settings.workers} GPU workers are asked for and the cluster's hosts have room for {most} "
+            f"(a GPU and {share:g} CPUs each)",
+            where="train.workers",
+            remedy="give hosts with GPUs more CPUs, lower train.workers, or set train.use_gpu=false",
+        )
+    most = sum(int(2 * cpu) for cpu, _ in hosts)
     if not settings.use_gpu and settings.workers > most:
         raise InputError(
             f"{settings.workers} CPU workers are asked for and the cluster has {cpus:g} CPUs",
@@ -80,6 +90,11 @@ def preflight(settings: TrainSettings) -> None:
             where="train.batch",
             remedy=f"give a multiple of {slots}",
         )
+
+
+def cpu_share(cpus: float, workers: int) -> float:
+    """CPUs that a worker asks for."""
+    return 1.0 if cpus >= workers else 0.5
 
 
 def train_joint(
@@ -127,7 +142,7 @@ def train_joint(
     slots = train.workers * train.accumulate
     shape = plane_shape(sources, settings.patch_px)
     cpus = ray.cluster_resources().get("CPU", 1.0)
-    per_worker = 1.0 if cpus >= train.workers else 0.5
+    per_worker = cpu_share(cpus, train.workers)
 
     def input_left() -> Any:
         """What a group of workers is given, each time that one is begun: what is done is not loaded again."""
