@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 import threading
 import uuid
@@ -66,7 +67,7 @@ def held(lock: Place) -> Iterator[Callable[[], None]]:
 
 
 def is_held(lock: Place) -> bool:
-    """Whether a process holds a lock; on a file system without locks it may be, and that is taken for yes."""
+    """Whether a process holds a lock; on a file system without locks, whether the last one to take it may be there."""
     if isinstance(lock, UrlPath):
         return Lease(lock).is_held()
     try:
@@ -75,11 +76,21 @@ def is_held(lock: Place) -> bool:
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return True
+    except OSError:
+        return not _gone(os.pread(handle, 1000, 0).decode(errors="replace"))
     finally:
         os.close(handle)
     return False
+
+
+def _gone(holder: str) -> bool:
+    """Whether what a lock file says is nobody, or a process of this machine that has ended."""
+    found = re.fullmatch(r"process (\d+) on (.*)\n", holder)
+    if found is None or found[2] != socket.gethostname():
+        return not holder
+    return not psutil.pid_exists(int(found[1]))
 
 
 def _flock(file: Path) -> int:

@@ -168,7 +168,9 @@ def test_more_workers_and_parts_learn_what_one_learns(phantom, ray_session, tmp_
         shutil.copytree(tmp_path / "tiled", work)
         done = cli("train", study, "-o", work, "--factor", FACTOR, *settings, *given)
         assert done.code == 0, done
-        history = json.loads((work / "done" / "learn.json").read_text())["history"]
+        facts = json.loads((work / "done" / "learn.json").read_text())
+        history = facts["history"]
+        assert facts["timing"]["workers"] == workers
         return history, load_file(work / "sections" / "one" / "network.safetensors")
 
     done = cli("tile", study, "-o", tmp_path / "tiled", "--factor", FACTOR, *settings)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 
 import pytest
 
 from deepfere.errors import DeepfereError, IdentityError, InputError
+from deepfere.locking import is_held
 from deepfere.pipeline.workspace import Workspace, read_json, write_json
 from deepfere.store import settle
 
@@ -46,6 +48,28 @@ def test_a_lock_in_a_folder_that_its_owner_removed_does_not_count(work):
         work.remove()
         with work.locked():
             assert (work.root / "lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_without_locks_a_holder_of_this_machine_is_known_by_its_process(tmp_path, monkeypatch):
+    """As on Lustre without flock: who waits for a run to end waits no longer than it."""
+
+    def unsupported(handle, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    lock, here = tmp_path / "lock", socket.gethostname()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    told = {
+        "": False,
+        f"process {os.getpid()} on {here}\n": True,
+        f"process {ended.pid} on {here}\n": False,
+        f"process {ended.pid} on another\n": True,
+        "process": True,
+    }
+    for text, held in told.items():
+        lock.write_text(text)
+        assert is_held(lock) is held, text
 
 
 def test_what_a_killed_beginning_left_is_ours(work):

@@ -39,7 +39,7 @@ class Trained:
         model: The state of the joint model.
         history: Mean losses per reporting interval: {"step": int, name: float}.
         timing: Of the last attempt: ``input_wait``, the share of the time in which the first worker waited for
-            patches, and ``steps_per_s``; empty where there was no second step.
+            patches, and ``steps_per_s``, both only where there was a second step; and ``workers``, how many there were.
     """
 
     model: dict[str, Tensor]

@@ -122,7 +122,8 @@ def work(config: dict[str, Any]) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 saved_to = None
                 if rank == 0:
-                    _save(Path(folder), model, optimiser, step + 1, history, rest, clock.reading(), config["digest"])
+                    timing = {**clock.reading(), "workers": float(world)}
+                    _save(Path(folder), model, optimiser, step + 1, history, rest, timing, config["digest"])
                     saved_to = train.Checkpoint.from_directory(folder)
                 told = {**(history[-1] if history else {}), "step": step + 1}
                 train.report(told, checkpoint=saved_to, checkpoint_upload_fn=upload)
