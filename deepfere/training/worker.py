@@ -94,7 +94,7 @@ def work(config: dict[str, Any]) -> None:
     run, kept, awaited = place(config["run"]), first, None
     for loaded in clock.steps(batches, config["parts"]):
         step = int(loaded[0]["step"][0])
-        if step > first if awaited is None else step != awaited:
+        if (step > first) if awaited is None else (step != awaited):
             # A checkpoint was lost since: the next attempt loads all.
             if rank == 0:
                 note_begin(run, config["digest"], 0)
