@@ -62,7 +62,9 @@ class KubeJob(Job):
         deployment, state = status.get("jobDeploymentStatus", ""), status.get("jobStatus", "")
         if deployment not in ("Complete", "Failed", "ValidationFailed"):
             return None
-        if self._reading and self._late <= LATE_TRIES and (self._log is None or not self._log.drained()):
+        # One that is not valid has no pod.
+        waits = self._reading and deployment != "ValidationFailed" and self._late <= LATE_TRIES
+        if waits and (self._log is None or self._log.broken() or not self._log.drained()):
             return None
         if state == "SUCCEEDED":
             return Ended(0)
