@@ -273,15 +273,15 @@ def processed(folder: Path, quick: bool, thyra: str | None) -> list[Row]:
 def memory(folder: Path, quick: bool, thyra: str | None) -> list[Row]:
     """Peak memory of a process that ingests ten and a hundred times as many rows."""
     rows = []
-    small, values = (16, 300) if quick else (128, 300)
+    small = 16 if quick else 128
     for kind in ("continuous", "processed"):
         peaks: dict[int, int] = {}
         for times in (1, 10) if quick else (1, 10, 100):
             path, out = folder / "memory.imzML", folder / "memory.zarr"
             mz: list[str] = []
-            write_long(path, times * small, 250, values, continuous=kind == "continuous")
+            write_long(path, times * small, 250, 300, continuous=kind == "continuous")
             if kind == "processed":
-                mz = [repr(m) for m in targets(values).tolist()]
+                mz = [repr(m) for m in targets(300).tolist()]
             shutil.rmtree(out, ignore_errors=True)
             done = subprocess.run([sys.executable, "-c", WORKER, path, out, *mz], capture_output=True, text=True)
             if done.returncode:

@@ -289,9 +289,11 @@ class Journal:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._file.open("ab+") as handle:
-            # What was cut off when a disk was full is not to take the next line with it.
-            if handle.tell() and (handle.seek(-1, os.SEEK_END), handle.read(1))[1] != b"\n":
-                line = "\n" + line
+            if handle.tell():
+                handle.seek(-1, os.SEEK_END)
+                # What was cut off when a disk was full is not to take the next line with it.
+                if handle.read() != b"\n":
+                    line = "\n" + line
             handle.write(line.encode())
             handle.flush()
             os.fsync(handle.fileno())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -33,23 +32,51 @@ def leave(disk: Path, free: int) -> None:
     ballast.write_bytes(bytes(shutil.disk_usage(disk).free - free))
 
 
-def test_a_full_disk_among_the_shards_and_in_the_pyramid(small_disk, phantom, ray_session, tmp_path, cli):
-    study, work = write_study(tmp_path, phantom), small_disk / "work"
-    settings = [*SETTINGS, "model.tier=T1", "tracking.uri=none", "reconstruct.shard_px=64", "reconstruct.chunk_px=64"]
+class Trained:
+    """A study on the small disk, learned, and elsewhere the result that it gives when nothing is in its way."""
 
-    def run(stage: str, to: Path):
-        return cli(stage, study, "-o", to, "--factor", 16, *settings)
+    def __init__(self, cli, study: Path, work: Path, elsewhere: Path) -> None:
+        self._cli, self._study, self._work = cli, study, work
+        self.calm, self.result = (place / "results" / "one.zarr" for place in (elsewhere, work))
+        self.made = work / "sections" / "one" / "result.zarr"
+        assert self._run("train", work).code == 0
+        shutil.copytree(work, elsewhere)
+        assert self._run("reconstruct", elsewhere).code == 0
 
-    assert run("train", work).code == 0
-    shutil.copytree(work, tmp_path / "calm")
-    assert run("reconstruct", tmp_path / "calm").code == 0
-    calm = tmp_path / "calm" / "results" / "one.zarr"
-    result, made = work / "results" / "one.zarr", work / "sections" / "one" / "result.zarr"
-    wanted = {kind: objects_of(calm, *arrays) for kind, arrays in PARTS.items()}
+    def _run(self, stage: str, to: Path):
+        settings = [*SETTINGS, "model.tier=T1", "tracking.uri=none"]
+        settings += ["reconstruct.shard_px=64", "reconstruct.chunk_px=64"]
+        return self._cli(stage, self._study, "-o", to, "--factor", 16, *settings)
+
+    def fails(self) -> str:
+        """The one line of a reconstruction that fails, and leaves nothing that looks whole."""
+        done = self._run("reconstruct", self._work)
+        assert done.code in (1, 2) and len(done.errors) == 1, done
+        assert not self.result.exists()
+        with pytest.raises(InputError, match="is unfinished"):
+            Result(str(self.made))
+        return done.errors[0]
+
+    def completes(self) -> None:
+        """The same command again, to the bytes of the calm one."""
+        done = self._run("reconstruct", self._work)
+        assert done.code == 0, done
+        assert contents(self.result, *ARRAYS) == contents(self.calm, *ARRAYS)
+        assert len(Result(str(self.result)).ions) == len(Result(str(self.calm)).ions)
+
+
+@pytest.fixture
+def trained(small_disk, phantom, ray_session, tmp_path, cli):
+    return Trained(cli, write_study(tmp_path, phantom), small_disk / "work", tmp_path / "calm")
+
+
+def test_a_full_disk_among_the_shards_and_in_the_pyramid(small_disk, trained):
+    wanted = {kind: objects_of(trained.calm, *arrays) for kind, arrays in PARTS.items()}
     assert min(len(objects) for objects in wanted.values()) > 20
 
     def of(kind: str) -> dict[str, bytes]:
-        return {name: data for name, data in objects_of(made, *PARTS[kind]).items() if wanted[kind].get(name) == data}
+        made = objects_of(trained.made, *PARTS[kind])
+        return {name: data for name, data in made.items() if wanted[kind].get(name) == data}
 
     def missing(kind: str) -> int:
         """Bytes, in pages of the disk."""
@@ -57,60 +84,36 @@ def test_a_full_disk_among_the_shards_and_in_the_pyramid(small_disk, phantom, ra
 
     for kind in PARTS:
         leave(small_disk, missing(kind) // 2 + (missing("shards") if kind == "pyramid" else 0))
-        full = run("reconstruct", work)
-        assert full.code == 1 and len(full.errors) == 1, full
-        assert "No space left on device; make room" in full.errors[0] and "resumes" in full.errors[0]
+        told = trained.fails()
+        assert "No space left on device; make room" in told and "resumes" in told
         assert 0 < len(of(kind)) < len(wanted[kind])
-        assert not result.exists()
-        with pytest.raises(InputError, match="is unfinished"):
-            Result(str(made))
     (small_disk / "ballast").unlink()
-    again = run("reconstruct", work)
-    assert again.code == 0, again
-    assert contents(result, *ARRAYS) == contents(calm, *ARRAYS)
-    assert len(Result(str(result)).ions) == len(Result(str(calm)).ions)
+    trained.completes()
 
 
-def test_a_disk_that_becomes_read_only_midway(small_disk, phantom, ray_session, tmp_path, cli):
-    """As a disk with errors is mounted again, or a share whose lease has ended."""
-    study, work = write_study(tmp_path, phantom), small_disk / "work"
-    settings = [*SETTINGS, "model.tier=T1", "tracking.uri=none", "reconstruct.shard_px=64", "reconstruct.chunk_px=64"]
+def test_a_folder_that_becomes_read_only_midway(trained):
+    """As where a disk with errors is mounted again, or a share whose lease has ended."""
+    made, over = trained.made, threading.Event()
 
-    def run(stage: str, to: Path):
-        return cli(stage, study, "-o", to, "--factor", 16, *settings)
+    def mount(*words: object) -> None:
+        subprocess.run(["mount", *map(str, words)], check=True)
 
-    assert run("train", work).code == 0
-    shutil.copytree(work, tmp_path / "calm")
-    assert run("reconstruct", tmp_path / "calm").code == 0
-    calm = tmp_path / "calm" / "results" / "one.zarr"
-    result, made = work / "results" / "one.zarr", work / "sections" / "one" / "result.zarr"
-    over = threading.Event()
-
-    def remount() -> None:
-        while not over.is_set():
+    def seal() -> None:
+        while not over.wait(0.01):
             if len(objects_of(made, "detail/0")) > 4:
                 # Over itself: what has a file open for writing on a disk keeps it from being remounted.
                 mount("--bind", made, made)
                 mount("--options", "remount,bind,ro", made)
                 return
-            time.sleep(0.01)
 
-    watch = threading.Thread(target=remount)
+    watch = threading.Thread(target=seal)
     watch.start()
     try:
-        stopped = run("reconstruct", work)
+        told = trained.fails()
     finally:
         over.set()
         watch.join()
-        subprocess.run(["umount", str(made)], check=True)
-    assert stopped.code in (1, 2) and len(stopped.errors) == 1 and "Read-only file system" in stopped.errors[0], stopped
-    assert not result.exists()
-    with pytest.raises(InputError, match="is unfinished"):
-        Result(str(made))
-    again = run("reconstruct", work)
-    assert again.code == 0, again
-    assert contents(result, *ARRAYS) == contents(calm, *ARRAYS)
-
-
-def mount(*words: object) -> None:
-    subprocess.run(["mount", *map(str, words)], check=True)
+        if made.is_mount():
+            subprocess.run(["umount", str(made)], check=True)
+    assert "Read-only file system" in told
+    trained.completes()

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from deepfere.errors import InputError
-from deepfere.measured import raster as module
 from deepfere.measured.raster import by_band, first_of_pixels, in_image_order, plan_raster
 from deepfere.readers import columns
 from deepfere.readers.columns import Column
@@ -16,8 +15,7 @@ from deepfere.readers.columns import Column
 @pytest.fixture(params=["rows", "columns", "there and back", "any order", "several a pixel"])
 def spectra(request, monkeypatch):
     """Spectra of a raster with holes, in blocks of 32."""
-    for at in (columns, module):
-        monkeypatch.setattr(at, "BLOCK", 32)
+    monkeypatch.setattr(columns, "BLOCK", 32)
     y, x = np.divmod(np.arange(23 * 17), 17)
     kept = (y - 11) ** 2 + (x - 8) ** 2 < 90
     y, x, rng = y[kept], x[kept], np.random.default_rng(3)

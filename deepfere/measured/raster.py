@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from deepfere.errors import InputError
 from deepfere.places import Place
-from deepfere.readers.columns import BLOCK, Column, blocks, reach
+from deepfere.readers.columns import Column, block, blocks, reach
 
 MIN_PIXELS = 4
 MAX_GRID_PER_PIXEL = 1000
@@ -183,9 +183,8 @@ def by_band(raster: Raster, band_rows: int) -> Iterator[NDArray[np.int64]]:
         found = [np.empty(0, np.int64)]
         for k, (first, last) in enumerate(ends):
             if first <= band <= last:
-                begin = k * BLOCK
-                rows = raster.source.y[begin : begin + BLOCK] - top
-                found.append(begin + np.flatnonzero(rows // band_rows == band))
+                begin, y = block(raster.source.y, k)
+                found.append(begin + np.flatnonzero((y - top) // band_rows == band))
         yield np.concatenate(found)
 
 

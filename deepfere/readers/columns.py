@@ -63,11 +63,6 @@ class Column:
     def __len__(self) -> int:
         return BLOCK * len(self._blocks) + len(self._tail)
 
-    @property
-    def blocks(self) -> int:
-        """Number of blocks; all but the last hold `BLOCK` values."""
-        return len(self._blocks) + (len(self._tail) > 0)
-
     def block(self, k: int) -> Numbers:
         """The values of a block."""
         found = self._held.get(k)
@@ -114,12 +109,16 @@ class Column:
         return out
 
 
+def block(column: Column | Numbers, k: int) -> tuple[int, Numbers]:
+    """A block of a column or array: the position of its first value, and the values."""
+    begin = k * BLOCK
+    return begin, column.block(k) if isinstance(column, Column) else column[begin : begin + BLOCK]
+
+
 def blocks(column: Column | Numbers) -> Iterator[Numbers]:
     """The values of a column or array, `BLOCK` at a time."""
-    if isinstance(column, Column):
-        yield from (column.block(k) for k in range(column.blocks))
-    else:
-        yield from (column[k : k + BLOCK] for k in range(0, len(column), BLOCK))
+    for k in range(-(-len(column) // BLOCK)):
+        yield block(column, k)[1]
 
 
 def same(column: Column | Numbers) -> bool:

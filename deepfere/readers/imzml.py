@@ -261,9 +261,10 @@ def _find_ibd(path: Place) -> Place:
 def _check_length(ibd_path: Place, walk: head.Walk) -> None:
     size, needed, first, done = size_of(ibd_path), 0, None, 0
     for parts in zip(*map(blocks, walk.columns.values()), strict=True):
-        part = dict(zip(walk.columns, parts, strict=True))
-        sizes = (part.get(f"{k}_bytes", part["length"] * np.dtype(walk.dtypes[k]).itemsize) for k in ("mz", "int"))
-        ends = np.maximum(*(part[f"{k}_offset"] + n for k, n in zip(("mz", "int"), sizes, strict=True)))
+        part, ends = dict(zip(walk.columns, parts, strict=True)), np.zeros(1, np.int64)
+        for kind in ("mz", "int"):
+            sizes = part.get(f"{kind}_bytes", part["length"] * np.dtype(walk.dtypes[kind]).itemsize)
+            ends = np.maximum(ends, part[f"{kind}_offset"] + sizes)
         needed = max(needed, int(ends.max()))
         beyond = np.flatnonzero(ends > size)
         if first is None and len(beyond):
