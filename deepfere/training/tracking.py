@@ -125,7 +125,8 @@ class Tracker:
                 return tracker
             found = experiment_id(client, uri, experiment)
             tracker = _new(client, uri, found, run_name, {**_own_tags(), **_texts(tags)})
-            on_new(tracker.run_id)
+        on_new(tracker.run_id)  # what it raises is not the store's
+        with mlflow_errors(uri, InputError):
             tracker._write_params(flat)
             if flat:
                 tracker.log_dict(dict(params or {}), "config.json")
