@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from deepfere.errors import InputError
 from deepfere.evaluation.metrics import degrade
 from deepfere.frame import Alignment
-from deepfere.measured.store import open_measured, write_measured
+from deepfere.measured.store import open_measured
+from deepfere.measured.writer import write_measured
 from deepfere.phantom import Phantom, PhantomSpec, write_phantom
 
 BLADDER_PITCH_UM, TRUTH_PITCH_UM = 80.0, 10.0

@@ -32,7 +32,8 @@ from imzml_files import targets, write_continuous, write_long, write_processed, 
 from performance import Section, versions
 
 from deepfere.measured.ingest import ingest
-from deepfere.measured.store import Measured, MeasuredWriter
+from deepfere.measured.store import Measured
+from deepfere.measured.writer import MeasuredWriter
 from deepfere.readers import imzml
 from deepfere.readers.imzml import read_index
 

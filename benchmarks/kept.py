@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from deepfere.config import Config, digest, load_config
 from deepfere.frame import Alignment, apart_px
 from deepfere.measured.operator import cell_means
-from deepfere.measured.store import open_measured, write_measured
+from deepfere.measured.store import open_measured
+from deepfere.measured.writer import write_measured
 from deepfere.model import paper
 from deepfere.pipeline import fuse
 from deepfere.readers.digest import content_digest

@@ -250,7 +250,7 @@ def kept_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import numpy as np
 
     from deepfere.frame import Alignment, SectionGrid
-    from deepfere.measured.store import write_measured
+    from deepfere.measured.writer import write_measured
 
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.delitem(sys.modules, "kept", raising=False)
@@ -304,7 +304,8 @@ def test_a_kept_image_stands_for_its_ion_alone(kept_case) -> None:
 def test_a_kept_image_of_something_else_is_not_used(kept_case, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    from deepfere.measured.store import open_measured, write_measured
+    from deepfere.measured.store import open_measured
+    from deepfere.measured.writer import write_measured
 
     kept, case, one = kept_case.kept, kept_case.case, kept_case.one
 

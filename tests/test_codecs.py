@@ -15,7 +15,7 @@ from zarr.storage import LocalStore
 
 from deepfere.codecs import Pipeline, ReadInRust
 from deepfere.errors import InputError
-from deepfere.measured.store import MeasuredWriter
+from deepfere.measured.writer import MeasuredWriter
 from deepfere.store import create_array, open_group
 
 ZARR_ALONE = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}

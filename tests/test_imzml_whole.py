@@ -12,7 +12,7 @@ import pytest
 import deepfere
 from deepfere.errors import DeepfereError, InputError
 from deepfere.measured.ingest import ingest
-from deepfere.measured.store import MeasuredWriter
+from deepfere.measured.writer import MeasuredWriter
 from deepfere.readers import imzml, imzml_cache
 from deepfere.readers.imzml import read_index
 

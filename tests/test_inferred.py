@@ -13,7 +13,7 @@ import pytest
 import deepfere
 from deepfere.errors import InputError
 from deepfere.measured.operator import cell_means
-from deepfere.measured.store import write_measured
+from deepfere.measured.writer import write_measured
 from deepfere.model.inferred import contrast, energy_root, footprint
 from deepfere.reconstruction import inferred as blocks
 from deepfere.reconstruction.inferred import section_shares

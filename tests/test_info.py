@@ -11,7 +11,8 @@ from deepfere import inspect
 from deepfere.errors import InputError
 from deepfere.frame import Alignment, Displacement
 from deepfere.inspect import describe, render
-from deepfere.measured.store import FORMAT, write_measured
+from deepfere.measured.store import FORMAT
+from deepfere.measured.writer import write_measured
 from deepfere.reconstruction.result import FORMAT_VERSION as RESULT_VERSION
 from deepfere.store import create_array, open_group
 from tests.imzml_bytes import simple_spectra, write_pair

@@ -19,7 +19,7 @@ from deepfere.evaluation.labels import majority
 from deepfere.evaluation.metrics import keys_bicubic
 from deepfere.evaluation.segmentation import learn, segment, signal_to_noise
 from deepfere.measured.operator import cell_means, upsample
-from deepfere.measured.store import write_measured
+from deepfere.measured.writer import write_measured
 from deepfere.model.guide import Cells
 from deepfere.reconstruction.result import FORMAT, FORMAT_VERSION, Result
 from deepfere.store import open_group

@@ -9,7 +9,8 @@ import zarr
 from deepfere.errors import InputError
 from deepfere.measured.ingest import ingest
 from deepfere.measured.normalise import spectrum_factors
-from deepfere.measured.store import MeasuredWriter, open_measured, write_measured
+from deepfere.measured.store import open_measured
+from deepfere.measured.writer import MeasuredWriter, write_measured
 from deepfere.store import create_array, open_group
 
 from .imzml_bytes import simple_spectra, write_pair

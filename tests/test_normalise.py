@@ -10,7 +10,7 @@ import pytest
 import deepfere
 from deepfere.errors import InputError
 from deepfere.measured.ingest import ingest
-from deepfere.measured.store import write_measured
+from deepfere.measured.writer import write_measured
 
 from .imzml_bytes import write_pair
 

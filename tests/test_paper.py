@@ -233,7 +233,8 @@ FACTOR = 8
 @pytest.fixture(scope="module")
 def section(tmp_path_factory):
     """12 x 11 measured pixels, the first row and a corner not measured, and where they lie on the slide."""
-    from deepfere.measured.store import open_measured, write_measured
+    from deepfere.measured.store import open_measured
+    from deepfere.measured.writer import write_measured
     from deepfere.phantom import PhantomSpec, write_phantom
     from deepfere.pipeline import fuse
 
@@ -321,7 +322,8 @@ def test_the_page_and_info_say_so(result, cli, tmp_path):
 
 
 def test_one_ion_is_the_papers_ion_mode(section, result, tmp_path):
-    from deepfere.measured.store import open_measured, write_measured
+    from deepfere.measured.store import open_measured
+    from deepfere.measured.writer import write_measured
 
     msi, slide, alignment = section
     cube = open_measured(msi)

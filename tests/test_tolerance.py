@@ -8,8 +8,9 @@ from deepfere.errors import InputError
 from deepfere.measured.ingest import ingest
 from deepfere.measured.peaks import find_ions
 from deepfere.measured.sampled import PeakSpec, sample_centroids, sample_profiles
-from deepfere.measured.store import open_measured, write_measured
+from deepfere.measured.store import open_measured
 from deepfere.measured.tolerance import Targets, Tolerance
+from deepfere.measured.writer import write_measured
 from deepfere.pipeline import fuse
 from deepfere.pipeline.prepare import targets_of
 

@@ -19,8 +19,8 @@ from deepfere.config import Config, IngestSettings
 from deepfere.errors import InputError
 from deepfere.evaluation.metrics import ergas, keys_bicubic, pearson, psnr, rmse, sam_deg, ssim
 from deepfere.frame import Alignment, apart_px
-from deepfere.measured.store import write_measured
 from deepfere.measured.tolerance import OWN
+from deepfere.measured.writer import write_measured
 from deepfere.pipeline.fuse import fuse
 from deepfere.pipeline.workspace import Progress
 from deepfere.readers.mis import MIS

@@ -37,19 +37,13 @@ from deepfere.measured.peaks import SharedIons
 from deepfere.measured.raster import Raster, batches, by_band, plan_raster
 from deepfere.measured.reduce import Reduce, Reducer, put, shared_axis
 from deepfere.measured.sampled import PeakSpec
-from deepfere.measured.store import (
-    FOUND,
-    SHIFT,
-    Measured,
-    MeasuredWriter,
-    fitting_band,
-    refuse_occupied,
-)
+from deepfere.measured.store import FOUND, SHIFT, Measured
 from deepfere.measured.table import TableReducer
 from deepfere.measured.table import choose_ions as choose_table_ions
 from deepfere.measured.tolerance import Targets, Tolerance
 from deepfere.measured.treatment import UNTREATED, Treatment
 from deepfere.measured.windows import Windows
+from deepfere.measured.writer import MeasuredWriter, fitting_band, refuse_occupied
 from deepfere.readers.columns import Column
 from deepfere.readers.imzml import ImzmlIndex
 from deepfere.readers.ranges import open_binary

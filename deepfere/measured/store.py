@@ -9,20 +9,19 @@ provenance; ``complete`` is written last, so that a store whose writer was stopp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from deepfere.errors import InputError
 from deepfere.frame import SectionGrid
-from deepfere.measured.normalise import FACTORS, REFERENCE, Normalisation, multiplier, notes, spectrum_factors
+from deepfere.measured.normalise import REFERENCE, Normalisation, multiplier, notes
 from deepfere.measured.tolerance import Tolerance, nearest_ion
-from deepfere.store import Codec, StorageOptions, chunks_at_once, create_array, exists, open_group, remove
+from deepfere.store import StorageOptions, open_group
 
 FORMAT, FORMAT_VERSION = "deepfere-measured", 1
 CHUNK_IONS, CHUNK_PX = 64, 64
@@ -65,9 +64,9 @@ class Measured:
         if self.attrs.get("complete") is not True:
             raise InputError("is unfinished (its writer was stopped)", where=path, remedy="ingest again")
         self._group = group
-        self.ions = _array(group, "ions")
-        self.mz: NDArray[np.float64] = np.asarray(_array(group, "mz")[:], dtype=np.float64)
-        self.mask: NDArray[np.bool_] = np.asarray(_array(group, "mask")[:], dtype=bool)
+        self.ions = stored(group, "ions")
+        self.mz: NDArray[np.float64] = np.asarray(stored(group, "mz")[:], dtype=np.float64)
+        self.mask: NDArray[np.bool_] = np.asarray(stored(group, "mask")[:], dtype=bool)
         pitch = self.attrs["pitch_um"]
         self.grid = SectionGrid((self.mask.shape[0], self.mask.shape[1]), (float(pitch[0]), float(pitch[1])))
         self.tolerance_ppm = float(self.attrs["tolerance_ppm"])
@@ -103,10 +102,10 @@ class Measured:
     @cached_property
     def lock_mass_found(self) -> NDArray[np.bool_] | None:
         """Where a lock mass was found, (ny, nx) bool; None where none was used."""
-        return np.asarray(_array(self._group, FOUND)[:], dtype=bool) if FOUND in self._group else None
+        return np.asarray(stored(self._group, FOUND)[:], dtype=bool) if FOUND in self._group else None
 
     def _factor(self, name: str) -> NDArray[np.float32]:
-        return np.asarray(_array(self._group, name)[:], dtype=np.float32)
+        return np.asarray(stored(self._group, name)[:], dtype=np.float32)
 
     @cached_property
     def reference(self) -> NDArray[np.float32] | None:
@@ -190,7 +189,8 @@ class Measured:
         return self.mz, np.asarray(self.ions[:, y, x], dtype=np.float32)
 
 
-def _array(group: zarr.Group, name: str) -> zarr.Array:
+def stored(group: zarr.Group, name: str) -> zarr.Array:
+    """An array of the store."""
     found = group[name]
     assert isinstance(found, zarr.Array)
     return found
@@ -208,206 +208,3 @@ def open_measured(path: str | Path, storage_options: StorageOptions | None = Non
         InputError: It is absent, not one, of another version or unfinished.
     """
     return Measured(path, storage_options)
-
-
-class MeasuredWriter:
-    """Writes a measured store band by band; complete only once ``finish`` returns.
-
-    A band is ``band_rows`` image rows and owns its shards, so bands may be written in any order, each once.
-
-    Args:
-        path: Where to; an unfinished store of ours is replaced, anything else is refused.
-        mz: (M,) ascending.
-        shape_px: (ny, nx).
-        band_rows: Image rows per band; above 64 it is rounded up to a multiple of 64.
-        overwrite: Replace a finished store too.
-        storage_options: For URLs.
-        codec: How the ions are compressed; see `create_array`.
-
-    Raises:
-        InputError: Something stands at the path.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        mz: NDArray[np.float64],
-        shape_px: tuple[int, int],
-        *,
-        band_rows: int = CHUNK_PX,
-        overwrite: bool = False,
-        storage_options: StorageOptions | None = None,
-        codec: Codec = "zstd",
-    ) -> None:
-        self.path, self._options = path, storage_options
-        refuse_occupied(path, overwrite, storage_options)
-        remove(path, storage_options)
-        m, (ny, nx) = len(mz), shape_px
-        self.shape_px = shape_px
-        self.band_rows = fitting_band(band_rows, shape_px)
-        chunk_y = min(CHUNK_PX, self.band_rows)
-        chunk = (min(CHUNK_IONS, m), chunk_y, min(CHUNK_PX, nx))
-        across = -(-nx // chunk[2]) * chunk[2]
-        deep = max(1, SHARD_BYTES // (4 * chunk[0] * self.band_rows * across))
-        self.shard_ions = chunk[0] * min(deep, -(-m // chunk[0]))
-        self.group = open_group(path, "w", storage_options)
-        self.group.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION, "complete": False})
-        self.ions = create_array(
-            self.group,
-            "ions",
-            (m, ny, nx),
-            np.float32,
-            chunk,
-            (self.shard_ions, self.band_rows, across),
-            fill_value=np.nan,
-            dimension_names=("ion", "y", "x"),
-            codec=codec,
-        )
-        axis = create_array(self.group, "mz", (m,), np.float64, (m,), dimension_names=("ion",))
-        axis[:] = np.asarray(mz, dtype=np.float64)
-
-    @property
-    def bands(self) -> list[tuple[int, int]]:
-        """Row ranges [begin, end) of the bands."""
-        ny = self.shape_px[0]
-        return [(r, min(r + self.band_rows, ny)) for r in range(0, ny, self.band_rows)]
-
-    def write_band(self, begin: int, block: NDArray[np.float32]) -> None:
-        """Write one band, whole shards at a time.
-
-        Args:
-            begin: First image row, a multiple of ``band_rows``.
-            block: (rows, nx, M) float32, pixel-major as spectra are read; NaN where not measured.
-        """
-        end = begin + block.shape[0]
-        for first in range(0, block.shape[2], self.shard_ions):
-            part = block[:, :, first : first + self.shard_ions]
-            self.ions[first : first + part.shape[2], begin:end, :] = np.ascontiguousarray(part.transpose(2, 0, 1))
-
-    def write_images(self, begin: int, images: NDArray[np.float32]) -> None:
-        """As `write_band`, of (M, rows, nx)."""
-        with chunks_at_once():
-            for first in range(0, len(images), self.shard_ions):
-                part = images[first : first + self.shard_ions]
-                self.ions[first : first + len(part), begin : begin + part.shape[1], :] = part
-
-    def write_factors(self, begin: int, factors: Mapping[str, NDArray[np.float32]]) -> None:
-        """The part of images of one value a pixel ("tic", "rms", "median"...) that lies in a band, (rows, nx) each."""
-        for name, part in factors.items():
-            self._image(name, np.float32)[begin : begin + len(part)] = part
-
-    def _image(self, name: str, dtype: type) -> zarr.Array:
-        """An array (ny, nx), a chunk per band; not measured is NaN, or False."""
-        if name in self.group:
-            return _array(self.group, name)
-        fill: Any = False if dtype is bool else np.nan
-        chunk = (min(self.band_rows, self.shape_px[0]), self.shape_px[1])
-        return create_array(self.group, name, self.shape_px, dtype, chunk, fill_value=fill, dimension_names=("y", "x"))
-
-    def finish(
-        self,
-        mask: NDArray[np.bool_],
-        images: Mapping[str, NDArray[Any]],
-        pitch_um: tuple[float, float],
-        attrs: Mapping[str, Any],
-    ) -> Measured:
-        """Write what is known at the end, mark the store complete and open it.
-
-        Args:
-            mask: (ny, nx).
-            images: By their names what `write_factors` has not written, each (ny, nx) float32 or bool.
-            pitch_um: Pitch (y, x).
-            attrs: Further attributes, plain values.
-        """
-        for name, image in {"mask": mask, **images}.items():
-            self._image(name, bool if image.dtype == bool else np.float32)[:] = image
-        self.group.attrs.update(
-            {
-                "tolerance_ppm": 5.0,
-                "origin_px": [0, 0],
-                **attrs,
-                "pitch_um": [float(p) for p in pitch_um],
-                "axes": ["ion", "y", "x"],
-            }
-        )
-        self.group.attrs["complete"] = True
-        return Measured(self.path, self._options)
-
-
-def fitting_band(band_rows: int, shape_px: tuple[int, int]) -> int:
-    """The rows of a band: whole chunks, and a small image is not padded to 64 rows."""
-    band_rows = max(1, min(band_rows, shape_px[0]))
-    chunk = min(CHUNK_PX, band_rows)
-    return -(-band_rows // chunk) * chunk
-
-
-def refuse_occupied(path: str | Path, overwrite: bool = False, storage_options: StorageOptions | None = None) -> None:
-    """Refuse a path where something stands that must not be replaced.
-
-    Raises:
-        InputError: A finished store (without ``overwrite``) or something that is not ours.
-    """
-    if not exists(path, storage_options):
-        return
-    try:
-        attrs = dict(open_group(path, "r", storage_options).attrs)
-    except InputError:
-        attrs = {}
-    if attrs.get("format") != FORMAT:
-        raise InputError("exists and is not an ingested measurement", where=path, remedy="choose another path")
-    if attrs.get("complete") is True and not overwrite:
-        raise InputError("exists already", where=path, remedy="choose another path or overwrite it")
-
-
-def write_measured(
-    path: str | Path,
-    cube: ArrayLike,
-    mask: ArrayLike | None,
-    mz: ArrayLike,
-    pitch_um: float | tuple[float, float],
-    attrs: Mapping[str, Any] | None = None,
-    *,
-    overwrite: bool = False,
-    storage_options: StorageOptions | None = None,
-) -> Measured:
-    """Write a cube that is in memory.
-
-    Args:
-        path: Where to.
-        cube: (M, ny, nx); values outside the mask do not matter. Factors are computed over its ions.
-        mask: (ny, nx) bool; None takes pixels where every ion is finite.
-        mz: (M,), ascending.
-        pitch_um: One value or (y, x).
-        attrs: Further attributes, plain values (``tolerance_ppm``, ``origin_px``...).
-        overwrite: Replace a finished store.
-        storage_options: For URLs.
-
-    Raises:
-        InputError: Shapes disagree, m/z do not ascend, nothing is measured, or a measured value is negative
-            or not finite.
-    """
-    values = np.asarray(cube, dtype=np.float32)
-    axis = np.asarray(mz, dtype=np.float64)
-    if values.ndim != 3 or axis.shape != values.shape[:1] or 0 in values.shape:
-        raise InputError(f"a cube of shape {values.shape} and {axis.shape} m/z do not go together", where=path)
-    inside = np.asarray(np.isfinite(values).all(axis=0) if mask is None else mask, dtype=bool)
-    if inside.shape != values.shape[1:]:
-        raise InputError(f"a mask of {inside.shape} does not fit a cube of shape {values.shape}", where=path)
-    if not inside.any():
-        raise InputError("no pixel is measured", where=path)
-    if not (np.isfinite(axis).all() and (np.diff(axis) >= 0).all()):
-        raise InputError("m/z must be finite and ascending", where=path)
-    spectra = np.ascontiguousarray(values[:, inside].T)
-    if not np.isfinite(spectra).all() or (spectra < 0).any():
-        raise InputError("measured intensities must be finite and not negative", where=path)
-    pair = pitch_um if isinstance(pitch_um, tuple | list) else (pitch_um, pitch_um)
-    ny, nx = inside.shape
-    factors = {name: np.full((ny, nx), np.nan, dtype=np.float32) for name in FACTORS}
-    for name, factor in zip(FACTORS, spectrum_factors(spectra), strict=True):
-        factors[name][inside] = factor
-    writer = MeasuredWriter(path, axis, (ny, nx), overwrite=overwrite, storage_options=storage_options)
-    for begin, end in writer.bands:
-        block = np.ascontiguousarray(values[:, begin:end].transpose(1, 2, 0))
-        block[~inside[begin:end]] = np.nan
-        writer.write_band(begin, block)
-    return writer.finish(inside, factors, (float(pair[0]), float(pair[1])), attrs or {})
