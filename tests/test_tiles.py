@@ -11,6 +11,7 @@ import deepfere.tiling.tiles as tiles_module
 from deepfere.errors import InputError
 from deepfere.readers.slide import open_slide, opened, read_area
 from deepfere.tiling.groups import TileReader, group_tiles
+from deepfere.tiling.tile_source import tasks_for
 from deepfere.tiling.tiles import TileSpec, TissueMask, plan_tiles
 
 from .test_reader_tiff import damage, picture, write_jpeg_tiff
@@ -298,3 +299,10 @@ def test_the_plan_says_what_is_read(slide_path):
 def test_planning_needs_no_ray():
     code = f"import sys, {tiles_module.__name__}; sys.exit(any(m in sys.modules for m in ('ray', 'zarr', 'torch')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("groups", "cpus", "tasks"), [(30, 1, 2), (200, 2, 8), (200, 16, 16), (800, 16, 64), (5, 8, 8)]
+)
+def test_tasks_are_many_but_not_small(groups, cpus, tasks):
+    assert tasks_for(groups, cpus) == tasks

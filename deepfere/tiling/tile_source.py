@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LEAST_GROUPS = 12
-"""Groups of a read task, unless there are too few for all processors: borders are then a tenth of what is decoded."""
+"""Groups of a read task, unless there are too few for all processors. What tasks decode over the distinct native tiles,
+512 px tiles that are not aligned: 1.09 to 1.10 with 12 groups, 1.21 with 3, 1.5 with one."""
 TASK_BYTES = 1 << 30
 """Pixels of a read task, about: a second's work, beside which starting it is nothing. It holds one block of them."""
 BLOCK_BYTES = 26 << 20
@@ -125,7 +126,7 @@ def tile_dataset(
     source = SlideTiles(plans, apply, done)
     if tasks is None:
         cpus = max(1, int(ray.cluster_resources().get("CPU", 1.0))) if ray.is_initialized() else 1
-        tasks = min(4 * cpus, max(cpus, source.groups // LEAST_GROUPS))
+        tasks = tasks_for(source.groups, cpus)
     # Ray splits the blocks of a source that has fewer tasks than it asks for, and then fuses nothing.
     out = ray.data.read_datasource(source, override_num_blocks=len(source.get_read_tasks(tasks)) or None, **options)
     # Blocks are to go on as they are: Ray joins those that are smaller than this, and cuts those that are half as large
@@ -134,6 +135,11 @@ def tile_dataset(
     # A thread that asks the kernel once a second what the task's memory is made of holds up its page faults.
     out.context.memory_usage_poll_interval_s = None
     return out
+
+
+def tasks_for(groups: int, cpus: int) -> int:
+    """How many read tasks so many groups are dealt to on so many CPUs."""
+    return min(4 * cpus, max(cpus, groups // LEAST_GROUPS))
 
 
 def _tile_bytes(plan: TilePlan) -> int:
