@@ -113,7 +113,6 @@ def test_a_folder_that_becomes_read_only_midway(trained):
     finally:
         over.set()
         watch.join()
-        if made.is_mount():
-            subprocess.run(["umount", str(made)], check=True)
+        subprocess.run(["umount", str(made)], check=False)  # nothing, where it ended before
     assert "Read-only file system" in told
     trained.completes()
