@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
 from deepfere.measured.tolerance import Tolerance
 
@@ -45,11 +46,9 @@ class Windows:
             values: (P,) intensities.
             lengths: (n,) how many are whose.
         """
-        n, width = len(lengths), len(self.pieces.low) + 1
-        start = np.repeat(np.arange(0, n * width, width, dtype=np.int32), lengths)
-        sums = self.pieces.sums(mz.astype(np.float64, copy=False), values, start, n * width).reshape(n, width)
-        if width - 1 == len(self.mz) and (self.count == 1).all():
-            return sums[:, :-1].astype(np.float32)
+        sums = self.pieces.sums(mz.astype(np.float64, copy=False), values, lengths)
+        if sums.shape[1] == len(self.mz) and (self.count == 1).all():  # the windows are the pieces
+            return sums.astype(np.float32)
         out = sums[:, self.first]
         for k in range(1, int(self.count.max())):
             more = np.flatnonzero(self.count > k)
@@ -115,21 +114,24 @@ class _Pieces:
         np.clip(at, -1, TABLE_BINS, out=at)
         return at.astype(np.int32)
 
-    def sums(
-        self, mz: NDArray[np.float64], values: NDArray[Any], start: NDArray[np.int32], size: int
-    ) -> NDArray[np.float64]:
-        """Sums (size,) of the values per cell, ``start`` plus the number of the piece that the m/z lies in."""
+    def sums(self, mz: NDArray[np.float64], values: NDArray[Any], lengths: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Sums (n, S) of the values in each piece, of n spectra that lie one behind the other."""
+        none = len(self.low) - 1
         piece = self.table.take(self._bin(mz), mode="clip")
-        near = np.flatnonzero(piece < len(self.low) - 1)
-        if 2 * len(near) < len(mz):
-            piece, mz, values, start = piece[near], mz[near], values[near], start[near]
-        late = np.flatnonzero(mz >= self.end.take(piece))
+        ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        near = piece < none
+        if 2 * np.count_nonzero(near) < len(mz):
+            few = np.flatnonzero(near)
+            piece, mz, values, ends = piece[few], mz[few], values[few], np.searchsorted(few, ends).astype(np.int32)
+        late = np.flatnonzero(mz >= self.end.take(piece, mode="clip"))
         while len(late):
             piece[late] += 1
             late = late[mz[late] >= self.end.take(piece[late])]
-        np.copyto(piece, len(self.low) - 1, where=mz < self.low.take(piece))
-        piece += start
-        return np.bincount(piece, weights=values, minlength=size).astype(np.float64, copy=False)
+        early = mz < self.low.take(piece, mode="clip")
+        np.maximum(piece, np.multiply(early, none, dtype=np.int32), out=piece)  # sets those to none, without a branch
+        # A sparse matrix with a row per spectrum adds up what a cell has several of, in fewer passes than a bincount.
+        rows = csr_array((values.astype(np.float64), piece, ends), shape=(len(lengths), none + 1))
+        return rows.toarray()[:, :none]
 
 
 def gaps(step: NDArray[np.float64]) -> NDArray[np.bool_]:
