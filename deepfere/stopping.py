@@ -8,6 +8,7 @@ which are begun again.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -44,12 +45,15 @@ class _Watch:
     def look(self) -> None:
         """Raise if the file is there; the disk is asked a few times a second at most."""
         now = time.monotonic()
-        if now - self._looked_s >= (ASK_EVERY_S if isinstance(self.file, UrlPath) else LOOK_EVERY_S):
+        if now - self._looked_s >= LOOK_EVERY_S:
             self._looked_s = now
-            check(self.file)
+            if requested(self.file):
+                check(self.file)
 
 
 _current: _Watch | None = None
+_answers: dict[str, tuple[float, bool]] = {}
+"""Of files at URLs: when their store was asked last, and what it answered."""
 
 
 def request(file: Place, why: str) -> None:
@@ -61,6 +65,7 @@ def request(file: Place, why: str) -> None:
     """
     if isinstance(file, UrlPath):
         file.write_text(why)
+        _answers[str(file)] = time.monotonic(), True
         return
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     partial.write_text(why)
@@ -68,28 +73,22 @@ def request(file: Place, why: str) -> None:
 
 
 def requested(file: str | Place) -> bool:
-    """Whether a run is asked to stop; never, if the file has no name."""
-    return file != "" and place(file).exists()
+    """Whether a run is asked to stop; never, if the file has no name.
 
-
-class Asking:
-    """`requested` for loops whose turns are short: a store at a URL is asked every few seconds only.
-
-    Args:
-        file: The file that asks to stop, or nothing.
+    As cheap as a loop with short turns needs it: a store at a URL is asked every few seconds only, and its last answer
+    holds meanwhile.
     """
-
-    def __init__(self, file: str) -> None:
-        self._file = place(file) if file else None
-        self._every_s = ASK_EVERY_S if isinstance(self._file, UrlPath) else 0.0
-        self._asked_s = 0.0
-
-    def __call__(self) -> bool:
-        """Whether the run is asked to stop, as far as is known."""
-        if self._file is None or time.monotonic() - self._asked_s < self._every_s:
-            return False
-        self._asked_s = time.monotonic()
-        return self._file.exists()
+    if file == "":
+        return False
+    asked = place(file)
+    if not isinstance(asked, UrlPath):
+        return asked.exists()
+    now = time.monotonic()
+    when, answer = _answers.get(str(asked), (-math.inf, False))
+    if now - when >= ASK_EVERY_S:
+        answer = asked.exists()
+        _answers[str(asked)] = now, answer
+    return answer
 
 
 def check(file: Place) -> None:
@@ -148,6 +147,7 @@ def watched(
     global _current
     outer, file = _current, folder / STOP
     file.unlink(missing_ok=True)
+    _answers.pop(str(file), None)
     timer = None
     if time_limit_s is not None:
         timer = threading.Timer(time_limit_s, _out_of_time, [file, time_limit_s])

@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from deepfere.config import load_config
 from deepfere.errors import InputError
 from deepfere.pipeline.workspace import Workspace
 from deepfere.pipeline.write import shard_phases
+from deepfere.places import UrlPath
 from deepfere.rows import RowWorker
 from deepfere.training import trainer
 from tests.conftest import FACTOR, contents, run_rows, write_study
@@ -68,6 +70,33 @@ def test_an_old_request_is_dropped_and_none_stays(tmp_path):
         stopping.look()
         stopping.request(tmp_path / "stop", "too late")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_is_asked_every_few_seconds_whoever_asks(monkeypatch):
+    file, now, asked = UrlPath("memory://runs/one/stop"), [1000.0], []
+    there = [False]
+    monkeypatch.setattr(UrlPath, "exists", lambda self: asked.append(str(self)) or there[0])
+    monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    assert not any(stopping.requested(str(file)) for _ in range(100))
+    there[0] = True
+    assert not stopping.requested(file)  # the same file, asked for lately
+    assert len(asked) == 1
+    now[0] += stopping.ASK_EVERY_S
+    assert all(stopping.requested(str(file)) for _ in range(100))
+    assert asked == [str(file)] * 2
+
+
+def test_who_asks_a_run_to_stop_knows_it_at_once(monkeypatch):
+    file = UrlPath("memory://runs/two/stop")
+    monkeypatch.setattr(UrlPath, "exists", lambda self: False)
+    monkeypatch.setattr(UrlPath, "write_text", lambda self, text: None)
+    monkeypatch.setattr(UrlPath, "unlink", lambda self, missing_ok: None)
+    assert not stopping.requested(file)
+    stopping.request(file, "by a test")
+    assert stopping.requested(file)
+    with stopping.watched(UrlPath("memory://runs/two")):
+        assert not stopping.requested(file)
 
 
 def test_a_time_limit_is_a_request(tmp_path):

@@ -20,7 +20,7 @@ from torch import Tensor, distributed
 
 from deepfere.errors import DeepfereError
 from deepfere.places import Place, place
-from deepfere.stopping import Asking
+from deepfere.stopping import requested
 from deepfere.training.live import Live, Recording
 from deepfere.training.loop import Batch, JointModel, LoopSettings, SectionTask, on_device, train_step
 from deepfere.training.storage import uploader
@@ -87,7 +87,7 @@ def work(config: dict[str, Any]) -> None:
         batch_size=max(1, settings.batch // world // config["parts"]), drop_last=True, prefetch_batches=2, device="cpu"
     )
     upload = uploader(config["run"])
-    clock, asking = Clock(), Asking(config["stop"])
+    clock, stop = Clock(), config["stop"]
     tells = Telling(config["progress"]) if rank == 0 and config["progress"] else None
     live, load = _recorders(config["recording"], config["node"])
     settled: list[dict[str, float]] = list(history)
@@ -102,7 +102,7 @@ def work(config: dict[str, Any]) -> None:
         awaited = step + 1
         if step < first:
             clock.restart()
-            if _stops(asking, step, device):
+            if _stops(stop, step, device):
                 break
             continue
         parts: list[Batch] = [on_device(batch, device) for batch in loaded]
@@ -116,7 +116,7 @@ def work(config: dict[str, Any]) -> None:
         if reports:
             history.append({"step": step + 1, **_over_workers({name: value / count for name, value in sums.items()})})
             sums, count = {}, 0
-        stops = not last and _stops(asking, step, device)
+        stops = not last and _stops(stop, step, device)
         if reports or stops:
             rest = {"sums": _over_workers(sums), "count": count}
             with tempfile.TemporaryDirectory() as folder:
@@ -191,14 +191,14 @@ class Telling:
                 self._file.write_text(str(steps))
 
 
-def _stops(asking: Asking, step: int, device: torch.device) -> bool:
+def _stops(stop: str, step: int, device: torch.device) -> bool:
     """Whether the run is asked to stop; all workers agree on what the first one sees."""
     if not distributed.is_initialized():
-        return asking()
+        return requested(stop)
     # To ask the others a GPU has to be waited for.
     if device.type != "cpu" and (step + 1) % 10:
         return False
-    told = torch.tensor([int(distributed.get_rank() == 0 and asking())], device=device)
+    told = torch.tensor([int(distributed.get_rank() == 0 and requested(stop))], device=device)
     distributed.broadcast(told, 0)
     return bool(told.item())
 
