@@ -6,6 +6,8 @@ it answers. What a lost actor or node had been given is given to another one; ro
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +29,10 @@ KEPT = 2
 
 LOOK_EVERY_S = 0.2
 RESIZE_EVERY_S = 5.0
+PATIENCE_S = 30.0
+"""Whoever waits so long for a first worker is told what for; the cluster may still grow, or others may leave it."""
+
+_log = logging.getLogger(__name__)
 
 
 class Host:
@@ -137,6 +143,7 @@ class Pool:
         import ray
 
         looked_s, stopping = -LOOK_EVERY_S, False
+        told_s = time.monotonic() + PATIENCE_S
         for actor in self._actors:
             actor.job = None  # of an earlier stream
         try:
@@ -148,6 +155,9 @@ class Pool:
                     self._hand_out(stream, stop)
                 if not self._calls and (stopping or not stream.open):
                     return
+                if time.monotonic() >= told_s and self._starting and not any(actor.ready for actor in self._actors):
+                    told_s = math.inf
+                    self._tell_what_is_awaited()
                 waiting = [*self._calls, *self._starting]
                 ready, _ = ray.wait(waiting, num_returns=1, timeout=LOOK_EVERY_S)
                 if ready:
@@ -158,6 +168,20 @@ class Pool:
             if self._calls:  # nobody waits for them any more: their actors are not to go on
                 self.close()
             raise
+
+    def _tell_what_is_awaited(self) -> None:
+        import ray
+
+        have, free = ray.cluster_resources(), ray.available_resources()
+        kinds = ["CPU", *(["GPU"] if self._per_gpu else [])]
+        room = " and ".join(f"{have.get(kind, 0.0):g} {kind}s, {free.get(kind, 0.0):g} of them free" for kind in kinds)
+        _log.warning(
+            "%s: no worker has started for %g s; the cluster has %s. It goes on once there is room (Ctrl-C stops it, "
+            "the same command resumes)",
+            self._title,
+            PATIENCE_S,
+            room,
+        )
 
     def _grow(self, stream: Stream) -> None:
         import ray

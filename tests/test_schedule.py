@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -15,7 +16,7 @@ from deepfere import schedule
 from deepfere.cluster import MEMORY, THREADS, Journal
 from deepfere.errors import DeepfereError, InputError
 from deepfere.rows import Phase, RowWorker, Stream
-from deepfere.schedule import run_jobs
+from deepfere.schedule import Host, run_jobs
 from deepfere.stopping import Stopped, look, watched
 from deepfere.stopping import request as ask
 from tests.conftest import run_rows
@@ -141,6 +142,32 @@ def test_rows_of_an_actor_that_is_lost_are_done_by_others(made, ray_session, tmp
     run_jobs([("a", made.phases("a", first=30, **more)), ("b", made.phases("b"))], title="test")
     assert not (tmp_path / "deadly").exists()
     assert len(made.done("a")) == 33 and len(made.done("b")) == 8
+
+
+@pytest.mark.ray
+def test_who_waits_for_room_on_the_cluster_is_told(made, ray_session, monkeypatch):
+    import ray
+
+    monkeypatch.setattr(schedule, "PATIENCE_S", 0.5)
+    cpus = ray.cluster_resources()["CPU"]
+    other = ray.remote(num_cpus=cpus)(Host).remote()
+    ray.get(other.ready.remote())
+    told = []
+
+    class Leaving(logging.Handler):
+        def emit(self, record):
+            told.append(record.getMessage())
+            ray.kill(other)
+
+    handler = Leaving()
+    logging.getLogger(schedule.__name__).addHandler(handler)
+    try:
+        run_jobs([("a", made.phases("a"))], title="test")
+    finally:
+        logging.getLogger(schedule.__name__).removeHandler(handler)
+    assert len(told) == 1
+    assert told[0].startswith(f"test: no worker has started for 0.5 s; the cluster has {cpus:g} CPUs, 0 of them free")
+    assert len(made.done("a")) == 8
 
 
 @pytest.mark.ray
