@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import ray
 import torch
 import yaml
@@ -98,8 +97,8 @@ def plain_steps_per_s(*, settings: Any, sections: Any, sources: Any, train: Any,
     load = LoadPatches([asdict(s) for s in sources], settings.patch_px, plane_shape(sources, settings.patch_px))
     batches = []
     for step in range(steps):
-        part = drawn[step * settings.batch : (step + 1) * settings.batch]
-        columns = {name: np.array([row[name] for row in part]) for name in part[0]}
+        part = slice(step * settings.batch, (step + 1) * settings.batch)
+        columns = {name: values[part] for name, values in drawn.items()}
         batches.append({name: torch.from_numpy(value) for name, value in load(columns).items()})
     device = "cuda" if train.use_gpu else "cpu"
     model = JointModel(settings, sections).to(device)

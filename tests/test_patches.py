@@ -25,19 +25,27 @@ from deepfere.tiling.plan import plan_patches
 def test_every_patch_is_drawn_before_any_is_drawn_again():
     patches = [(s, p) for s in range(2) for p in range(5)]
     rows = draw(patches, steps=15, batch=2, seed=3)
-    assert [(r["step"], r["slot"]) for r in rows] == [(n // 2, n % 2) for n in range(30)]
+    assert rows["step"].tolist() == [n // 2 for n in range(30)]
     for begin in (0, 10, 20):
-        assert sorted((r["section"], r["patch"]) for r in rows[begin : begin + 10]) == patches
-    assert {(r["flip_y"], r["flip_x"]) for r in rows} == {(0, 0), (0, 1), (1, 0), (1, 1)}
-    assert draw(patches, 15, 2, 3) == rows
-    assert draw(patches, 15, 2, 4) != rows
+        part = slice(begin, begin + 10)
+        assert sorted(zip(rows["section"][part].tolist(), rows["patch"][part].tolist(), strict=True)) == patches
+    assert set(zip(rows["flip_y"].tolist(), rows["flip_x"].tolist(), strict=True)) == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    again, other = draw(patches, 15, 2, 3), draw(patches, 15, 2, 4)
+    assert all(np.array_equal(values, again[name]) for name, values in rows.items())
+    assert not np.array_equal(other["patch"], rows["patch"])
     # A longer training begins like the shorter one, in its order of patches.
-    assert [r["patch"] for r in draw(patches, 30, 2, 3)][:30] == [r["patch"] for r in rows]
+    assert np.array_equal(draw(patches, 30, 2, 3)["patch"][:30], rows["patch"])
+
+
+def test_rows_of_a_long_training_take_a_few_bytes():
+    rows = draw([(s, p) for s in range(3) for p in range(700)], steps=20_000, batch=32, seed=0)
+    assert {len(values) for values in rows.values()} == {640_000}
+    assert sum(values.dtype.itemsize for values in rows.values()) <= 16
 
 
 def test_a_large_study_is_shuffled_by_groups_then_locally():
     patches = [(s, p) for s in range(40) for p in range(2 * GROUP_PATCHES)]
-    order = order_of(patches, np.random.default_rng(0))
+    order = order_of(patches, np.random.default_rng(0)).tolist()
     assert sorted(order) == list(range(len(patches)))
     pool = MIXED_GROUPS * GROUP_PATCHES
     for begin in range(0, len(order), pool):
@@ -50,7 +58,7 @@ def test_a_large_study_is_shuffled_by_groups_then_locally():
         assert len({(s, patches[n][1] // GROUP_PATCHES) for s, n in zip(sections, part, strict=True)}) <= MIXED_GROUPS
     firsts = [patches[order[k]][0] for k in range(0, len(order), pool)]
     assert firsts != sorted(firsts)
-    assert order != order_of(patches, np.random.default_rng(1))
+    assert order != order_of(patches, np.random.default_rng(1)).tolist()
     few = [(s, p) for s in range(3) for p in range(20)]
     mixed = [few[n][0] for n in order_of(few, np.random.default_rng(0))]
     assert set(mixed[:20]) == {0, 1, 2}
@@ -79,6 +87,17 @@ def test_loaders_hold_few_sections(source, monkeypatch):
     assert load._reader.cache_info().currsize == 2 * MIXED_GROUPS
 
 
+@pytest.mark.parametrize(("most", "lengths"), [(100, [2] * 6), (6, [2] * 6), (4, [4] * 3), (5, [4] * 3), (1, [12])])
+def test_a_block_holds_whole_turns_of_a_worker_however_long_a_training_is(monkeypatch, most, lengths):
+    from deepfere.tiling import dataset
+
+    monkeypatch.setattr(dataset, "MOST_BLOCKS", most)
+    rows = {"step": np.repeat(np.arange(6), 2), "patch": np.arange(12)}
+    blocks = dataset.blocks_of(rows, 2)
+    assert [len(block) for block in blocks] == lengths
+    assert [n for block in blocks for n in block["patch"].to_pylist()] == list(range(12))
+
+
 @pytest.mark.ray
 def test_the_executor_of_the_patches_rests_between_steps(ray_session, source):
     """Once, however many datasets a process makes; other datasets have their own."""
@@ -87,7 +106,8 @@ def test_the_executor_of_the_patches_rests_between_steps(ray_session, source):
     from deepfere.tiling import dataset
 
     patches, _, _ = source
-    rows = [{"section": 0, "patch": 0, "step": n, "flip_y": 0, "flip_x": 0} for n in range(4)]
+    rows = {name: np.zeros(4, np.int32) for name in ("section", "patch", "flip_y", "flip_x")}
+    rows["step"] = np.arange(4, dtype=np.int32)
     shape = plane_shape([patches], 5)
     for _ in range(2):
         made = dataset.patch_dataset(rows, [patches], 5, shape, 2, 1)

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deepfere.readers.kept_tiles import KeptTiles
 from deepfere.tiling.patches import KEPT_BYTES, MIXED_GROUPS, PatchReader, PatchSource
@@ -64,8 +65,21 @@ class LoadPatches:
         return out
 
 
+def blocks_of(rows: dict[str, NDArray[Any]], batch: int) -> list[Any]:
+    """Arrow tables of some rows each.
+
+    One for what one worker takes in one step: dealt out in turn, they give every step its own patches, however many
+    workers there are. Of a long training several such in each.
+    """
+    import pyarrow as pa
+
+    count = len(rows["step"])
+    each = batch * max(1, -(-(count // batch) // MOST_BLOCKS))
+    return [pa.table({name: v[k : k + each] for name, v in rows.items()}) for k in range(0, count, each)]
+
+
 def patch_dataset(
-    rows: list[dict[str, int]],
+    rows: dict[str, NDArray[Any]],
     sources: list[PatchSource],
     patch_px: int,
     shape_px: tuple[int, int],
@@ -79,15 +93,12 @@ def patch_dataset(
         sources: The sections.
         patch_px: Patch side in measured pixels.
         shape_px: Fixed plane window, from `deepfere.tiling.patches.plane_shape`.
-        batch: Rows per block: what one worker takes at a time.
+        batch: Rows that one worker takes at a time.
         workers: Training workers: as many loaders serve them at most.
     """
     import ray
 
-    # One block for what one worker takes in one step: dealt out in turn, they give every step its own patches, however
-    # many workers there are.
-    dataset = ray.data.from_items(rows, override_num_blocks=max(1, min(MOST_BLOCKS, len(rows) // batch)))
-    patches = dataset.map_batches(
+    patches = ray.data.from_arrow(blocks_of(rows, batch)).map_batches(
         LoadPatches,
         fn_constructor_args=([asdict(s) for s in sources], patch_px, shape_px),
         batch_size=batch,

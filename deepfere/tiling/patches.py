@@ -50,7 +50,7 @@ KEPT_BYTES = 256 << 20
 """Decoded chunks that a loader keeps: patches overlap, and those of a few groups come mixed."""
 
 
-def order_of(patches: list[tuple[int, int]], rng: np.random.Generator) -> list[int]:
+def order_of(patches: list[tuple[int, int]], rng: np.random.Generator) -> NDArray[np.int64]:
     """Numbers of all patches in an order for one pass: groups shuffled, then locally the patches of a few groups.
 
     A study of up to `MIXED_GROUPS` groups is shuffled as a whole.
@@ -64,15 +64,12 @@ def order_of(patches: list[tuple[int, int]], rng: np.random.Generator) -> list[i
         for k in range(start, end, GROUP_PATCHES)
     ]
     shuffled = rng.permutation(len(groups))
-    out: list[int] = []
-    for k in range(0, len(groups), MIXED_GROUPS):
-        some = np.concatenate([groups[n] for n in shuffled[k : k + MIXED_GROUPS]])
-        out += rng.permutation(some).tolist()
-    return out
+    some = (shuffled[k : k + MIXED_GROUPS] for k in range(0, len(groups), MIXED_GROUPS))
+    return np.concatenate([rng.permutation(np.concatenate([groups[n] for n in mixed])) for mixed in some])
 
 
-def draw(patches: list[tuple[int, int]], steps: int, batch: int, seed: int) -> list[dict[str, int]]:
-    """Rows (step, slot, section, patch, flips) of a whole training, keyed by the seed alone.
+def draw(patches: list[tuple[int, int]], steps: int, batch: int, seed: int) -> dict[str, NDArray[Any]]:
+    """Rows (step, section, patch, flips) of a whole training, keyed by the seed alone.
 
     Every patch is drawn once before any is drawn again.
 
@@ -81,23 +78,22 @@ def draw(patches: list[tuple[int, int]], steps: int, batch: int, seed: int) -> l
         steps: Optimiser steps.
         batch: Patches per step.
         seed: Of the order and the flips.
+
+    Returns:
+        Columns (steps x batch,), a few bytes a row: a long training has tens of millions.
     """
-    rng = np.random.default_rng([seed, 1])
-    order: list[int] = []
-    while len(order) < steps * batch:
-        order += order_of(patches, rng)
-    flips = rng.integers(0, 2, (steps * batch, 2))
-    return [
-        {
-            "step": n // batch,
-            "slot": n % batch,
-            "section": patches[order[n]][0],
-            "patch": patches[order[n]][1],
-            "flip_y": int(flips[n, 0]),
-            "flip_x": int(flips[n, 1]),
-        }
-        for n in range(steps * batch)
-    ]
+    rng, count = np.random.default_rng([seed, 1]), steps * batch
+    passes = [order_of(patches, rng).astype(np.int32) for _ in range(-(-count // len(patches)))]
+    order = np.concatenate(passes)[:count]
+    flips = rng.integers(0, 2, (count, 2)).astype(np.uint8)
+    section, patch = np.array(patches, np.int32).T
+    return {
+        "step": np.repeat(np.arange(steps, dtype=np.int32), batch),
+        "section": section[order],
+        "patch": patch[order],
+        "flip_y": flips[:, 0],
+        "flip_x": flips[:, 1],
+    }
 
 
 class PatchReader:

@@ -149,8 +149,9 @@ def train_joint(
         quiet_ray_data()  # in the process that calls it, which is Ray Train's
         rows = draw(patches, settings.steps, settings.batch, settings.seed)
         done = min(begin_at(folder / name, digest), settings.steps - 1)
+        left = {column: values[done * settings.batch :] for column, values in rows.items()}
         each = settings.batch // slots
-        return patch_dataset(rows[done * settings.batch :], sources, settings.patch_px, shape, each, train.workers)
+        return patch_dataset(left, sources, settings.patch_px, shape, each, train.workers)
 
     def trainer() -> TorchTrainer:
         return TorchTrainer(
