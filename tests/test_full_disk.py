@@ -116,3 +116,32 @@ def test_a_folder_that_becomes_read_only_midway(trained):
         subprocess.run(["umount", str(made)], check=False)  # nothing, where it ended before
     assert "Read-only file system" in told
     trained.completes()
+
+
+def test_a_full_disk_while_slides_are_tiled_and_while_training(small_disk, phantom, ray_session, tmp_path, cli):
+    study, calm, work = write_study(tmp_path, phantom), tmp_path / "calm", small_disk / "work"
+
+    def run(stage: str, to: Path):
+        settings = [*SETTINGS, "model.tier=T2", "tracking.uri=none"]
+        return cli(stage, study, "-o", to, "--factor", 16, *settings)
+
+    def fails(stage: str) -> None:
+        done = run(stage, work)
+        assert done.code == 1 and len(done.errors) == 1, done
+        assert "No space left on device" in done.errors[0] and "Traceback" not in done.errors[0]
+
+    assert run("train", calm).code == 0
+    assert run("align", work).code == 0
+    planes = sum(file.stat().st_size for file in (calm / "sections" / "one" / "planes.zarr").rglob("c/*/*/*"))
+    leave(small_disk, planes // 2)
+    fails("tile")
+    leave(small_disk, 2 * planes + (2 << 20))
+    assert run("tile", work).code == 0
+    leave(small_disk, 64 << 10)
+    fails("train")
+    assert not (work / "sections" / "one" / "network.safetensors").exists()
+    (small_disk / "ballast").unlink()
+    assert run("train", work).code == 0
+    for name in ("fit.npz", "network.safetensors"):
+        made, wanted = (folder / "sections" / "one" / name for folder in (work, calm))
+        assert made.read_bytes() == wanted.read_bytes()
