@@ -30,7 +30,7 @@ KEPT = 2
 LOOK_EVERY_S = 0.2
 RESIZE_EVERY_S = 5.0
 PATIENCE_S = 30.0
-"""Whoever waits so long for a first worker is told what for; the cluster may still grow, or others may leave it."""
+"""Whoever is so long without a worker is told what for; the cluster may still grow, or others may leave it."""
 
 _log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class Pool:
         import ray
 
         looked_s, stopping = -LOOK_EVERY_S, False
-        told_s = time.monotonic() + PATIENCE_S
+        alone_s = time.monotonic()
         for actor in self._actors:
             actor.job = None  # of an earlier stream
         try:
@@ -155,8 +155,10 @@ class Pool:
                     self._hand_out(stream, stop)
                 if not self._calls and (stopping or not stream.open):
                     return
-                if time.monotonic() >= told_s and self._starting and not any(actor.ready for actor in self._actors):
-                    told_s = math.inf
+                if not self._starting or any(actor.ready for actor in self._actors):
+                    alone_s = time.monotonic()
+                elif time.monotonic() - alone_s >= PATIENCE_S:
+                    alone_s = math.inf  # once, until there are workers again
                     self._tell_what_is_awaited()
                 waiting = [*self._calls, *self._starting]
                 ready, _ = ray.wait(waiting, num_returns=1, timeout=LOOK_EVERY_S)
@@ -176,7 +178,7 @@ class Pool:
         kinds = ["CPU", *(["GPU"] if self._per_gpu else [])]
         room = " and ".join(f"{have.get(kind, 0.0):g} {kind}s, {free.get(kind, 0.0):g} of them free" for kind in kinds)
         _log.warning(
-            "%s: no worker has started for %g s; the cluster has %s. It goes on once there is room (Ctrl-C stops it, "
+            "%s: no worker could start for %g s; the cluster has %s. It goes on once there is room (Ctrl-C stops it, "
             "the same command resumes)",
             self._title,
             PATIENCE_S,

@@ -166,7 +166,7 @@ def test_who_waits_for_room_on_the_cluster_is_told(made, ray_session, monkeypatc
     finally:
         logging.getLogger(schedule.__name__).removeHandler(handler)
     assert len(told) == 1
-    assert told[0].startswith(f"test: no worker has started for 0.5 s; the cluster has {cpus:g} CPUs, 0 of them free")
+    assert told[0].startswith(f"test: no worker could start for 0.5 s; the cluster has {cpus:g} CPUs, 0 of them free")
     assert len(made.done("a")) == 8
 
 
