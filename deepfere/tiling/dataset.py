@@ -98,7 +98,8 @@ def patch_dataset(
     """
     import ray
 
-    patches = ray.data.from_arrow(blocks_of(rows, batch)).map_batches(
+    # Not `from_arrow`: it asks a task of Ray's what is in them, for which there is no CPU where training has them all.
+    patches = ray.data.from_blocks(blocks_of(rows, batch)).map_batches(
         LoadPatches,
         fn_constructor_args=([asdict(s) for s in sources], patch_px, shape_px),
         batch_size=batch,
