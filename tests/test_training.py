@@ -228,6 +228,7 @@ def test_a_loaders_error_is_told_in_its_own_words(ray_session, tmp_path):
         ([(1, 4)], {"use_gpu": True, "workers": 4, "batch": 8}, "have room for 2 .a GPU and 0.5 CPUs each"),
         ([(16, 0), (0, 4)], {"use_gpu": True, "workers": 2, "batch": 8}, "have room for 0"),
         ([(2, 9)], {"workers": 5}, "5 CPU workers are asked for and the cluster has 2 CPUs"),
+        ([(0, 4)], {}, "1 CPU workers are asked for and the cluster has 0 CPUs; have its workers up first"),
         ([(1, 0), (1, 0)], {"workers": 4, "batch": 8}, None),
         ([(2, 0)], {"workers": 2, "accumulate": 3, "batch": 8}, "8 patches cannot be dealt evenly to 2 workers, 3"),
     ],

@@ -79,7 +79,7 @@ def preflight(settings: TrainSettings) -> None:
         raise InputError(
             f"{settings.workers} CPU workers are asked for and the cluster has {cpus:g} CPUs",
             where="train.workers",
-            remedy=f"give at most {most}",
+            remedy=f"give at most {most}" if most else "have its workers up first, or leave ray.address out",
         )
     # Rounded up, the same settings would mean another training with more workers.
     slots = settings.workers * settings.accumulate
