@@ -238,6 +238,19 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.fixture
+def taken_cpus(ray_session):
+    """An actor of somebody else that holds all CPUs of the session, until it is killed or the test ends."""
+    import ray
+
+    from deepfere.schedule import Host
+
+    actor = ray.remote(num_cpus=ray.cluster_resources()["CPU"])(Host).remote()
+    ray.get(actor.ready.remote())
+    yield actor
+    ray.kill(actor)
+
+
 def write_study(folder: Path, phantom) -> Path:
     """A manifest of the phantom alone, aligned as it is."""
     section = {"name": "one", "msi": str(phantom.imzml), "slide": str(phantom.slide)}

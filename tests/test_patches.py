@@ -119,20 +119,14 @@ def test_the_executor_of_the_patches_rests_between_steps(ray_session, source):
 
 @pytest.mark.ray
 @pytest.mark.timeout(120)
-def test_patches_ask_for_no_processor(ray_session, source):
+def test_patches_ask_for_no_processor(taken_cpus, source):
     """Training may have taken all there are."""
-    import ray
-
-    from deepfere.schedule import Host
     from deepfere.tiling import dataset
 
     patches, _, _ = source
-    training = ray.remote(num_cpus=ray.cluster_resources()["CPU"])(Host).remote()
-    ray.get(training.ready.remote())
     rows = {name: np.zeros(4, np.int32) for name in ("section", "patch", "flip_y", "flip_x", "step")}
     made = dataset.patch_dataset(rows, [patches], 5, plane_shape([patches], 5), 2, 1)
     assert len(list(made.iter_batches(batch_size=2))) == 2
-    ray.kill(training)
 
 
 def test_the_executor_rests_longer_while_nothing_moves(monkeypatch):

@@ -16,7 +16,7 @@ from deepfere import schedule
 from deepfere.cluster import MEMORY, THREADS, Journal
 from deepfere.errors import DeepfereError, InputError
 from deepfere.rows import Phase, RowWorker, Stream
-from deepfere.schedule import Host, run_jobs
+from deepfere.schedule import run_jobs
 from deepfere.stopping import Stopped, look, watched
 from deepfere.stopping import request as ask
 from tests.conftest import run_rows
@@ -145,19 +145,18 @@ def test_rows_of_an_actor_that_is_lost_are_done_by_others(made, ray_session, tmp
 
 
 @pytest.mark.ray
-def test_who_waits_for_room_on_the_cluster_is_told(made, ray_session, monkeypatch):
+@pytest.mark.timeout(120)
+def test_who_waits_for_room_on_the_cluster_is_told(made, taken_cpus, monkeypatch):
     import ray
 
     monkeypatch.setattr(schedule, "PATIENCE_S", 0.5)
     cpus = ray.cluster_resources()["CPU"]
-    other = ray.remote(num_cpus=cpus)(Host).remote()
-    ray.get(other.ready.remote())
     told = []
 
     class Leaving(logging.Handler):
         def emit(self, record):
             told.append(record.getMessage())
-            ray.kill(other)
+            ray.kill(taken_cpus)
 
     handler = Leaving()
     logging.getLogger(schedule.__name__).addHandler(handler)

@@ -66,10 +66,13 @@ class LoadPatches:
 
 
 def blocks_of(rows: dict[str, NDArray[Any]], batch: int) -> list[Any]:
-    """Arrow tables of some rows each.
+    """The rows as Arrow tables, one for what one worker takes in one step; of a long training for several such.
 
-    One for what one worker takes in one step: dealt out in turn, they give every step its own patches, however many
-    workers there are. Of a long training several such in each.
+    Dealt out in turn, they give every step its own patches, however many workers there are.
+
+    Args:
+        rows: Columns (n,), from `deepfere.tiling.patches.draw`.
+        batch: Rows that one worker takes at a time.
     """
     import pyarrow as pa
 
