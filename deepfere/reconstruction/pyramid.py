@@ -17,7 +17,7 @@ from deepfere.cluster import Journal
 from deepfere.rows import Phase, Phases, Row, RowWorker
 from deepfere.store import open_group, reading_again, write_shard
 
-PIECE_VALUES = 1 << 18
+PIECE_VALUES = 1 << 17
 """Values that are averaged at a time."""
 READ_BYTES = 16 << 20
 """So much of a level is read at a time, or one row of a shard's chunks."""
@@ -57,10 +57,11 @@ def halve(image: NDArray[Any], rows: NDArray[np.float32], cols: NDArray[np.float
     )
     # The level's last row and column may be single, or weigh less.
     last = [slice((n - 1) // 2 * 2, None) for n in image.shape[1:]]
-    ends = (
-        (out[:, -1:], halve(image[:, last[0]].astype(np.float32), rows[last[0]], cols)),
-        (out[:, :, -1:], halve(image[:, :, last[1]].astype(np.float32), rows, cols[last[1]])),
-    )
+    ends: list[tuple[NDArray[Any], NDArray[Any]]] = []
+    if len(set(rows[last[0]])) > 1 or len(rows) % 2:
+        ends.append((out[:, -1:], halve(image[:, last[0]].astype(np.float32), rows[last[0]], cols)))
+    if len(set(cols[last[1]])) > 1 or len(cols) % 2:
+        ends.append((out[:, :, -1:], halve(image[:, :, last[1]].astype(np.float32), rows, cols[last[1]])))
     for target, values in ends:
         target[:] = np.rint(values) if image.dtype == np.uint8 else values
     return out
@@ -86,24 +87,22 @@ def _halve_bytes(even: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
 
 
 def _halve_floats(even: NDArray[np.float16], out: NDArray[np.float16]) -> None:
-    """In pieces that stay in the processor's cache; PyTorch converts half precision ten times as fast as NumPy."""
+    """In pieces that stay in the processor's cache: PyTorch takes half of NumPy's time, a tenth to convert."""
     _, height, width = even.shape
     if not out.size:
         return
     step = max(2, PIECE_VALUES // width // 2 * 2)
-    piece = torch.empty((step, width))
-    rows = np.empty((step // 2, width), np.float32)
-    means = torch.empty((step // 2, width // 2))
+    piece, rows, means = (torch.empty(shape) for shape in ((step, width), (step // 2, width), (step // 2, width // 2)))
     source, target = torch.from_numpy(even), torch.from_numpy(out)
     for channel in range(len(even)):
         for top in range(0, height, step):
             n = min(step, height - top)
-            values, sums, mean = piece[:n].numpy(), rows[: n // 2], means[: n // 2].numpy()
-            piece[:n].copy_(source[channel, top : top + n])
-            np.add(values[0::2], values[1::2], out=sums)
-            np.add(sums[:, 0::2], sums[:, 1::2], out=mean)
-            mean *= np.float32(0.25)
-            target[channel, top // 2 : (top + n) // 2].copy_(means[: n // 2])
+            values, sums, mean = piece[:n], rows[: n // 2], means[: n // 2]
+            values.copy_(source[channel, top : top + n])
+            torch.add(values[0::2], values[1::2], out=sums)
+            torch.add(sums[:, 0::2], sums[:, 1::2], out=mean)
+            mean *= 0.25
+            target[channel, top // 2 : (top + n) // 2].copy_(mean)
 
 
 def _pairs(values: NDArray[np.float32], counts: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
