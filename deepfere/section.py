@@ -33,8 +33,8 @@ class Section(BaseModel):
             they never hold is zero within, and refused outside.
         region: Which of the measurement's regions it is: a number, "all" for all of them as one section, or, in a
             study, "each" for as many sections. None where there is only one.
-        slide_region: Which of the slide's pieces of tissue is searched and used: a number, None or "all" for all, or,
-            in a study, "each" for as many sections.
+        slide_region: Which of the slide's pieces of tissue is searched and used: a number, "all" for all, or, in a
+            study, "each" for as many sections. None where one alone is large enough to be what was measured.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,7 +62,7 @@ class Section(BaseModel):
         if self.slide_region == EACH and self.region == EACH:
             raise ValueError(
                 "region and slide_region are each: which region lies on which piece is not guessed; give a section for "
-                "every pair (region: 1, slide_region: 2), or leave slide_region out, and each region is looked for on "
+                "every pair (region: 1, slide_region: 2), or slide_region: all, and each region is looked for on "
                 "all of the slide"
             )
         if self.slide_region == EACH and (self.alignment is not None or self.landmarks is not None):

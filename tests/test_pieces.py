@@ -14,7 +14,7 @@ from deepfere.errors import InputError
 from deepfere.evaluation.report_alignment import artefact_words
 from deepfere.frame import Alignment
 from deepfere.inspect import describe
-from deepfere.pipeline.overview import MARGIN_UM, stain_overview, unnamed_pieces
+from deepfere.pipeline.overview import MARGIN_UM, ask_which, stain_overview, unnamed_pieces
 from deepfere.pipeline.study import each_piece
 from deepfere.readers.slide import open_slide
 from deepfere.section import load_study
@@ -162,11 +162,16 @@ def test_pieces_are_told_of_where_nothing_was_said_of_them(slide_path, tmp_path)
     assert told is not None and len(told.pieces) == 3
     for said in ({"slide_region": "all"}, {"slide_region": 2}, {"slide": written(tmp_path / "one.tif", drawn()[550:])}):
         assert unnamed_pieces(section.model_copy(update=said), Config()) is None
+    areas = [p.area_um2 for p in told.pieces]
+    with pytest.raises(InputError, match=r"slide\.tif: shows 3 pieces of tissue .*--slide-region 1 or another number"):
+        ask_which(told, section, 3 * min(areas))
+    ask_which(None, section, max(areas))
+    ask_which(told, section, 4.01 * sorted(areas)[-2])  # no other is large enough to be what was measured
 
 
 def test_pairs_are_not_guessed(slide_path, tmp_path):
     both = manifest(tmp_path, slide=slide_path, slide_region="each", region="each")
-    with pytest.raises(InputError, match=r"give a section for every pair \(region: 1, slide_region: 2\), or leave"):
+    with pytest.raises(InputError, match=r"every pair \(region: 1, slide_region: 2\), or slide_region: all"):
         load_study(both)
     with pytest.raises(InputError, match="say where the section lies; give slide_region a number"):
         load_study(manifest(tmp_path, slide=slide_path, slide_region="each", landmarks="a.csv"))
@@ -187,7 +192,7 @@ QUICK = ["--factor", "4", "tracking.uri=none", "align.angle_step_deg=45", "align
 
 
 def test_two_that_fit_alike_are_asked_about_and_one_is_taken(phantom, tmp_path, cli):
-    """The phantom's tissue twice on one slide: refused with the option; with it, found on the piece that was chosen."""
+    """The phantom's tissue twice on one slide: asked about; found on the piece that was chosen."""
     image, mpp_um = beside(phantom, lambda image: image)
     path = written(tmp_path / "twice.tif", image, mpp_um[0])
     assert describe(path).fact("pieces") == "2 of tissue"
@@ -198,6 +203,11 @@ def test_two_that_fit_alike_are_asked_about_and_one_is_taken(phantom, tmp_path, 
     study, work = tmp_path / "study.yaml", tmp_path / "work"
     section = {"name": "right", "msi": phantom.imzml, "slide": path}
     study.write_text(json.dumps({"sections": [section]}, default=str))
+    asked = cli("align", study, "-o", work, *QUICK)
+    assert asked.code == 2 and len(asked.errors) == 1
+    assert all(w in asked.errors[0] for w in ("twice.tif: shows 2 pieces", "mm2 of tissue", "--slide-region 1 or"))
+    # Looked for on all of the slide, as was asked for, it is found twice.
+    study.write_text(json.dumps({"sections": [section | {"slide_region": "all"}]}, default=str))
     refused = cli("align", study, "-o", work, *QUICK)
     assert refused.code == 2 and len(refused.errors) == 1
     assert all(w in refused.errors[0] for w in ("piece 1", "piece 2", "--slide-region", "mm2 of tissue"))
@@ -234,7 +244,7 @@ def test_each_piece_of_a_study_is_aligned_on_its_own(phantom, tmp_path, cli, ray
 @pytest.mark.ray
 @pytest.mark.parametrize("chosen", [[], ["--slide-region", "1"]], ids=["none", "one"])
 def test_fuse_on_a_slide_of_two_pieces(phantom, tmp_path, cli, ray_session, chosen):
-    """The other piece is of another tissue: the place is found whether a piece is named or not, and then it is told."""
+    """The other piece is too small: the place is found whether a piece is named or not, and then it is told."""
 
     def other(image):
         rng, (h, w) = np.random.default_rng(5), image.shape[:2]
@@ -242,7 +252,7 @@ def test_fuse_on_a_slide_of_two_pieces(phantom, tmp_path, cli, ray_session, chos
         stained = image[np.abs(image - glass).max(-1) > 60]
         drawn = rng.choice(stained, (h // 16 + 1, w // 16 + 1)).repeat(16, 0).repeat(16, 1)[:h, :w]
         y, x = np.indices((h, w)) / np.array([h, w])[:, None, None]
-        inside = (y - 0.7) ** 2 + (x - 0.5) ** 2 < 0.03
+        inside = (y - 0.7) ** 2 + (x - 0.5) ** 2 < 0.016
         return np.where(inside[..., None], drawn, glass).astype(np.uint8)
 
     image, mpp_um = beside(phantom, other)

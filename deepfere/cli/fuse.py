@@ -43,7 +43,7 @@ from deepfere.cli.root import main
     help="CSV: section_y_um,section_x_um,slide_y_um,slide_x_um; or a flexImaging .mis.",
 )
 @click.option("--region", callback=region, help="Of several measured regions: its number (see info), or all.")
-@click.option("--slide-region", callback=region, help="Of several pieces on the slide: its number, or all [default].")
+@click.option("--slide-region", callback=region, help="Of several pieces on the slide: its number (see info), or all.")
 @click.option("--no-guide", is_flag=True, help="Without the stain: the baseline of everything.")
 @click.option("--model", help="Registered model instead of training: models:/NAME@ALIAS (with its m/z).")
 @CONFIG

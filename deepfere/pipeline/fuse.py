@@ -260,7 +260,8 @@ def fuse(
         alignment: Alignment JSON to use as it is.
         landmarks: Landmark CSV, or sequence file with teaching points (.mis), that fixes the affine.
         region: Which of the measurement's regions, from 1, or "all"; None where there is only one.
-        slide_region: Which of the slide's pieces of tissue, from 1; None or "all" searches all of the slide.
+        slide_region: Which of the slide's pieces of tissue, from 1, or "all", to search all of the slide; None where
+            one alone is large enough to be what was measured.
         guide: False reconstructs without the stain: the baseline of everything.
         model: Registered model in the place of training (``models:/NAME@ALIAS``, ``models:/NAME/VERSION``); its m/z are
             the targets where none are given.

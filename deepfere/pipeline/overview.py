@@ -22,6 +22,8 @@ from deepfere.tiling.pieces import LOOKED_AT_PX, Piece, Pieces, find_pieces, loo
 OVERVIEW_PX = 16_000_000
 MARGIN_UM = 1000.0
 """What is read around the chosen piece of tissue."""
+MEASURED_SHARE = 0.25
+"""A piece of tissue with less than this share of the measured area is not what was measured; debris mostly is not."""
 
 
 def section_slide(section: Section, config: Config) -> Slide:
@@ -73,23 +75,46 @@ def unnamed_pieces(section: Section, config: Config) -> Pieces | None:
     return pieces if len(pieces.pieces) > 1 else None
 
 
-def telling_pieces(found: Alignment, section: Section, config: Config, grid: SectionGrid) -> list[str]:
+def ask_which(several: Pieces | None, section: Section, measured_um2: float) -> None:
+    """Have the user say which piece was measured, where it could have been more than one of them.
+
+    Args:
+        several: The slide's pieces of tissue, see `unnamed_pieces`.
+        section: The section.
+        measured_um2: Measured area.
+
+    Raises:
+        InputError: Two or more are large enough.
+    """
+    if several is None:
+        return
+    large = [p for p in several.pieces if p.area_um2 >= MEASURED_SHARE * measured_um2]
+    if len(large) > 1:
+        raise InputError(
+            f"shows {len(several.pieces)} pieces of tissue ({several.listed()})",
+            where=section.slide,
+            remedy=f"choose the one that was measured with --slide-region {large[0].number} or another number (in a "
+            "study slide_region); all takes all of them, and searches all of the slide",
+        )
+
+
+def telling_pieces(several: Pieces | None, found: Alignment, grid: SectionGrid) -> list[str]:
     """What is to be known of a placement that was found on a slide of several pieces, of which none was named."""
-    pieces = unnamed_pieces(section, config)
-    if pieces is None:
+    if several is None:
         return []
-    number = pieces.nearest(found.map(np.asarray(grid.extent_um)[None] / 2)[0])
+    number = several.nearest(found.map(np.asarray(grid.extent_um)[None] / 2)[0])
     return [
-        f"the slide shows {len(pieces.pieces)} pieces of tissue ({pieces.listed()}) and none was named: all of it was "
-        f"searched, and the section was found on piece {number}; if another was measured, choose it with "
+        f"the slide shows {len(several.pieces)} pieces of tissue ({several.listed()}) and none was named: all of it "
+        f"was searched, and the section was found on piece {number}; if another was measured, choose it with "
         "--slide-region (in a study slide_region)"
     ]
 
 
-def naming_pieces(error: InputError, section: Section, config: Config, grid: SectionGrid) -> InputError:
+def naming_pieces(
+    error: InputError, several: Pieces | None, section: Section, config: Config, grid: SectionGrid
+) -> InputError:
     """The same refusal of a search; where the slide has several pieces of tissue, with the option that chooses one."""
     if not isinstance(error, AmbiguousPlacement):
-        several = unnamed_pieces(section, config)
         if several is None:
             return error
         return InputError(
@@ -97,15 +122,18 @@ def naming_pieces(error: InputError, section: Section, config: Config, grid: Sec
             where=error.where,
             remedy=f"choose the one that was measured with --slide-region (in a study slide_region), or {error.remedy}",
         )
-    with closing(section_slide(section, config)) as slide:
-        pieces = find_pieces(slide)
+    if isinstance(section.slide_region, int):
+        return error
+    if several is None:
+        with closing(section_slide(section, config)) as slide:
+            several = find_pieces(slide)
     middle = np.asarray(grid.extent_um)[None] / 2
-    best, other = (pieces.nearest(placed.map(middle)[0]) for placed in error.placements)
-    if best == other or isinstance(section.slide_region, int):
+    best, other = (several.nearest(placed.map(middle)[0]) for placed in error.placements)
+    if best == other:
         return error
     return InputError(
-        f"{error.what}; the first lies on piece {best} of the slide's {len(pieces.pieces)} pieces of tissue, the next "
-        f"on piece {other} ({pieces.listed()})",
+        f"{error.what}; the first lies on piece {best} of the slide's {len(several.pieces)} pieces of tissue, the next "
+        f"on piece {other} ({several.listed()})",
         where=error.where,
         remedy=f"choose one with --slide-region {best} or another number (in a study slide_region), or {error.remedy}",
     )

@@ -32,7 +32,14 @@ from deepfere.measured.treatment import Treatment
 from deepfere.model.artefacts import ARTEFACTS
 from deepfere.model.damage import find_candidates
 from deepfere.model.paper import check_size
-from deepfere.pipeline.overview import naming_pieces, section_overview, section_slide, telling_pieces
+from deepfere.pipeline.overview import (
+    ask_which,
+    naming_pieces,
+    section_overview,
+    section_slide,
+    telling_pieces,
+    unnamed_pieces,
+)
 from deepfere.pipeline.workspace import Progress, SectionFolder, Workspace
 from deepfere.places import UrlPath, copy_tree, place, reading, writing
 from deepfere.readers.digest import tree_digest
@@ -265,6 +272,8 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
         elif section.landmarks:
             found = _placed_by_hand(section.landmarks, prep, mpp_um)
         else:
+            several = unnamed_pieces(section, config)
+            ask_which(several, section, float(prep.measured.mask.sum() * np.prod(prep.measured.grid.pitch_um)))
             try:
                 best, _ = search(
                     measured,
@@ -274,11 +283,11 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
                     progress=lambda share: progress("align", 0.7 * share),
                 )
             except InputError as error:
-                raise naming_pieces(error, section, config, prep.measured.grid) from error
+                raise naming_pieces(error, several, section, config, prep.measured.grid) from error
             found = refine(measured, stain, best, AFFINE_STAGES)
             progress("align", 0.8)
             found = bend(measured, stain, found, lambda share: progress("align", 0.8 + 0.2 * share))
-            facts["warnings"] = telling_pieces(found, section, config, prep.measured.grid)
+            facts["warnings"] = telling_pieces(several, found, prep.measured.grid)
         flip, rotation, scale = describe(found)
         cover = slide_cover(measured, stain, found)
         check_cover(cover, section, stain.damaged)
