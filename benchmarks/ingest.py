@@ -27,7 +27,7 @@ from xml.parsers import expat
 
 import common
 import numpy as np
-from common import Row, markdown
+from common import Row, markdown, measured
 from imzml_files import targets, write_continuous, write_long, write_processed, write_xml
 from performance import Section, versions
 
@@ -157,10 +157,10 @@ def ingestion(path: Path, mz: list[float] | None, rounds: int, must: str, what: 
     rows = []
     for codec, bar in (("blosc", must), ("zstd", "")):
         options: dict[str, Any] = {"mz": mz, "codec": codec, "overwrite": True}
-        measured = ingest(path, out, **options)
-        band, cube = measured.ions.shards[1], measured.cube()
+        store = ingest(path, out, **options)
+        band, cube = store.ions.shards[1], store.cube()
         bands = [np.ascontiguousarray(cube[:, y : y + band]) for y in range(0, cube.shape[1], band)]
-        axis, shape = measured.mz, cube.shape[1:]
+        axis, shape = store.mz, cube.shape[1:]
         del cube
 
         def write(
@@ -201,43 +201,45 @@ def same_signal(path: Path, mz: list[float] | None, what: str) -> tuple[list[Row
     """Pixels and the sum of all their spectra against what pyimzML reads; and the store that they are in."""
     from pyimzml.ImzMLParser import ImzMLParser
 
-    measured = ingest(path, path.with_suffix(".zarr"), mz=mz, codec="blosc", overwrite=True)
+    store = ingest(path, path.with_suffix(".zarr"), mz=mz, codec="blosc", overwrite=True)
     with ImzMLParser(str(path)) as peer:
         n = len(peer.coordinates)
         theirs = sum(float(peer.getspectrum(k)[1].sum(dtype=np.float64)) for k in range(n))
-    apart = abs(signal(measured) / theirs - 1)
+    apart = abs(signal(store) / theirs - 1)
     return [
-        Row.of(f"{what}: pixels", int(measured.mask.sum()), "pyimzML", n, "within 0 of baseline"),
+        Row.of(f"{what}: pixels", int(store.mask.sum()), "pyimzML", n, "within 0 of baseline"),
         Row.of(f"{what}: sum of all spectra, relative difference to pyimzML's", apart, must="<= 1e-6"),
-    ], measured
+    ], store
 
 
-def signal(measured: Measured) -> float:
+def signal(store: Measured) -> float:
     """Sum of all spectra as read, whatever ions were kept."""
-    return float(measured.tic[measured.mask].sum(dtype=np.float64))
+    return float(store.tic[store.mask].sum(dtype=np.float64))
 
 
 def against_thyra(path: Path, mz: list[float] | None, python: str | None, judged: bool, what: str) -> list[Row]:
     """The whole of it, index included, and thyra's conversion of the same pair."""
-    rows, measured = same_signal(path, mz, what)
-    pixels, total = int(measured.mask.sum()), signal(measured)
+    rows, store = same_signal(path, mz, what)
+    pixels, total = int(store.mask.sum()), signal(store)
     if python is None:
         return rows
     out, peer = path.with_suffix(".zarr"), path.with_suffix(".thyra")
     best = timed({"ours": lambda: ingest(path, out, mz=mz, codec="blosc", overwrite=True)}, 2)["ours"]
+    shutil.rmtree(out)
+    _, peak, _ = measured([sys.executable, "-c", WORKER, str(path), str(out), *map(repr, mz or [])])
     command = [python, "-c", THYRA, str(path), str(peer), "keep" if mz is None else "resample"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    found = re.search(r"seconds (\S+) (\S+) True", done.stdout)
-    table = re.search(r"table (\d+) (\S+)", done.stdout)
+    _, peer_peak, printed = measured(command)
+    found = re.search(r"seconds (\S+) (\S+) True", printed)
+    table = re.search(r"table (\d+) (\S+)", printed)
     if not found or not table:
-        print(f"thyra: {(done.stderr or done.stdout).strip().splitlines()[-1:]}", file=sys.stderr)
-    theirs = (float(found[1]), float(found[2])) if found else (float("nan"), float("nan"))
-    read = (float(table[1]), float(table[2])) if table else (float("nan"), float("nan"))
-    shutil.rmtree(peer, ignore_errors=True)
+        sys.exit(f"thyra converted nothing\n{printed[-2000:]}")
+    theirs, read = (float(found[1]), float(found[2])), (float(table[1]), float(table[2]))
+    shutil.rmtree(peer)
     return [
         *rows,
         *ratio(f"{what}: times thyra, index included", best, theirs, ">= 3" if judged else ""),
-        Row.of(f"{what}: pixels, those of thyra's table", pixels, "thyra", read[0]),
+        Row.of(f"{what}: peak PSS, MB", peak / 1e6, "thyra", peer_peak / 1e6),
+        Row.of(f"{what}: pixels, those of thyra's table", pixels, "thyra", read[0], "within 0 of baseline"),
         # On a common axis of its own it need not keep the sum.
         Row.of(f"{what}: sum of thyra's table, over that of all spectra", read[1] / total),
     ]
@@ -301,13 +303,18 @@ def memory(folder: Path, quick: bool, thyra: str | None) -> list[Row]:
 CASES = {"index": index, "continuous": continuous, "processed": processed, "memory": memory}
 
 
+def short(figure: float) -> str:
+    """Three digits, or a whole number."""
+    return f"{figure:,.0f}" if abs(figure) >= 1000 else f"{figure:.3g}"
+
+
 def figures(rows: list[Row]) -> str:
     """All of them as a table of the page."""
     lines = []
     for row in rows:
-        base = "" if row.baseline is None else f"{row.against} {row.baseline:.3g}"
+        base = "" if row.baseline is None else f"{row.against} {short(row.baseline)}"
         verdict = ("ok" if row.ok else "missed") if row.must else ""
-        lines.append([row.what, f"{row.value:.3g}", base, row.must, verdict])
+        lines.append([row.what, short(row.value), base, row.must, verdict])
     return markdown(["figure", "value", "of", "must", ""], lines)
 
 
