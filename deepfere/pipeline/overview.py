@@ -113,7 +113,16 @@ def telling_pieces(several: Pieces | None, found: Alignment, grid: SectionGrid) 
 def naming_pieces(
     error: InputError, several: Pieces | None, section: Section, config: Config, grid: SectionGrid
 ) -> InputError:
-    """The same refusal of a search; where the slide has several pieces of tissue, with the option that chooses one."""
+    """The same refusal of a search; where the slide has several pieces of tissue, with the option that chooses one.
+
+    Args:
+        error: The refusal.
+        several: See `unnamed_pieces`; looked for anew where a refusal is about two places and all of the slide was
+            asked for.
+        section: The section.
+        config: Settings.
+        grid: Measured pixels.
+    """
     if not isinstance(error, AmbiguousPlacement):
         if several is None:
             return error
