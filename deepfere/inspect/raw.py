@@ -66,7 +66,7 @@ def imzml(path: Place) -> Description:
     notes.add("polarity", index.polarity or "not stated, or mixed")
     notes.add("pitch", f"{pair_text(pitch)} um" if pitch else f"not known ({index.pitch_problem}): give --pitch-um")
     notes.add("spectra", f"{len(index):,}")
-    empty = int((index.int_length[:] == 0).sum())
+    empty = int((index.length[:] == 0).sum())
     if empty:
         notes.add("empty spectra", f"{empty:,}")
     if size and len(inside) < len(index):
@@ -96,7 +96,7 @@ def table(path: Path) -> Description:
     if found.empty:
         notes.add("empty rows", f"{found.empty:,}, taken as not measured")
     _add_raster(notes, found, pitch)
-    low, high = int(found.int_length.min()), int(found.int_length.max())
+    low, high = int(found.length.min()), int(found.length.max())
     stored = f"{low:,}" if low == high else f"{low:,} to {high:,}"
     notes.add("values", f"{stored} per pixel, stored {STORED[found.encoding]}")
     mz = f"{found.mz.min():.4f} to {found.mz.max():.4f}"

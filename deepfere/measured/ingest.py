@@ -180,7 +180,7 @@ def ingest(
                 codec=codec,
             )
             names = FACTORS if reference_mz is None else (*FACTORS, REFERENCE)
-            tally = _write_bands(source.int_length, raster, plan, names, writer, duplicates, progress)
+            tally = _write_bands(source.length, raster, plan, names, writer, duplicates, progress)
             if not tally.seen.any():
                 raise InputError(
                     "every ion is zero in every pixel",

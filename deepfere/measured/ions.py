@@ -133,7 +133,7 @@ def look_at_neighbours(
         return nothing_seen(len(ions))
 
     def images(reduce: Reduce) -> Evidence:
-        parts = [reduce(batch)[0] for batch in batches(source.int_length, rows, len(ions))]
+        parts = [reduce(batch)[0] for batch in batches(source.length, rows, len(ions))]
         return evidence(np.concatenate(parts), along, across)
 
     if isinstance(source, Table):
@@ -197,7 +197,7 @@ def own_structured(
 def _spectra(index: ImzmlIndex, ibd: IO[bytes], rows: NDArray[np.int64], shifts: NDArray[np.float64] | None) -> Spectra:
     def each() -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
         done = 0
-        for batch in batches(index.int_length, rows, 1):
+        for batch in batches(index.length, rows, 1):
             mzs, values = read_arrays(index, ibd, batch, "mz"), read_arrays(index, ibd, batch, "int")
             for i, m, v in zip(batch, mzs, values, strict=True):
                 m64, v64 = m.astype(np.float64), v.astype(np.float64)

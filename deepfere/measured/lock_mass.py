@@ -52,9 +52,9 @@ def found_shifts(
     out = np.full(len(rows), np.nan)
     done = 0
     find = _of_centroids if kind == "centroid" else _of_profiles
-    for batch in batches(index.int_length, rows, 1):
+    for batch in batches(index.length, rows, 1):
         mz, values = read_flat(index, ibd, batch)
-        mz64, lengths = mz.astype(np.float64, copy=False), index.int_length[batch]
+        mz64, lengths = mz.astype(np.float64, copy=False), index.length[batch]
         found = np.stack([find(mz64, values, lengths, m, lock.tolerance_ppm) for m in lock.mz])
         some = np.isfinite(found).any(axis=0)
         out[done : done + len(batch)][some] = np.nanmedian(found[:, some], axis=0)

@@ -66,7 +66,7 @@ class RawMeasured:
         out = np.zeros((1, ny * nx), dtype=np.float32)
         repeated = bool(self._raster.counts.max() > 1)
         with self._reduce(np.array([float(mz)]), width, representation) as reduce:
-            for rows in batches(self._source.int_length, np.arange(len(self._source)), 1):
+            for rows in batches(self._source.length, np.arange(len(self._source)), 1):
                 row, col = self._raster.at(rows)
                 put(out, row * nx + col, reduce(rows)[0], repeated)
         image = out.reshape(ny, nx)
@@ -80,7 +80,7 @@ class RawMeasured:
         # They are of the whole spectrum: of which window, and of what kind, does not matter.
         kind = self._source.representation or "centroid"
         with self._reduce(np.array([1.0]), self.tolerance_ppm, kind) as reduce:
-            for rows in batches(self._source.int_length, np.arange(len(self._source)), 1):
+            for rows in batches(self._source.length, np.arange(len(self._source)), 1):
                 at = self._raster.at(rows)
                 for image, factor in zip(out, reduce(rows)[1], strict=True):
                     np.add.at(image, at, factor)

@@ -144,7 +144,7 @@ class Reducer:
 
     def __call__(self, ibd: IO[bytes], rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float64], int]:
         """Ions (n, M), factors (3, n; 4 with a reference) and the number of negative intensities of some spectra."""
-        lengths = self.index.int_length[rows]
+        lengths = self.index.length[rows]
         if self.axis is not None:
             block = read_flat(self.index, ibd, rows, ("int",))[0].astype(np.float32, copy=False)
             block, negatives = self._not_negative(block, rows, lengths)

@@ -122,7 +122,7 @@ def sample_table(table: Table, raster: Raster, kind: str, spec: PeakSpec) -> Sam
     reach = float(axis[0]), float(axis[-1])
 
     def spectra() -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-        for batch in batches(table.int_length, rows, 1):
+        for batch in batches(table.length, rows, 1):
             columns, values, lengths = reader.read(batch)
             check_finite(table, batch, values, lengths)
             ends = np.cumsum(lengths)
@@ -132,7 +132,7 @@ def sample_table(table: Table, raster: Raster, kind: str, spec: PeakSpec) -> Sam
     if kind == "centroid":
         return replace(sample_centroids(spectra(), spec), mz_range=reach)
     total, highest = np.zeros(len(axis)), Highest(len(axis), spec.min_spectra)
-    for batch in batches(table.int_length, rows, 1):
+    for batch in batches(table.length, rows, 1):
         columns, values, lengths = reader.read(batch)
         check_finite(table, batch, values, lengths)
         total += np.bincount(rank[columns], weights=np.maximum(values, 0), minlength=len(axis))

@@ -82,11 +82,6 @@ class ImzmlIndex:
     numbers: Column | None = None
 
     @property
-    def int_length(self) -> Column:
-        """(N,), values of the intensity array; those of the m/z array are as many."""
-        return self.length
-
-    @property
     def mz_bytes(self) -> NDArray[np.int64]:
         """(N,) int64; see the class."""
         return self.sizes("mz", slice(None))

@@ -42,7 +42,7 @@ class Table:
         x: (N,) int64, position x.
         y: (N,) int64, position y.
         rows: (N,) int64, which row of the table each pixel is.
-        int_length: (N,) int64, values that are stored (dense: not zero).
+        length: (N,) int64, values that are stored (dense: not zero).
         empty: Rows with no value. Converters list the whole rectangle around what was measured, so these count as not
             measured.
         representation: "centroid", "profile", or None where the table does not say.
@@ -59,7 +59,7 @@ class Table:
     x: NDArray[np.int64]
     y: NDArray[np.int64]
     rows: NDArray[np.int64]
-    int_length: NDArray[np.int64]
+    length: NDArray[np.int64]
     empty: int
     representation: str | None
     pitch_um: tuple[float, float] | None
@@ -70,7 +70,7 @@ class Table:
 
     def only(self, rows: NDArray[np.int64]) -> Table:
         """The table of some pixels (their positions here)."""
-        columns = {name: getattr(self, name)[rows] for name in ("x", "y", "rows", "int_length")}
+        columns = {name: getattr(self, name)[rows] for name in ("x", "y", "rows", "length")}
         return replace(self, **columns)
 
     def sorted_mz(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -144,7 +144,7 @@ def open_table(path: str | Path) -> Table:
         x=place["x"][rows],
         y=place["y"][rows],
         rows=rows,
-        int_length=lengths[rows],
+        length=lengths[rows],
         empty=shape[0] - len(rows),
         representation=_representation(group),
         pitch_um=pitch_um,

@@ -38,7 +38,7 @@ class RowReader:
 
     def __init__(self, table: Table, order: NDArray[np.int64]) -> None:
         self.table, self.order = table, order
-        self._ends = np.cumsum(table.int_length[order])
+        self._ends = np.cumsum(table.length[order])
         self._at = np.empty(len(table), np.int64)  # of each pixel: its place in the order
         self._at[order] = np.arange(len(order))
         self._first = self._last = 0  # places in the order that are held
@@ -56,12 +56,12 @@ class RowReader:
             done = int(self._ends[first - 1]) if first else 0
             self._load(first, max(last, int(np.searchsorted(self._ends, done + BLOCK_VALUES, side="right"))))
         part = slice(*self._starts[[first - self._first, last - self._first]].tolist())
-        return self._columns[part], self._values[part], self.table.int_length[rows]
+        return self._columns[part], self._values[part], self.table.length[rows]
 
     def _load(self, first: int, last: int) -> None:
         held = self.order[first:last]
         self._columns = self._values = np.empty(0, np.int32)  # room for the next ones
-        lengths = self.table.int_length[held]
+        lengths = self.table.length[held]
         starts = np.concatenate([[0], np.cumsum(lengths)])
         columns, values = np.zeros(int(starts[-1]), np.int32), np.zeros(int(starts[-1]), np.float32)
         place = np.full(self.table.shape[0], -1, np.int64)  # of each row of the table
