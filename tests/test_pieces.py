@@ -80,6 +80,8 @@ def test_pieces_are_found_and_numbered(slide_path):
     with pytest.raises(InputError) as caught:
         found.choose(4, slide_path)
     assert all(w in str(caught.value) for w in (str(slide_path), "no piece of tissue 4", "3: y ", "--slide-region"))
+    with pytest.raises(InputError, match="the slide: has no piece of tissue 0"):
+        found.tissue(0)
 
 
 def test_ink_is_no_piece(tmp_path, slide_path):

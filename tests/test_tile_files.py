@@ -197,6 +197,15 @@ def test_rows_that_nobody_could_go_on_from(tmp_path, slide_path):
     assert again.estimate_inmemory_data_size() == (len(plan) - 1) * 64 * 64 * 3
     with pytest.raises(InputError, match=r"s\.tif: 2 of its tiles that are done are of another plan.*another folder"):
         SlideTiles([other], done=done)
+    # Tried again: the one without an error counts, whichever file comes first.
+    for k, errors in enumerate((["still bad", None], ["bad", None])):
+        tried = {"tile": [2, 1], "error": errors, "plan": [plan.key] * 2, "slide": [plan.path] * 2}
+        pq.write_table(pa.table(tried), tmp_path / f"{'0z'[k]}.parquet")
+    done = deepfere.tiles_done(tmp_path)
+    assert dict(zip(done["tile"], done["error"].notna(), strict=True)) == {0: False, 1: False, 2: True}
+    assert len(done) == 3 and done.index.tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="no plan is given"):
+        SlideTiles([])
     pq.write_table(table.drop_columns(["plan"]), tmp_path / "b.parquet")
     with pytest.raises(InputError, match=r"b\.parquet: has no column plan; pass plan, slide, tile, error on"):
         deepfere.tiles_done(tmp_path)

@@ -261,9 +261,18 @@ def test_refused(slide_path):
     with pytest.raises(InputError, match=r"its pixels are 0\.5 um, tiles of 0\.4 um"):
         plan_tiles(slide, TileSpec(64, 0.4))
     wrong = [("tile_px", 0), ("mpp_um", -1.0), ("mpp_um", np.nan), ("stride_px", 0), ("tissue", 1.5)]
+    wrong += [("tile_px", 64.5), ("stride_px", 8.5), ("tile_px", "64"), ("mpp_um", (0.5, 0.5)), ("offset_px", (3.5, 0))]
     for name, value in [*wrong, ("offset_px", (-1, 0))]:
         with pytest.raises(InputError, match="no tiling"):
             TileSpec(**{"tile_px": 64, "mpp_um": 0.5} | {name: value})
+
+
+def test_a_grid_that_begins_outside_has_no_tiles(slide_path):
+    slide = open_slide(slide_path)
+    h, w = slide.shape_px
+    for offset, tissue in (((h, 0), 0.0), ((0, w + 9), 0.0), ((h, w), 0.1)):
+        assert len(plan_tiles(slide, TileSpec(64, 0.5, offset_px=offset, tissue=tissue))) == 0
+    assert len(plan_tiles(slide, TileSpec(64, 0.5, offset_px=(h - 1, w - 1)))) == 1
 
 
 @pytest.mark.parametrize(("backend", "icc"), [("tiff", "none"), ("flat", "srgb"), ("openslide", "none")])

@@ -73,7 +73,12 @@ class Pieces:
     mask: TissueMask
 
     def tissue(self, number: int) -> TissueMask:
-        """The tissue mask of one piece."""
+        """The tissue mask of one piece.
+
+        Raises:
+            InputError: There is no piece of that number.
+        """
+        self.choose(number, "the slide")
         own = Artefacts(self.ground == number, self.ground_um)
         return TissueMask(
             self.mask.mask & own.at((0.0, 0.0), self.mask.spacing_um, self.mask.mask.shape), self.mask.spacing_um

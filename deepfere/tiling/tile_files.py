@@ -104,7 +104,7 @@ def tiles_done(folder: str | Path | Place) -> pd.DataFrame:
 
     Returns:
         A row for each tile: ``plan`` (key), ``slide``, ``tile`` (number in the plan) and ``error``, which is missing
-        where there was none.
+        where there was none. Of a tile that was tried again the row without an error counts.
 
     Raises:
         InputError: A file is damaged, or has not these columns.
@@ -128,7 +128,10 @@ def tiles_done(folder: str | Path | Place) -> pd.DataFrame:
     # Few plans and slides, many tiles.
     for k, name in enumerate(NAMES[:2]):
         table = table.set_column(k, name, table.column(name).combine_chunks().dictionary_encode())
-    return table.to_pandas()
+    rows = table.to_pandas()
+    good_first = rows["error"].notna().argsort(kind="stable")
+    again = rows.iloc[good_first].duplicated(["plan", "tile"])
+    return rows.drop(index=again.index[again]).reset_index(drop=True)
 
 
 def check_columns(names: Sequence[str], where: object) -> None:

@@ -48,13 +48,15 @@ class SlideTiles(Datasource):
         block_bytes: Pixels of a whole block, of the plan where that is least; known after `get_read_tasks`.
 
     Raises:
-        ValueError: Their sides differ.
+        ValueError: Their sides differ, or there is none.
         InputError: See `tile_dataset`.
     """
 
     def __init__(self, plans: Sequence[TilePlan], apply: Apply | None = None, done: pd.DataFrame | None = None) -> None:
         super().__init__()
         self._apply = apply
+        if not plans:
+            raise ValueError("no plan is given")
         if len({plan.spec.tile_px for plan in plans}) > 1:
             raise ValueError("tiles of one dataset have one side")
         self._left = missing_tiles(plans, done)

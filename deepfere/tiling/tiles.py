@@ -44,11 +44,20 @@ class TileSpec:
     tissue: float = 0.0
 
     def __post_init__(self) -> None:
-        sizes = self.tile_px, self.mpp_um, self.stride
-        if not min(sizes) > 0 or not self.mpp_um < np.inf or min(self.offset_px) < 0 or not 0 <= self.tissue <= 1:
+        whole = self.tile_px, self.stride, *self.offset_px
+        numbers = all(isinstance(n, (int, np.integer)) for n in whole) and isinstance(
+            self.mpp_um, (float, int, np.number)
+        )
+        if (
+            not numbers
+            or not (min(self.tile_px, self.stride) > 0 and 0 < self.mpp_um < np.inf)
+            or min(self.offset_px) < 0
+            or not 0 <= self.tissue <= 1
+        ):
             raise InputError(
                 f"{self} is no tiling",
-                remedy="give a positive side, pixel size and stride, an offset from 0 on, and a share from 0 to 1",
+                remedy="give a positive side, pixel size and stride, an offset from 0 on, and a share from 0 to 1 "
+                "(side, stride and offset in whole pixels)",
             )
 
     @property
@@ -243,7 +252,7 @@ def plan_tiles(slide: Slide, spec: TileSpec, tissue: TissueMask | None = None) -
     for axis in (0, 1):
         own, down, size = slide.mpp_um[axis], level.downsample[axis], level.shape_px[axis]
         ratio, full = source_per_output(spec.mpp_um, own * down), slide.shape_px[axis] * own / spec.mpp_um
-        start = np.arange(spec.offset_px[axis], max(full - 1e-6, spec.offset_px[axis] + 1), spec.stride, dtype=np.int64)
+        start = np.arange(spec.offset_px[axis], max(full - 1e-6, 1), spec.stride, dtype=np.int64)
         low, high = snapped(start, ratio), snapped(start + spec.tile_px, ratio)
         first = np.clip(np.floor(low), 0, size - 1).astype(np.int64)
         windows.append((first, np.clip(np.ceil(high), first + 1, size).astype(np.int64)))
