@@ -185,7 +185,7 @@ def ingest(
                 raise InputError(
                     "every ion is zero in every pixel",
                     where=source.path,
-                    remedy="check the file, --mz and --tolerance-ppm",
+                    remedy="check the file, --mz and --tolerance-ppm (in a study ingest.mz and ingest.tolerance_ppm)",
                 )
         if tally.negatives:
             warnings.warn(
@@ -327,7 +327,7 @@ def _version() -> str:
 def _choose_pitch(source: Source, given: float | tuple[float, float] | None) -> tuple[float, float]:
     if given is None:
         if source.pitch_um is None:
-            raise InputError(source.pitch_problem, where=source.path, remedy="give --pitch-um")
+            raise InputError(source.pitch_problem, where=source.path, remedy="give --pitch-um (in a study pitch_um)")
         return source.pitch_um
     pair = given if isinstance(given, tuple | list) else (given, given)
     values = tuple(float(v) for v in pair)

@@ -123,7 +123,7 @@ def plan_raster(source: Placed, duplicates: str = "error") -> Raster:
         raise InputError(
             f"has {int((counts > 1).sum())} pixels with several spectra, first x {int(x) + left}, y {int(y) + top}",
             where=source.path,
-            remedy="give --duplicates sum or mean",
+            remedy="give --duplicates sum or mean (in a study ingest.duplicates)",
         )
     return Raster(source, (ny, nx), (top, left), counts)
 

@@ -103,8 +103,13 @@ def choose_region(
         raise InputError(
             f"holds {len(regions)} regions ({listed})",
             where=where,
-            remedy="choose one with --region 1 or another number, or take all as one section with --region all",
+            remedy="choose one with --region 1 or another number, or take all as one section with --region all (in a "
+            "study region)",
         )
     if region not in range(1, len(regions) + 1):
-        raise InputError(f"has no region {region} (its regions: {listed})", where=where, remedy="correct --region")
+        raise InputError(
+            f"has no region {region} (its regions: {listed})",
+            where=where,
+            remedy="correct --region (in a study region)",
+        )
     return numbers == region
