@@ -38,7 +38,7 @@ def refused(cli, tmp_path):
         ("500,-5", "-5 is not a positive number"),
         ("nan", "nan is not a positive number"),
         ("500,inf", "inf is not a positive number"),
-        ("targets.txt", "'targets.txt' is not an m/z"),
+        ("targets.txt", "'targets.txt' is not an m/z, and no such file is there; give"),
         ("500;600", "'500;600' is not an m/z"),
         ("5_00", "'5_00' is not an m/z"),
     ],

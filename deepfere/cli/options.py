@@ -61,7 +61,8 @@ def _targets(parameter: click.Parameter, value: str, columns: tuple[str, ...]) -
                 raise ValueError
             numbers.append(float(part))
         except ValueError as error:
-            raise InputError(f"{part[:40]!r} is not an m/z", where=where, remedy=remedy) from error
+            nor = ", and no such file is there" if where == flag else ""
+            raise InputError(f"{part[-40:]!r} is not an m/z{nor}", where=where, remedy=remedy) from error
     try:
         return [*target_list(numbers)]
     except ValueError as error:
