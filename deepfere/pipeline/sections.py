@@ -78,8 +78,9 @@ def prepare_sections(job: Job, work: Workspace, failures: Failures, progress: Pr
     if job.depth >= 3:
         failures.stop("the others are prepared, but learning takes all of them: mend or remove these")
     told = [lines[section.name] for section in job.sections if section.name in lines]
-    if job.stage == "tile":
-        told += [f"{name}: warning: {text}" for name in lines for text in work.facts("tile", name).get("warnings", [])]
+    if job.stage in ("align", "tile"):
+        of_each = {name: work.facts(job.stage, name).get("warnings", []) for name in lines}
+        told += [f"{name}: warning: {text}" for name, texts in of_each.items() for text in texts]
     if differ:
         told.append("note: the sections have different ions; train needs one list for all (ingest.mz)")
     return told
