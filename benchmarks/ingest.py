@@ -234,7 +234,7 @@ def against_thyra(path: Path, mz: list[float] | None, python: str | None, judged
     if not found or not table:
         sys.exit(f"thyra converted nothing\n{printed[-2000:]}")
     theirs, read = (float(found[1]), float(found[2])), (float(table[1]), float(table[2]))
-    shutil.rmtree(peer)
+    shutil.rmtree(peer, ignore_errors=True)
     return [
         *rows,
         *ratio(f"{what}: times thyra, index included", best, theirs, ">= 3" if judged else ""),

@@ -85,12 +85,18 @@ def test_thyras_row_is_time_pixels_and_signal(tmp_path, load):
     rows = {row.what: row for row in bench.against_thyra(path, None, str(thyra), True, "few")}
     assert rows["few: times thyra, index included"].value > 3
     pixels = rows["few: pixels, those of thyra's table"]
-    assert (pixels.value, pixels.baseline) == (12, 12)
+    assert (pixels.value, pixels.baseline, pixels.ok) == (12, 12, True)
+    peak = rows["few: peak PSS, MB"]
+    assert peak.value > 20 and peak.against == "thyra" and peak.baseline >= 0
     assert rows["few: sum of thyra's table, over that of all spectra"].value == pytest.approx(2)
     # One that fails is no success.
-    thyra.write_text("#!/bin/sh\necho broken >&2\nexit 1\n")
-    failed = [row for row in bench.against_thyra(path, None, str(thyra), True, "few") if not row.ok]
-    assert [row.what for row in failed] == ["few: times thyra, index included"]
+    for told, code, words in (
+        ("broken", 1, "ended with 1\nbroken"),
+        ("table 12 3.0", 0, "converted nothing\ntable 12"),
+    ):
+        thyra.write_text(f"#!/bin/sh\necho {told} >&2\nexit {code}\n")
+        with pytest.raises(SystemExit, match=words):
+            bench.against_thyra(path, None, str(thyra), True, "few")
 
 
 def test_a_run_without_thyra_says_so_on_the_page(load, monkeypatch):
