@@ -225,3 +225,9 @@ def test_rows_go_to_a_store_and_name_their_tile(tmp_path, slide_path, s3, ray_se
     deepfere.write_tiles(deepfere.tile_dataset([plan], apply=features), "s3://bucket/rows")
     done = deepfere.tiles_done("s3://bucket/rows")
     assert sorted(done["tile"]) == list(range(len(plan))) and set(done["plan"]) == {plan.key}
+
+
+def test_what_rows_are_written_with_is_imported_before_any():
+    """A worker in whose first row the import of fsspec is interrupted could write none any more."""
+    code = "import sys; import deepfere.tiling.tile_sink; sys.exit('fsspec' not in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,6 +12,10 @@ from ray.data.datasource import Datasink
 
 from deepfere.parquet import write_table
 from deepfere.places import Place, place
+
+# Zarr and fsspec before any row: Ray interrupts the other tasks when one fails, and a process whose import of fsspec
+# was interrupted can import it no more.
+from deepfere.store import sync  # noqa: F401
 from deepfere.tiling.tile_files import check_columns, with_text_errors
 
 
