@@ -58,13 +58,18 @@ def halve(image: NDArray[Any], rows: NDArray[np.float32], cols: NDArray[np.float
     # The level's last row and column may be single, or weigh less.
     last = [slice((n - 1) // 2 * 2, None) for n in image.shape[1:]]
     ends: list[tuple[NDArray[Any], NDArray[Any]]] = []
-    if len(set(rows[last[0]])) > 1 or len(rows) % 2:
+    if _uneven(rows):
         ends.append((out[:, -1:], halve(image[:, last[0]].astype(np.float32), rows[last[0]], cols)))
-    if len(set(cols[last[1]])) > 1 or len(cols) % 2:
+    if _uneven(cols):
         ends.append((out[:, :, -1:], halve(image[:, :, last[1]].astype(np.float32), rows, cols[last[1]])))
     for target, values in ends:
         target[:] = np.rint(values) if image.dtype == np.uint8 else values
     return out
+
+
+def _uneven(counts: NDArray[np.float32]) -> bool:
+    """Whether the last two of (n,) `pixels_below` are no pair of equals."""
+    return len(counts) % 2 == 1 or bool(counts[-1] != counts[-2])
 
 
 def _halve_bytes(even: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
