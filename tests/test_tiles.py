@@ -262,6 +262,7 @@ def test_refused(slide_path):
         plan_tiles(slide, TileSpec(64, 0.4))
     wrong = [("tile_px", 0), ("mpp_um", -1.0), ("mpp_um", np.nan), ("stride_px", 0), ("tissue", 1.5)]
     wrong += [("tile_px", 64.5), ("stride_px", 8.5), ("tile_px", "64"), ("mpp_um", (0.5, 0.5)), ("offset_px", (3.5, 0))]
+    wrong += [("tissue", "a little")]
     for name, value in [*wrong, ("offset_px", (-1, 0))]:
         with pytest.raises(InputError, match="no tiling"):
             TileSpec(**{"tile_px": 64, "mpp_um": 0.5} | {name: value})

@@ -121,6 +121,7 @@ def tile_dataset(
         **options: For ``ray.data.read_datasource``: ``num_cpus``, ``memory``, ``ray_remote_args``, ...
 
     Raises:
+        ValueError: No plan is given, or their sides differ.
         InputError: Of a slide of these plans, ``done`` holds tiles of another plan.
     """
     import ray

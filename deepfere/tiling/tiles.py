@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,10 @@ class TileSpec:
     tissue: float = 0.0
 
     def __post_init__(self) -> None:
-        whole = self.tile_px, self.stride, *self.offset_px
-        numbers = all(isinstance(n, (int, np.integer)) for n in whole) and isinstance(
-            self.mpp_um, (float, int, np.number)
-        )
+        whole = all(isinstance(n, Integral) for n in (self.tile_px, self.stride, *self.offset_px))
+        numbers = all(isinstance(n, Real) for n in (self.mpp_um, self.tissue))
         if (
-            not numbers
+            not (whole and numbers)
             or not (min(self.tile_px, self.stride) > 0 and 0 < self.mpp_um < np.inf)
             or min(self.offset_px) < 0
             or not 0 <= self.tissue <= 1
