@@ -257,6 +257,9 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
     with work.stage("align", depends, section.name) as facts:
         if facts is None:
             return
+        placed = section.alignment or section.landmarks
+        several = None if placed else unnamed_pieces(section, config)
+        ask_which(several, section, float(prep.measured.mask.sum() * np.prod(prep.measured.grid.pitch_um)))
         pitch = float(np.mean(prep.measured.grid.pitch_um))
         stain, rgb, mpp_um = section_overview(section, config, pitch)
         measured = measured_overview(prep, config)
@@ -272,8 +275,6 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
         elif section.landmarks:
             found = _placed_by_hand(section.landmarks, prep, mpp_um)
         else:
-            several = unnamed_pieces(section, config)
-            ask_which(several, section, float(prep.measured.mask.sum() * np.prod(prep.measured.grid.pitch_um)))
             try:
                 best, _ = search(
                     measured,
