@@ -5,12 +5,14 @@
 Cases: ``index`` (the XML, against pyimzML, against reading the file and looking at every byte once), ``continuous`` and
 ``processed`` (the .ibd to shards, against summing it, and against reading it once and writing the finished cube once;
 pixels and intensities against pyimzML's; and against thyra where PYTHON has it), ``memory`` (of a process that ingests,
-as the .ibd grows tenfold). Files are generated from a seed in a temporary folder. All arms run in this process or its
-children on one core, in turns; a figure is the best of its rounds. ``--quick``: smaller, nothing to meet in time.
+with and without a lock mass and of tables, as they grow a hundredfold). Files are generated from a seed in a temporary
+folder. All arms run in this process or its children on one core, in turns; a figure is the best of its rounds.
+``--quick``: smaller, nothing to meet in time.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -30,6 +32,7 @@ import numpy as np
 from common import Row, markdown, measured
 from imzml_files import targets, write_continuous, write_long, write_processed, write_xml
 from performance import Section, versions
+from table_files import write_long_table
 
 from deepfere.measured.ingest import ingest
 from deepfere.measured.store import Measured
@@ -48,8 +51,10 @@ THYRA = (
     "print('table', table.n_obs, float(table.X.sum(dtype='f8')))"
 )
 WORKER = (
-    "import re, sys; from pathlib import Path; from deepfere.measured.ingest import ingest;"
-    "ingest(sys.argv[1], sys.argv[2], mz=[float(m) for m in sys.argv[3:]] or None, codec='blosc');"
+    "import json, re, sys; from pathlib import Path; from deepfere.measured.ingest import ingest;"
+    "from deepfere.measured.lock_mass import LockMass; from deepfere.measured.treatment import Treatment;"
+    "given = json.loads(sys.argv[3]); lock = given['lock'] and LockMass((given['lock'],));"
+    "ingest(sys.argv[1], sys.argv[2], mz=given['mz'], treatment=Treatment(lock), codec='blosc');"
     "print(1024 * int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]))"
 )
 
@@ -226,7 +231,7 @@ def against_thyra(path: Path, mz: list[float] | None, python: str | None, judged
     out, peer = path.with_suffix(".zarr"), path.with_suffix(".thyra")
     best = timed({"ours": lambda: ingest(path, out, mz=mz, codec="blosc", overwrite=True)}, 2)["ours"]
     shutil.rmtree(out)
-    _, peak, _ = measured([sys.executable, "-c", WORKER, str(path), str(out), *map(repr, mz or [])])
+    _, peak, _ = measured([sys.executable, "-c", WORKER, str(path), str(out), worker_options(mz)])
     command = [python, "-c", THYRA, str(path), str(peer), "keep" if mz is None else "resample"]
     _, peer_peak, printed = measured(command)
     found = re.search(r"seconds (\S+) (\S+) True", printed)
@@ -273,30 +278,44 @@ def processed(folder: Path, quick: bool, thyra: str | None) -> list[Row]:
     return rows
 
 
+def worker_options(mz: list[float] | None, lock: float | None = None) -> str:
+    """Target m/z and lock mass as `WORKER` takes them."""
+    return json.dumps({"mz": mz, "lock": lock})
+
+
 def memory(folder: Path, quick: bool, thyra: str | None) -> list[Row]:
     """Peak memory of a process that ingests ten and a hundred times as many rows."""
+    ions = targets(300).tolist()
+    arms: dict[str, tuple[int, str]] = {  # image rows of the smallest
+        "continuous": (128, worker_options(None)),
+        "processed": (128, worker_options(ions)),
+        "processed, lock mass": (128, worker_options(ions, ions[20])),
+        "table by pixel": (16, worker_options(None)),
+        "table by variable": (16, worker_options(None)),
+    }
     rows = []
-    small = 16 if quick else 128
-    for kind in ("continuous", "processed"):
-        peaks: dict[int, int] = {}
+    for what, (most, options) in arms.items():
+        small, peaks = most // 8 if quick else most, {}
         for times in (1, 10) if quick else (1, 10, 100):
             path, out = folder / "memory.imzML", folder / "memory.zarr"
-            mz: list[str] = []
-            write_long(path, times * small, 250, 300, continuous=kind == "continuous")
-            if kind == "processed":
-                mz = [repr(m) for m in targets(300).tolist()]
-            shutil.rmtree(out, ignore_errors=True)
-            done = subprocess.run([sys.executable, "-c", WORKER, path, out, *mz], capture_output=True, text=True)
+            if what.startswith("table"):
+                path = folder / "table.zarr"
+                write_long_table(path, times * small, 250, 200, "csr" if what.endswith("pixel") else "csc")
+            else:
+                write_long(path, times * small, 250, 300, continuous=what == "continuous")
+            command = [sys.executable, "-c", WORKER, str(path), str(out), options]
+            # Where its scratch files are, is its disk.
+            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(folder)})
             if done.returncode:
                 sys.exit(done.stderr[-2000:])
             peaks[times] = int(done.stdout.split()[-1])
-        shutil.rmtree(out)
+            shutil.rmtree(out)
         for times, peak in peaks.items():
-            what = f"{kind}, {times * small} rows of 250 pixels"
-            rows.append(Row.of(f"{what}: peak MB", peak / 1e6))
+            told = f"{what}, {times * small} rows of 250 pixels"
+            rows.append(Row.of(f"{told}: peak MB", peak / 1e6))
             if times > 1:
                 must = "" if quick else "<= 1.2"
-                rows.append(Row.of(f"{what}: peak memory over that of {small} rows", peak / peaks[1], must=must))
+                rows.append(Row.of(f"{told}: peak memory over that of {small} rows", peak / peaks[1], must=must))
     return rows
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import warnings
 
 import numpy as np
 import pytest
 
-from deepfere.errors import InputError
+from deepfere.errors import DeepfereError, InputError
 from deepfere.measured.ingest import ingest
-from deepfere.measured.lock_mass import LockMass
+from deepfere.measured.lock_mass import LockMass, percentiles
 from deepfere.measured.store import open_measured
 from deepfere.measured.treatment import Treatment
 
@@ -108,6 +109,77 @@ def test_band_rows_do_not_matter(tmp_path):
     a, b = (ingest(path, tmp_path / f"{n}.zarr", mz=IONS, treatment=LOCKED, band_rows=n) for n in (1, 64))
     np.testing.assert_array_equal(a.cube(), b.cube())
     np.testing.assert_array_equal(a.shift_ppm, b.shift_ppm)
+
+
+def test_the_order_of_acquisition_does_not_matter(tmp_path):
+    rows = [(x + 1, y + 1, [m * (1 + drift(y, x) * 1e-6) for m in centroids(y, x)[0]], centroids(y, x)[1])
+            for y in range(SIDE) for x in range(SIDE)]  # fmt: skip
+    orders = rows, sorted(rows), [rows[k] for k in np.random.default_rng(0).permutation(len(rows))]
+    files = [write_pair(tmp_path / f"{k}.imzML", order) for k, order in enumerate(orders)]
+    found = [ingest(f, f.with_suffix(".zarr"), mz=IONS, treatment=LOCKED, band_rows=5) for f in files]
+    for other in found[1:]:
+        np.testing.assert_array_equal(other.cube(), found[0].cube())
+        np.testing.assert_array_equal(other.shift_ppm, found[0].shift_ppm)
+
+
+def test_no_room_for_what_waits(tmp_path, monkeypatch):
+    import tempfile
+
+    path = drifting(tmp_path / "a.imzML", centroids)
+    write = tempfile.TemporaryFile
+
+    def full(**given):
+        file = write(**given)
+        file.write = lambda data: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+        return file
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(DeepfereError, match=r"No space left on device; make room, or set TMPDIR"):
+        ingest(path, tmp_path / "m.zarr", mz=IONS, treatment=LOCKED)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: (tmp_path / "none" / "file").open())
+    with pytest.raises(DeepfereError, match=r"no temporary file can be made \(No such file or directory\); set TMPDIR"):
+        ingest(path, tmp_path / "m.zarr", mz=IONS, treatment=LOCKED)
+    assert not (tmp_path / "m.zarr").exists()
+
+
+def test_pixels_with_several_spectra_shift_each_by_its_own(tmp_path):
+    """Two spectra of a pixel that drift apart; of some neither shows the lock mass, of some one."""
+    rows = []
+    for y in range(SIDE):
+        for x in range(SIDE):
+            for k in (0, 1):
+                off = 1 + (drift(y, x) + 8 * k) * 1e-6
+                mz, values = centroids(y, x)
+                if (x + k) % 6 < 2 and y % 2:
+                    mz, values = mz[:2], values[:2]
+                rows.append((x + 1, y + 1, [m * off for m in mz], values))
+    path = write_pair(tmp_path / "a.imzML", rows)
+    found = {}
+    for band in (3, 64):
+        m = ingest(path, tmp_path / f"{band}.zarr", mz=IONS, treatment=LOCKED, band_rows=band, duplicates="sum")
+        found[band] = m.cube(), m.shift_ppm, m.lock_mass_found, m.attrs["lock_mass"]
+    for one, other in zip(*found.values(), strict=True):
+        np.testing.assert_equal(one, other)
+    cube, shift, seen, told = found[64]
+    y, x = np.mgrid[:SIDE, :SIDE]
+    both, neither = (y % 2 == 0) | (x % 6 > 1) & (x % 6 < 5), (y % 2 == 1) & (x % 6 == 0)
+    np.testing.assert_array_equal(seen, ~neither)
+    np.testing.assert_allclose(shift[both], (drift(y, x) + 4)[both], atol=1e-4)
+    np.testing.assert_array_equal(cube[0][both], 2 * (10.0 + y)[both])
+    assert told["found"] == pytest.approx(1 - (6 * 2 * 4) / (2 * SIDE**2))
+    expected = np.percentile(shift[seen], [5, 50, 95])
+    assert [*told["range_ppm"], told["median_ppm"]] == pytest.approx(expected[[0, 2, 1]].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 4, 97, 5000])
+def test_percentiles_are_those_of_all_values_without_holding_them(monkeypatch, count):
+    monkeypatch.setattr("deepfere.measured.lock_mass.BINS", 16)
+    rng = np.random.default_rng(count)
+    wanted = [0.0, 5.0, 50.0, 95.0, 100.0]
+    for values in (rng.normal(size=count), rng.integers(0, 3, count).astype(float), np.full(count, 2.5)):
+        parts = np.array_split(values, 7)
+        expected = np.percentile(values, wanted).tolist()
+        assert percentiles(lambda parts=parts: iter(parts), wanted) == pytest.approx(expected, rel=1e-12, abs=1e-15)
 
 
 def test_several_lock_masses_take_the_median(tmp_path):

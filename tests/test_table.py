@@ -91,12 +91,12 @@ def assert_same(table, imzml, rms=True):
     assert table.attrs["representation"] == imzml.attrs["representation"]
 
 
-@pytest.fixture(params=["one pass", "many passes"])
+@pytest.fixture(params=["at once", "a piece at a time"])
 def memory(request, monkeypatch):
     """Room for everything, or for next to nothing."""
-    if request.param == "many passes":
+    if request.param == "a piece at a time":
         monkeypatch.setattr("deepfere.readers.table_rows.PIECE_VALUES", 14)
-        monkeypatch.setattr("deepfere.readers.table_rows.BLOCK_VALUES", 20)
+        monkeypatch.setattr("deepfere.readers.table_rows.HELD_VALUES", 20)
         monkeypatch.setattr("deepfere.measured.raster.BATCH_VALUES", 25)
 
 

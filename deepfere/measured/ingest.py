@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -31,13 +31,13 @@ from deepfere.measured.ions import (
     open_source,
     own_structured,
 )
-from deepfere.measured.lock_mass import describe, fill_shifts, shift_image, told
+from deepfere.measured.lock_mass import SectionShifts, told
 from deepfere.measured.normalise import FACTORS, REFERENCE
 from deepfere.measured.peaks import SharedIons
 from deepfere.measured.raster import Raster, batches, by_band, plan_raster
 from deepfere.measured.reduce import Reduce, Reducer, put, shared_axis
 from deepfere.measured.sampled import PeakSpec
-from deepfere.measured.store import FOUND, SHIFT, Measured
+from deepfere.measured.store import Measured
 from deepfere.measured.table import TableReducer
 from deepfere.measured.table import choose_ions as choose_table_ions
 from deepfere.measured.tolerance import Targets, Tolerance
@@ -48,6 +48,7 @@ from deepfere.readers.columns import Column
 from deepfere.readers.imzml import ImzmlIndex
 from deepfere.readers.ranges import open_binary
 from deepfere.readers.table import Table
+from deepfere.readers.table_rows import RowReader
 from deepfere.store import Codec, StorageOptions, remove
 
 BAND_BYTES = 512 << 20
@@ -70,16 +71,15 @@ class _Plan:
         tolerance: Half-width of their windows.
         how: How they were chosen, and what is done to spectra.
         band_rows: Image rows of a band.
-        of: Some spectra, to what makes ions of those, counted from 0.
-        images: Further images (ny, nx) of the store.
+        of: Image rows [begin, end) and their spectra, to what makes ions of those, counted from 0, and to further
+            images (rows, nx) of the store.
     """
 
     ions: NDArray[np.float64]
     tolerance: Tolerance
     how: dict[str, Any]
     band_rows: int
-    of: Callable[[NDArray[np.int64]], Reduce]
-    images: dict[str, NDArray[Any]] = field(default_factory=dict)
+    of: Callable[[int, int, NDArray[np.int64]], tuple[Reduce, dict[str, NDArray[Any]]]]
 
 
 @tidy_heap()
@@ -226,7 +226,7 @@ def ingest(
             "written_by": f"deepfere {_version()}",
         }
         with _whole_or_not(out_path, storage_options):
-            return writer.finish(raster.mask, plan.images, pitch, attrs)
+            return writer.finish(raster.mask, {}, pitch, attrs)
 
 
 def _provenance(source: Source) -> dict[str, Any]:
@@ -261,33 +261,30 @@ def _open_reduce(
         ions, how = own_structured(source, raster, ions, how, kind, spec, treatment)
         rows = _band_rows(band_rows, len(ions), raster)
         order = np.concatenate(list(by_band(raster, fitting_band(rows, raster.shape_px))))
-        reduce = TableReducer(source, ions, how["ions"], tolerance, order, reference)
-        yield _Plan(ions, tolerance, how, rows, reduce.of)
+        reduce = TableReducer(source, ions, how["ions"], tolerance, RowReader(source, order), reference)
+        yield _Plan(ions, tolerance, how, rows, lambda begin, end, band: (reduce.of(band), {}))
         return
     with open_binary(source.ibd_path) as ibd:
         axis = shared_axis(source, ibd)
         treatment.check(source, kind, "axis" if axis is not None and targets is None else "list", axis is not None)
         ions, how = choose_ions(source, raster, axis, targets, kind, spec, treatment)
         ions, how = own_structured(source, raster, ions, how, kind, spec, treatment)
-        found = None
+        rows, shifts = _band_rows(band_rows, len(ions), raster), None
         if kind is not None and treatment.lock_mass is not None:
-            found = treatment.shifts(source, np.arange(len(source)), kind)
+            fitting = fitting_band(rows, raster.shape_px)
+            shifts = SectionShifts(source, ibd, raster, kind, treatment.lock_mass, fitting)
+            how["lock_mass"] = shifts.facts()
         if reference_mz is not None:
             kind = known_kind(source, kind)
         if treatment.profile.active:
             how["profile"] = treatment.profile.to_dict()
-        shifts, images = None, {}
-        if found is not None and treatment.lock_mass is not None:
-            how["lock_mass"] = describe(found, treatment.lock_mass)
-            shifts = fill_shifts(found, raster)
-            images[SHIFT] = shift_image(shifts, raster).astype(np.float32)
-            images[FOUND] = np.isfinite(shift_image(found, raster))
-        spectra = Reducer(source, axis, ions, how["ions"], kind, tolerance, shifts, treatment.profile, reference)
+        spectra = Reducer(source, axis, ions, how["ions"], kind, tolerance, None, treatment.profile, reference)
 
-        def of(rows: NDArray[np.int64]) -> Reduce:
-            return partial(spectra.of(rows), ibd)
+        def of(begin: int, end: int, band: NDArray[np.int64]) -> tuple[Reduce, dict[str, NDArray[Any]]]:
+            own, images = (None, {}) if shifts is None else shifts.of_band(begin, end, band)
+            return partial(spectra.of(band, own), ibd), images
 
-        yield _Plan(ions, tolerance, how, _band_rows(band_rows, len(ions), raster), of, images)
+        yield _Plan(ions, tolerance, how, rows, of)
 
 
 def _band_rows(most: int, ions: int, raster: Raster) -> int:
@@ -359,7 +356,7 @@ def _write_bands(
         if repeated or not counts.all():
             flat[:] = own[:] = 0
         row, col = raster.at(spectra)
-        pixels, reduce = (row - begin) * nx + col, plan.of(spectra)
+        pixels, (reduce, further) = (row - begin) * nx + col, plan.of(begin, end, spectra)
         for batch in batches(lengths[spectra], np.arange(len(spectra)), ions):
             values, found, negatives = reduce(batch)
             tally.negatives += negatives
@@ -375,7 +372,7 @@ def _write_bands(
             if not counts.all():
                 part[:, counts == 0] = np.nan
         writer.write_images(begin, block)
-        writer.write_factors(begin, dict(zip(names, factor.astype(np.float32, copy=False), strict=True)))
+        writer.write_factors(begin, dict(zip(names, factor.astype(np.float32, copy=False), strict=True)) | further)
         if progress is not None:
             progress(done + 1, len(bands))
     return tally

@@ -33,6 +33,7 @@ from deepfere.readers.imzml import ImzmlIndex, read_index
 from deepfere.readers.imzml_arrays import read_arrays
 from deepfere.readers.ranges import open_binary
 from deepfere.readers.table import Table, is_table, open_table
+from deepfere.readers.table_rows import RowReader
 
 Source = ImzmlIndex | Table
 
@@ -137,7 +138,7 @@ def look_at_neighbours(
         return evidence(np.concatenate(parts), along, across)
 
     if isinstance(source, Table):
-        return images(TableReducer(source, ions, "list", spec.tolerance, rows))
+        return images(TableReducer(source, ions, "list", spec.tolerance, RowReader(source, rows)))
     shifts, found = None, treatment.shifts(source, rows, kind)
     if found is not None:
         shifts = np.zeros(len(source))

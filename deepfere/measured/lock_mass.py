@@ -5,6 +5,7 @@ A shift is one number in ppm per spectrum: ``m/z as read = true m/z (1 + shift 1
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -12,15 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
-from deepfere.measured.around import fill
+from deepfere.measured.around import NEAR_PX, fill
 from deepfere.measured.peaks import peak_centre
-from deepfere.measured.raster import Raster, batches
+from deepfere.measured.raster import Raster, batches, by_band
+from deepfere.measured.store import FOUND, SHIFT
 from deepfere.readers.imzml import ImzmlIndex
 from deepfere.readers.imzml_arrays import read_flat
+from deepfere.scratch import ScratchFile
 
 LEAST_FOUND = 0.1
 """Share of the spectra that must show a lock mass."""
 PROFILE_SNR = 3.0
+READ_PIXELS = 1 << 18
+BINS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -62,13 +67,12 @@ def found_shifts(
     return out
 
 
-def check_found(shifts: NDArray[np.float64], lock: LockMass, where: object) -> None:
+def check_share(share: float, lock: LockMass, where: object) -> None:
     """Refuse a lock mass that hardly any spectrum shows.
 
     Raises:
         InputError: It is in less than a tenth of them.
     """
-    share = float(np.isfinite(shifts).mean()) if len(shifts) else 0.0
     if share < LEAST_FOUND:
         raise InputError(
             f"{lock.text()} is within {lock.tolerance_ppm:g} ppm in {share:.1%} of its spectra; at least "
@@ -78,37 +82,131 @@ def check_found(shifts: NDArray[np.float64], lock: LockMass, where: object) -> N
         )
 
 
-def fill_shifts(shifts: NDArray[np.float64], raster: Raster) -> NDArray[np.float64]:
-    """Shifts (N,) of all spectra: where there is none, the median of those around the pixel, else of the section."""
-    image = fill(shift_image(shifts, raster), raster.mask)
-    return np.where(np.isnan(shifts), image[raster.row, raster.col], shifts)
+class SectionShifts:
+    """The shifts of a section: in a temporary file, as many as it has pixels; in memory those of a band.
+
+    Args:
+        index: Of the file.
+        ibd: Its arrays.
+        raster: Its pixels.
+        kind: "centroid" or "profile".
+        lock: The lock mass.
+        band_rows: Image rows that are looked at together.
+
+    Raises:
+        InputError: Hardly any spectrum shows the lock mass.
+    """
+
+    def __init__(
+        self, index: ImzmlIndex, ibd: IO[bytes], raster: Raster, kind: str, lock: LockMass, band_rows: int
+    ) -> None:
+        self._index, self._ibd, self._raster, self._kind, self._lock = index, ibd, raster, kind, lock
+        self._repeated = bool(raster.counts.max() > 1)
+        self._file, found, nx = ScratchFile(np.float64), 0, raster.shape_px[1]
+        for begin, spectra in zip(range(0, raster.shape_px[0], band_rows), by_band(raster, band_rows), strict=True):
+            shifts = self._find(spectra)
+            found += int(np.isfinite(shifts).sum())
+            rows = min(band_rows, raster.shape_px[0] - begin)
+            self._file.write(begin * nx, _mean_image(shifts, raster, spectra, begin, rows).reshape(-1))
+        self.found = found / len(index)
+        check_share(self.found, lock, index.path)
+        self._low, self._median, self._high = percentiles(self._known, [5, 50, 95])
+
+    def of_band(
+        self, begin: int, end: int, spectra: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], dict[str, NDArray[Any]]]:
+        """Those of some image rows, where there is none filled by the median around the pixel, else of the section.
+
+        Args:
+            begin: First image row.
+            end: Behind the last one.
+            spectra: All of these rows.
+
+        Returns:
+            The shift (n,) of each spectrum, ppm, and images (rows, nx): the shift, and where one was found.
+        """
+        first, last = max(0, begin - NEAR_PX), min(end + NEAR_PX, self._raster.shape_px[0])
+        known, mask = self._rows(first, last), self._raster.counts[first:last] > 0
+        own = slice(begin - first, end - first)
+        filled = fill(known, mask, self._median)[own]
+        row, col = self._raster.at(spectra)
+        shifts = filled[row - begin, col]
+        if self._repeated:
+            each = self._find(spectra)
+            shifts = np.where(np.isnan(each), shifts, each)
+        return shifts, {SHIFT: filled.astype(np.float32), FOUND: np.isfinite(known[own])}
+
+    def _find(self, spectra: NDArray[np.int64]) -> NDArray[np.float64]:
+        # Those of a band alone: in another order than the image's they are all over the index.
+        part = self._index.only(spectra)
+        return found_shifts(part, self._ibd, np.arange(len(part)), self._kind, self._lock)
+
+    def facts(self) -> dict[str, Any]:
+        """What the store states: the lock mass, the share of spectra that show it, median and spread over pixels."""
+        return {
+            "mz": list(self._lock.mz),
+            "tolerance_ppm": self._lock.tolerance_ppm,
+            "found": self.found,
+            "median_ppm": self._median,
+            "range_ppm": [self._low, self._high],
+        }
+
+    def _rows(self, first: int, last: int) -> NDArray[np.float64]:
+        nx = self._raster.shape_px[1]
+        return self._file.read(first * nx, (last - first) * nx).reshape(last - first, nx)
+
+    def _known(self) -> Iterator[NDArray[np.float64]]:
+        """The shifts that were found, some rows at a time."""
+        ny, nx = self._raster.shape_px
+        step = max(1, READ_PIXELS // nx)
+        for first in range(0, ny, step):
+            image = self._rows(first, min(first + step, ny))
+            yield image[np.isfinite(image)]
 
 
-def shift_image(shifts: NDArray[np.float64], raster: Raster) -> NDArray[np.float64]:
-    """(ny, nx) mean shift of each pixel's spectra that have one; NaN elsewhere."""
-    ny, nx = raster.shape_px
-    known = np.flatnonzero(np.isfinite(shifts))
-    row, col = raster.at(known)
-    at = row * nx + col
-    total, count = (np.bincount(at, w, ny * nx) for w in (shifts[known], None))
-    return np.divide(total, count, out=np.full(ny * nx, np.nan), where=count > 0).reshape(ny, nx)
+def percentiles(parts: Callable[[], Iterator[NDArray[np.float64]]], wanted: Sequence[float]) -> list[float]:
+    """As ``np.percentile``, exactly, of more values than are held: only those near the wanted ones are sorted.
+
+    Args:
+        parts: Gives the values, some at a time and whenever it is called; there is one at least.
+        wanted: Percentiles, 0 to 100.
+    """
+    low, high, count = np.inf, -np.inf, 0
+    for values in parts():
+        low, high = min(low, values.min(initial=np.inf)), max(high, values.max(initial=-np.inf))
+        count += len(values)
+    if low == high:
+        return [float(low)] * len(wanted)
+    edges = np.linspace(low, high, BINS + 1)[1:-1]
+    held = np.zeros(BINS, np.int64)
+    for values in parts():
+        held += np.bincount(np.searchsorted(edges, values, side="right"), minlength=BINS)
+    at = np.asarray(wanted) / 100 * (count - 1)
+    ranks = np.stack([np.floor(at), np.ceil(at)]).astype(np.int64)
+    below = np.concatenate([[0], np.cumsum(held)])
+    bins = np.searchsorted(below, ranks, side="right") - 1
+    near = np.zeros(BINS, bool)
+    near[bins] = True
+    kept = np.sort(np.concatenate([v[near[np.searchsorted(edges, v, side="right")]] for v in parts()]))
+    # How many of the values that were kept lie below each bin.
+    before = np.concatenate([[0], np.cumsum(np.where(near, held, 0))])
+    left, right = kept[before[bins] + ranks - below[bins]]
+    return [float(v) for v in left + (at - ranks[0]) * (right - left)]
 
 
-def describe(shifts: NDArray[np.float64], lock: LockMass) -> dict[str, Any]:
-    """What the store states: the lock mass, and share found, median and spread (5 to 95 %) of the shifts found."""
-    known = shifts[np.isfinite(shifts)]
-    low, middle, high = np.percentile(known, [5, 50, 95]).tolist()
-    return {
-        "mz": list(lock.mz),
-        "tolerance_ppm": lock.tolerance_ppm,
-        "found": len(known) / len(shifts),
-        "median_ppm": middle,
-        "range_ppm": [low, high],
-    }
+def _mean_image(
+    shifts: NDArray[np.float64], raster: Raster, spectra: NDArray[np.int64], begin: int, rows: int
+) -> NDArray[np.float64]:
+    """(rows, nx) mean shift of each pixel's spectra that have one; NaN elsewhere."""
+    nx, known = raster.shape_px[1], np.isfinite(shifts)
+    row, col = raster.at(spectra[known])
+    at = (row - begin) * nx + col
+    total, count = (np.bincount(at, w, rows * nx) for w in (shifts[known], None))
+    return np.divide(total, count, out=np.full(rows * nx, np.nan), where=count > 0).reshape(rows, nx)
 
 
 def told(facts: dict[str, Any]) -> str:
-    """What `describe` found, in one line."""
+    """What `SectionShifts.facts` states, in one line."""
     names = ", ".join(f"{m:.6g}" for m in facts["mz"])
     low, high = facts["range_ppm"]
     return (

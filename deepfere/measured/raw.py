@@ -74,6 +74,12 @@ class RawMeasured:
         return image
 
     @cached_property
+    def _rows(self) -> RowReader:
+        """Of a table; sorting one takes long, and is done once."""
+        assert isinstance(self._source, Table)
+        return RowReader(self._source, np.arange(len(self._source)))
+
+    @cached_property
     def _factors(self) -> dict[str, NDArray[np.float32]]:
         """Factors of normalisation (ny, nx), NaN where not measured; reads all of the file once."""
         out = np.zeros((len(FACTORS), *self.mask.shape))
@@ -106,7 +112,7 @@ class RawMeasured:
     def _reduce(self, ions: NDArray[np.float64], width: float, representation: str | None) -> Iterator[Reduce]:
         source = self._source
         if isinstance(source, Table):
-            yield TableReducer(source, ions, "list", Tolerance(width), np.arange(len(source)))
+            yield TableReducer(source, ions, "list", Tolerance(width), self._rows)
             return
         kind = representation or source.representation
         if kind not in ("centroid", "profile"):

@@ -135,11 +135,10 @@ class Reducer:
             self.order = np.argsort(axis, kind="stable")
             self.axis = axis[self.order]
 
-    def of(self, rows: NDArray[np.int64]) -> Reducer:
-        """For some spectra (positions, rising), which are then counted from 0."""
+    def of(self, rows: NDArray[np.int64], shifts: NDArray[np.float64] | None) -> Reducer:
+        """For some spectra (positions, rising; n) and their shifts (n,), which are then counted from 0."""
         other = copy(self)
-        other.index = self.index.only(rows)
-        other.shifts = None if self.shifts is None else self.shifts[rows]
+        other.index, other.shifts = self.index.only(rows), shifts
         return other
 
     def __call__(self, ibd: IO[bytes], rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float64], int]:

@@ -189,7 +189,7 @@ class TableReducer:
         ions: (M,) ascending.
         how: "axis" where the ions are the variables themselves.
         tolerance: Half-width of the ions' windows.
-        order: Pixels in the order in which they will be asked for.
+        reader: Of the table, in the order in which pixels will be asked for.
         reference: Its window is a fourth factor.
     """
 
@@ -199,14 +199,14 @@ class TableReducer:
         ions: NDArray[np.float64],
         how: str,
         tolerance: Tolerance,
-        order: NDArray[np.int64],
+        reader: RowReader,
         reference: Windows | None = None,
     ) -> None:
         self.table, self.ions = table, ions
         self.axis, self.rank = table.sorted_mz()
         self.windows = None if how == "axis" else Windows(ions, tolerance)
         self.reference = reference
-        self.reader = RowReader(table, order)
+        self.reader = reader
 
     def of(self, rows: NDArray[np.int64]) -> Reduce:
         """For some pixels, which are then counted from 0."""

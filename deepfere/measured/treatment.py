@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
-from deepfere.measured.lock_mass import LockMass, check_found, found_shifts
+from deepfere.measured.lock_mass import LockMass, check_share, found_shifts
 from deepfere.measured.profile import UNCHANGED, ProfileSpec
 from deepfere.readers.imzml import ImzmlIndex
 from deepfere.readers.ranges import open_binary
@@ -55,7 +55,7 @@ class Treatment:
             return None
         with open_binary(source.ibd_path) as ibd:
             shifts = found_shifts(source, ibd, rows, kind, self.lock_mass)
-        check_found(shifts, self.lock_mass, source.path)
+        check_share(float(np.isfinite(shifts).mean()) if len(shifts) else 0.0, self.lock_mass, source.path)
         return shifts
 
 

@@ -97,10 +97,15 @@ class MeasuredWriter:
                 part = images[first : first + self.shard_ions]
                 self.ions[first : first + len(part), begin : begin + part.shape[1], :] = part
 
-    def write_factors(self, begin: int, factors: Mapping[str, NDArray[np.float32]]) -> None:
-        """The part of images of one value a pixel ("tic", "rms", "median"...) that lies in a band, (rows, nx) each."""
+    def write_factors(self, begin: int, factors: Mapping[str, NDArray[Any]]) -> None:
+        """The part of images of one value a pixel ("tic", "rms", "median"...) that lies in a band.
+
+        Args:
+            begin: First image row.
+            factors: By their names, each (rows, nx) float32 or bool.
+        """
         for name, part in factors.items():
-            self._image(name, np.float32)[begin : begin + len(part)] = part
+            self._image(name, bool if part.dtype == bool else np.float32)[begin : begin + len(part)] = part
 
     def _image(self, name: str, dtype: type) -> zarr.Array:
         """An array (ny, nx), a chunk per band; not measured is NaN, or False."""

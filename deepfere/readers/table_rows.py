@@ -1,11 +1,12 @@
 """The values of a table of pixels by m/z bins, whatever its encoding: by columns, by rows, dense.
 
-`RowReader` gives those of many pixels, and passes over the store as rarely as its memory allows.
+`RowReader` gives those of many pixels in one pass over the store, whatever their number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,19 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from deepfere.errors import InputError
+from deepfere.scratch import ScratchFile
 
 if TYPE_CHECKING:
     from deepfere.readers.table import Table
 
-PIECE_VALUES = 1 << 22
-BLOCK_VALUES = 1 << 26  # 8 bytes each
+PIECE_VALUES = 1 << 20
+HELD_VALUES = 1 << 21
+"""So many, of 8 bytes each, are held of a table that is in order; of any other table that has more none is."""
+LARGEST_CHUNK = 1 << 26
+RECORD = np.dtype([("place", "<i4"), ("column", "<i4"), ("value", "<f4")])
+
+MOST_DECODED = 16
+"""A chunk that is far larger than a piece is decoded so often at most, for a part of it each time."""
 
 Piece = tuple[NDArray[Any], NDArray[Any], NDArray[np.float32]]
 
@@ -28,12 +36,16 @@ Piece = tuple[NDArray[Any], NDArray[Any], NDArray[np.float32]]
 class RowReader:
     """The values of a table's pixels, asked for in an order that is known beforehand.
 
-    As many pixels as fit into memory are read in one pass over the table: a table by columns has a pixel's values all
-    over it.
+    A table by columns has a pixel's values all over it. Where they are more than should be held, one pass over the
+    table brings all of them into order, in a temporary file of 12 bytes a value (`deepfere.scratch`).
 
     Args:
         table: Of the store.
         order: Pixels (positions in ``table``, each once) in the order in which they will be asked for.
+
+    Raises:
+        InputError: The table is damaged.
+        DeepfereError: There is no room for the temporary file.
     """
 
     def __init__(self, table: Table, order: NDArray[np.int64]) -> None:
@@ -41,6 +53,14 @@ class RowReader:
         self._ends = np.cumsum(table.length[order])
         self._at = np.empty(len(table), np.int64)  # of each pixel: its place in the order
         self._at[order] = np.arange(len(order))
+        in_order = table.encoding != "csc" and bool((np.diff(table.rows[order]) > 0).all())
+        many = len(order) > 0 and int(self._ends[-1]) > HELD_VALUES
+        try:
+            self._indptr = None if table.encoding == "dense" else _indptr(table.group, table.encoding, table.shape)
+        except Exception as error:  # see `open_table`
+            raise damaged(table.path, error) from error
+        self._sorted = self._in_order() if many and not in_order else None
+        self._held = max(HELD_VALUES, min(_decoded_together(table), LARGEST_CHUNK))
         self._first = self._last = 0  # places in the order that are held
         self._starts = np.zeros(1, np.int64)
         self._columns, self._values = np.empty(0, np.int32), np.empty(0, np.float32)
@@ -52,9 +72,12 @@ class RowReader:
             InputError: The table is damaged.
         """
         first, last = int(self._at[rows[0]]), int(self._at[rows[-1]]) + 1
+        done = int(self._ends[first - 1]) if first else 0
+        if self._sorted is not None:
+            found = self._sorted.read(done, int(self._ends[last - 1]) - done)
+            return found["column"], found["value"], self.table.length[rows]
         if not self._first <= first < last <= self._last:
-            done = int(self._ends[first - 1]) if first else 0
-            self._load(first, max(last, int(np.searchsorted(self._ends, done + BLOCK_VALUES, side="right"))))
+            self._load(first, max(last, int(np.searchsorted(self._ends, done + self._held, side="right"))))
         part = slice(*self._starts[[first - self._first, last - self._first]].tolist())
         return self._columns[part], self._values[part], self.table.length[rows]
 
@@ -64,30 +87,86 @@ class RowReader:
         lengths = self.table.length[held]
         starts = np.concatenate([[0], np.cumsum(lengths)])
         columns, values = np.zeros(int(starts[-1]), np.int32), np.zeros(int(starts[-1]), np.float32)
-        place = np.full(self.table.shape[0], -1, np.int64)  # of each row of the table
-        place[self.table.rows[held]] = np.arange(len(held))
         fill = starts[:-1].copy()
-        try:
-            for row, column, value in _pieces(self.table, place):
-                # By pixel; where each goes is behind what its pixel has already.
-                count = np.bincount(row, minlength=len(held))
-                begin = np.cumsum(count) - count
-                into = np.repeat(fill - begin, count) + np.arange(len(row))
-                order = _by_row(row, count)
-                columns[into], values[into] = column[order], value[order]
-                fill += count
-        except Exception as error:  # see `open_table`
-            raise damaged(self.table.path, error) from error
+        for row, column, value in self._pieces(held):
+            # By pixel; where each goes is behind what its pixel has already.
+            count = np.bincount(row, minlength=len(held))
+            begin = np.cumsum(count) - count
+            into = np.repeat(fill - begin, count) + np.arange(len(row))
+            fill += count
+            if (fill > starts[1:]).any():
+                raise damaged(self.table.path, CHANGES)
+            order = _by_row(row, count)
+            columns[into], values[into] = column[order], value[order]
         if (fill != starts[1:]).any():
-            raise damaged(self.table.path, "it changes while it is read")
+            raise damaged(self.table.path, CHANGES)
         self._columns, self._values, self._starts, self._first, self._last = columns, values, starts, first, last
+
+    def _in_order(self) -> ScratchFile:
+        """All values in the order of the pixels: dealt out to parts of the file, each of which is then sorted."""
+        table, order, ends = self.table, self.order, self._ends
+        out = ScratchFile(RECORD)
+        # First pixel of each part, and where its values begin.
+        cuts = np.unique(np.searchsorted(ends, np.arange(0, int(ends[-1]), PIECE_VALUES), side="right"))
+        starts = np.concatenate([[0], ends])[np.append(cuts, len(order))]
+        done = starts[:-1].copy()
+        for place, column, value in self._pieces(order):
+            part = np.searchsorted(cuts, place, side="right") - 1
+            count = np.bincount(part, minlength=len(cuts))
+            if (done + count > starts[1:]).any():
+                raise damaged(table.path, CHANGES)
+            records, by_part = np.empty(len(place), RECORD), _by_row(part, count)
+            for name, values in (("place", place), ("column", column), ("value", value)):
+                records[name] = values[by_part]
+            for k, some in zip(np.flatnonzero(count), np.split(records, np.cumsum(count[count > 0])[:-1]), strict=True):
+                out.write(int(done[k]), some)
+                done[k] += len(some)
+        if (done != starts[1:]).any():
+            raise damaged(table.path, CHANGES)
+        for number, (first, last) in enumerate(pairwise(starts)):
+            records = out.read(int(first), int(last - first))
+            own = order[cuts[number] : cuts[number + 1] if number + 1 < len(cuts) else None]
+            place = records["place"] - cuts[number]
+            count = np.bincount(place, minlength=len(own))
+            if (count != table.length[own]).any():
+                raise damaged(table.path, CHANGES)
+            out.write(int(first), records[_by_row(place, count)])
+        return out
+
+    def _pieces(self, wanted: NDArray[np.int64]) -> Iterator[Piece]:
+        """Values of some pixels, a piece at a time: place among them, variable, value.
+
+        Raises:
+            InputError: The table is damaged.
+        """
+        table, rows = self.table, self.table.rows[wanted]
+        low = int(rows.min())
+        place = np.full(int(rows.max()) + 1 - low, -1, np.int32)
+        place[rows - low] = np.arange(len(rows))
+        try:
+            if self._indptr is None:
+                yield from _of_dense(table, place, low)
+            else:
+                yield from _of_sparse(table, self._indptr, place, low)
+        except Exception as error:  # see `open_table`
+            raise damaged(table.path, error) from error
+
+
+CHANGES = "it changes while it is read"
+
+
+def _decoded_together(table: Table) -> int:
+    """Values of a chunk (a shard), of a dense table of a row of them."""
+    array = stored_array(table.group, "X" if table.encoding == "dense" else "X/indices")
+    unit = (array.shards or array.chunks)[0]
+    return unit * table.shape[1] if table.encoding == "dense" else unit
 
 
 def stored_lengths(group: zarr.Group, encoding: str, shape: tuple[int, int]) -> NDArray[np.int64]:
     """(rows,) stored values of each row of the table; dense: those that are not zero."""
     if encoding == "dense":
         lengths = np.zeros(shape[0], np.int64)
-        for rows, block, _ in _tiles(stored_array(group, "X"), np.ones(shape[0], bool)):
+        for rows, block, _ in _tiles(stored_array(group, "X"), 0, shape[0]):
             lengths[rows] += np.count_nonzero(block, axis=1)
         return lengths
     indptr = _indptr(group, encoding, shape)
@@ -95,7 +174,7 @@ def stored_lengths(group: zarr.Group, encoding: str, shape: tuple[int, int]) -> 
         return np.diff(indptr)
     lengths = np.zeros(shape[0], np.int64)
     indices = stored_array(group, "X/indices")
-    for begin, end in _cuts(int(indptr[-1]), indices):
+    for begin, end in _cuts(0, int(indptr[-1]), indices):
         lengths += np.bincount(indices[begin:end], minlength=shape[0])  # raises where an index is beyond the rows
     return lengths
 
@@ -110,51 +189,56 @@ def _indptr(group: zarr.Group, encoding: str, shape: tuple[int, int]) -> NDArray
     return indptr
 
 
-def _cuts(total: int, array: zarr.Array) -> list[tuple[int, int]]:
-    """Ranges of a flat array, whole chunks (or shards) each."""
+def _cuts(first: int, last: int, array: zarr.Array) -> list[tuple[int, int]]:
+    """Ranges of a part of a flat array, whole chunks (or shards) each."""
     unit = (array.shards or array.chunks)[0]
     step = unit * max(1, PIECE_VALUES // unit)
-    if step > 4 * PIECE_VALUES:  # one chunk of everything is read in parts all the same
-        step = PIECE_VALUES
-    return [(k, min(k + step, total)) for k in range(0, total, step)]
+    if step > 4 * PIECE_VALUES:
+        step = max(PIECE_VALUES, -(-unit // MOST_DECODED))
+    return [(max(k, first), min(k + step, last)) for k in range(first // step * step, last, step)]
 
 
-def _tiles(matrix: zarr.Array, wanted: NDArray[np.bool_]) -> Iterator[tuple[slice, NDArray[np.float32], int]]:
-    """Blocks of a dense matrix that hold wanted rows: which rows, the values, and the first variable."""
+def _tiles(matrix: zarr.Array, low: int, high: int) -> Iterator[tuple[slice, NDArray[np.float32], int]]:
+    """Blocks of some rows of a dense matrix: which rows, the values, and the first variable."""
     unit = matrix.shards or matrix.chunks
     width = min(matrix.shape[1], unit[1] * max(1, PIECE_VALUES // (unit[0] * unit[1])))
     height = unit[0] * max(1, PIECE_VALUES // (unit[0] * width))
-    for top in range(0, matrix.shape[0], height):
-        rows = slice(top, min(top + height, matrix.shape[0]))
-        if wanted[rows].any():
-            for left in range(0, matrix.shape[1], width):
-                yield rows, np.asarray(matrix[rows, left : left + width]), left
+    for top in range(low // height * height, high, height):
+        rows = slice(max(top, low), min(top + height, high))
+        for left in range(0, matrix.shape[1], width):
+            yield rows, np.asarray(matrix[rows, left : left + width]), left
 
 
-def _pieces(table: Table, place: NDArray[np.int64]) -> Iterator[Piece]:
-    """Values of the rows whose place is not negative, in a few passes' pieces: place, variable, value."""
-    wanted = place >= 0
-    if table.encoding == "dense":
-        for rows, block, left in _tiles(stored_array(table.group, "X"), wanted):
-            row, column = np.nonzero((block != 0) & wanted[rows, None])
-            yield place[rows][row], (column + left).astype(np.int32), block[row, column].astype(np.float32)
-        return
-    indptr = _indptr(table.group, table.encoding, table.shape)
+def _of_dense(table: Table, place: NDArray[np.int32], low: int) -> Iterator[Piece]:
+    """`RowReader._pieces` of the rows from ``low`` on whose place is not negative."""
+    for rows, block, left in _tiles(stored_array(table.group, "X"), low, low + len(place)):
+        own = place[rows.start - low : rows.stop - low]
+        row, column = np.nonzero((block != 0) & (own >= 0)[:, None])
+        if len(row):
+            yield own[row], (column + left).astype(np.int32), block[row, column].astype(np.float32)
+
+
+def _of_sparse(table: Table, indptr: NDArray[np.int64], place: NDArray[np.int32], low: int) -> Iterator[Piece]:
+    """`RowReader._pieces` of the rows from ``low`` on whose place is not negative."""
     indices, data = stored_array(table.group, "X/indices"), stored_array(table.group, "X/data")
-    for begin, end in _cuts(int(indptr[-1]), indices):
+    by_row, high = table.encoding == "csr", low + len(place)
+    first, last = (int(indptr[low]), int(indptr[high])) if by_row else (0, int(indptr[-1]))
+    for begin, end in _cuts(first, last, indices):
         # Which row (by columns: which variable) each value of the piece belongs to.
         lines = np.arange(np.searchsorted(indptr, begin, "right") - 1, np.searchsorted(indptr, end, "left"))
-        if table.encoding == "csr" and not wanted[lines].any():
+        if by_row and not (place[lines - low] >= 0).any():
             continue
         count = np.minimum(indptr[lines + 1], end) - np.maximum(indptr[lines], begin)
-        line, index = np.repeat(lines, count), np.asarray(indices[begin:end]).astype(np.int64)
-        row, column = (line, index) if table.encoding == "csr" else (index, line)
-        kept = slice(None) if wanted.all() else np.flatnonzero(wanted[row])
-        if column.min(initial=0) < 0 or column.max(initial=0) >= table.shape[1]:
-            raise ValueError("X/indices point beyond the variables")
-        row, column = place[row[kept]], column[kept].astype(np.int32)
-        if len(row):
-            yield row, column, np.asarray(data[begin:end]).astype(np.float32, copy=False)[kept]
+        line, index = np.repeat(lines.astype(np.int32), count), np.asarray(indices[begin:end])
+        if index.min(initial=0) < 0 or index.max(initial=0) >= table.shape[1 if by_row else 0]:
+            raise ValueError("X/indices point beyond the table")
+        row, column = (line, index) if by_row else (index, line)
+        inside = slice(None) if by_row else np.flatnonzero((row >= low) & (row < high))
+        at = place[row[inside] - low]
+        kept = np.flatnonzero(at >= 0)
+        if len(kept):
+            values = np.asarray(data[begin:end]).astype(np.float32, copy=False)[inside]
+            yield at[kept], column[inside][kept].astype(np.int32, copy=False), values[kept]
 
 
 def _by_row(row: NDArray[Any], count: NDArray[np.int64]) -> NDArray[Any] | slice:
