@@ -267,6 +267,13 @@ def test_axes_that_agree_are_kept_and_others_become_peaks(study):
         np.testing.assert_allclose(measured.cube()[:, 0, 1], [3, 2, 3])
 
 
+def test_what_is_to_be_said_of_a_file_is_said_once(study, recwarn):
+    study.write(a=of(spectra(COMMON, seed=1), uuid=bytes(16)), b=of(spectra(COMMON, seed=2)))
+    done = study.ingest()
+    assert done.code == 0 and not [w for w in recwarn if "identifier" in str(w.message)]
+    assert (done.out + done.err).count("a.ibd does not begin with the identifier") == 1
+
+
 def test_failures_of_the_machine_and_of_the_input_are_told_apart(study, monkeypatch):
     import deepfere.pipeline.sections as module
 

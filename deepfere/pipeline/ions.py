@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from deepfere.config import Config, digest
 from deepfere.errors import InputError
 from deepfere.measured.ions import (
+    Source,
     known_kind,
     look_at_neighbours,
     of_region,
@@ -150,7 +152,7 @@ class _Look:
                 axis: NDArray[np.float64] | None = cube.mz
                 kind, polarity = cube.attrs.get("representation"), cube.attrs.get("polarity")
             else:
-                source = of_region(open_source(section.msi, str(folder.index)), section.region)
+                source = self._spectra()
                 axis, kind = own_axis(source), self.config.ingest.representation or source.representation
                 polarity = getattr(source, "polarity", None)
                 if axis is None:
@@ -160,6 +162,12 @@ class _Look:
                 with writing(folder.axis) as path:
                     np.save(path, axis)
                 facts["axis"] = digest(axis.tolist())
+
+    def _spectra(self) -> Source:
+        folder = self.work.section(self.section.name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # ingestion tells what it has to say
+            return of_region(open_source(self.section.msi, str(folder.index)), self.section.region)
 
     def axis(self) -> NDArray[np.float64]:
         with reading(self.work.section(self.section.name).axis) as path:
@@ -176,7 +184,7 @@ class _Look:
             )
         with self.work.stage("sample", self.key, section.name) as facts:
             if facts is not None:
-                source = of_region(open_source(section.msi, str(folder.index)), section.region)
+                source = self._spectra()
                 kind = known_kind(source, self.config.ingest.representation)
                 treatment, raster = treatment_of(self.config.ingest), plan_raster(source, "sum")
                 treatment.check(source, kind, "automatic", self.facts["axis"] is not None)
@@ -190,7 +198,7 @@ class _Look:
         ions = np.asarray(self.work.facts("ions")["mz"], np.float64)
         with self.work.stage("structure", [self.key, digest(ions.tolist())], section.name) as facts:
             if facts is not None:
-                source = of_region(open_source(section.msi, str(folder.index)), section.region)
+                source = self._spectra()
                 kind = known_kind(source, self.config.ingest.representation)
                 treatment, raster = treatment_of(self.config.ingest), plan_raster(source, "sum")
                 found = look_at_neighbours(source, raster, ions, kind, _peak_spec(self.config), treatment)

@@ -78,7 +78,7 @@ def prepare_sections(job: Job, work: Workspace, failures: Failures, progress: Pr
     if job.depth >= 3:
         failures.stop("the others are prepared, but learning takes all of them: mend or remove these")
     told = [lines[section.name] for section in job.sections if section.name in lines]
-    if job.stage in ("align", "tile"):
+    if job.stage in ("ingest", "align", "tile"):
         of_each = {name: work.facts(job.stage, name).get("warnings", []) for name in lines}
         told += [f"{name}: warning: {text}" for name, texts in of_each.items() for text in texts]
     if differ:
