@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,10 @@ from deepfere.places import Place, UrlPath, writing
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+NO_PLACE = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT}
+NO_PLACE |= {errno.ENAMETOOLONG, errno.ELOOP}
+"""Errors of a path that is no place to write to; others are the disk's."""
 
 
 def write_table(table: pa.Table, target: Place) -> None:
@@ -27,6 +32,24 @@ def write_table(table: pa.Table, target: Place) -> None:
     write_parts(table.schema, [table], target)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder that files are to be written to, where it is not there.
+
+    Raises:
+        InputError: It cannot be made, or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        if error.errno not in NO_PLACE:
+            raise
+        raise InputError(
+            f"cannot be written ({error.strerror or error})", where=folder, remedy="choose another place"
+        ) from error
+
+
 def write_parts(schema: pa.Schema, parts: Iterable[pa.Table], target: Place) -> None:
     """As `write_table`, of parts that are not in memory all at once; each is a row group, or several."""
     from deepfere.store import sync
@@ -36,8 +59,8 @@ def write_parts(schema: pa.Schema, parts: Iterable[pa.Table], target: Place) -> 
             _write(schema, parts, file)
         return
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    make_folder(target.parent)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             _write(schema, parts, temporary)
             sync(temporary)

@@ -17,6 +17,7 @@ import tifffile
 
 from deepfere.cluster import Journal
 from deepfere.errors import DeepfereError, InputError, system_text
+from deepfere.inspect import describe
 from deepfere.model.artefacts import Artefacts
 from deepfere.model.features import StainReference
 from deepfere.pipeline.tile import native_tiles
@@ -165,3 +166,11 @@ def test_a_slide_that_was_cut_off_is_told_once(tmp_path):
     assert done.stderr == "" and done.stdout.count("\n") == 1
     assert str(path) in done.stdout and "tile 5, 0" in done.stdout and "the file ends before it" in done.stdout
     assert "invalid page offset" in run("aloud").stderr
+
+
+def test_a_slide_without_its_pages_is_to_be_copied_again(tmp_path):
+    path = tmp_path / "cut.tif"
+    path.write_bytes(b"II*\0" + (10_000).to_bytes(4, "little") + bytes(2000))  # the first page comes behind the end
+    for look in (describe, open_slide):
+        with pytest.raises(InputError, match=r"cut\.tif: holds no page, as one that was cut off; copy it again"):
+            look(path)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import fields
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 
 import deepfere
 from deepfere.errors import InputError
-from deepfere.readers.slide import open_slide
+from deepfere.readers.slide import open_slide, slide_digest
 from deepfere.tiling.tiles import TilePlan, TileSpec, plan_tiles
 
 from .test_reader_tiff import damage, picture, write_jpeg_tiff
@@ -67,6 +68,17 @@ def test_the_slide_may_lie_elsewhere_and_may_not_be_another(tmp_path, slide_path
     (tmp_path / "t.tif").rename(tmp_path / "s.tif")
     with pytest.raises(InputError, match=r"s\.tif: is not the slide that p\.parquet was made for.*plan anew"):
         TilePlan.from_parquet("p.parquet")
+
+
+def test_a_slide_in_several_files_is_another_when_one_of_them_is(tmp_path):
+    (tmp_path / "s").mkdir()
+    for name, content in (("s.mrxs", b"names the others"), ("s/Slidedat.ini", b"1"), ("s/Data0000.dat", b"12")):
+        (tmp_path / name).write_bytes(content)
+    known = slide_digest(tmp_path / "s.mrxs")
+    shutil.copytree(tmp_path, tmp_path.with_name("copy"))
+    assert slide_digest(tmp_path.with_name("copy") / "s.mrxs") == known
+    (tmp_path / "s" / "Data0000.dat").write_bytes(b"123")
+    assert slide_digest(tmp_path / "s.mrxs") != known
 
 
 def test_what_is_no_plan(tmp_path, slide_path):
@@ -126,6 +138,7 @@ def rows_in(folder):
 
 
 @pytest.mark.ray
+@pytest.mark.filterwarnings("ignore:.*tiles are bad:UserWarning")
 @pytest.mark.parametrize("where", ["apply", "map_batches"])
 def test_an_interrupted_job_makes_what_is_missing_alone(tmp_path, monkeypatch, ray_session, where):
     import deepfere.tiling.tile_source as source
@@ -213,6 +226,44 @@ def test_rows_that_nobody_could_go_on_from(tmp_path, slide_path):
     (tmp_path / "b.parquet").write_bytes(whole[:-9])
     with pytest.raises(InputError, match=r"b\.parquet: cannot be read as Parquet .*delete it"):
         deepfere.tiles_done(tmp_path)
+
+
+def test_what_cannot_be_written_or_was_replaced_is_told_before_a_tile_is_read(tmp_path, slide_path):
+    from deepfere.tiling.tile_source import apply_tiles, read_tiles
+
+    shutil.copy(slide_path, tmp_path / "s.tif")
+    plan = plan_tiles(open_slide(tmp_path / "s.tif"), SPEC)
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "file.parquet").mkdir()
+    with pytest.raises(InputError, match=r"file/rows: cannot be written \(Not a directory\); choose another place"):
+        deepfere.write_tiles(None, tmp_path / "file" / "rows")
+    for target in ("file/p.parquet", "file.parquet"):
+        with pytest.raises(InputError, match=r"cannot be written \(.*\); choose another place"):
+            plan.to_parquet(tmp_path / target)
+    write_jpeg_tiff(tmp_path / "s.tif", picture(512, 1024))
+    part = plan, plan.key, np.arange(len(plan))
+    for rows in (read_tiles(*part), apply_tiles(*part, features)):
+        with pytest.raises(InputError, match=r"s\.tif: has changed since its tiles were planned; plan anew"):
+            next(iter(rows))
+
+
+def test_bad_tiles_are_counted_and_named(tmp_path):
+    from types import SimpleNamespace
+
+    from deepfere.tiling.tile_sink import TileFiles
+
+    files, written = TileFiles(tmp_path), []
+    for task, errors in enumerate(([None, None], [None, "s.tif: tile 1, 2 is damaged"], ["another"])):
+        count = len(errors)
+        table = pa.table({"plan": ["a"] * count, "slide": ["s"] * count, "tile": range(count), "error": errors})
+        written.append(files.write([table], SimpleNamespace(task_idx=task)))
+    with pytest.warns(UserWarning, match=r"^2 of 5 tiles are bad, first s\.tif: tile 1, 2 is damaged$"):
+        files.on_write_complete(SimpleNamespace(write_returns=written))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        files.on_write_complete(SimpleNamespace(write_returns=[*written[:1], files.write([], None)]))
+        files.on_write_complete(SimpleNamespace(write_returns=[]))
+    assert len(deepfere.tiles_done(tmp_path)) == 2  # they were tried again
 
 
 @pytest.mark.ray

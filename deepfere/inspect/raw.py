@@ -208,6 +208,8 @@ def _slide(path: str | Path, said: list[str]) -> Description:
         opened = open_slide(path)
     except InputError as error:
         if error.remedy != GIVE_MPP:
+            if problem:
+                raise InputError(f"is {problem}", where=path, remedy="copy it again") from error
             raise
         mpp_text = f"not known ({error.what}): {GIVE_MPP}"
         opened = open_slide(path, 1.0)
@@ -334,7 +336,7 @@ def _probe(notes: Notes, opened: Slide) -> None:
             except InputError as error:
                 notes.problem(error.what)
                 return
-    notes.add("decoded", "nine places of every level")
+    notes.add("decoded", "nine places of every level, no other")
 
 
 def phantom(path: Path) -> Description:

@@ -66,6 +66,12 @@ def _remote_digest(url: str) -> str:
     return digest.hexdigest()
 
 
+def names_and_sizes(folder: Path) -> str:
+    """A line for each file below a local folder: its name and how many bytes it has; in name order."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return "\n".join(f"{p.relative_to(folder).as_posix()} {p.stat().st_size}" for p in files)
+
+
 def tree_digest(path: str | Path) -> str:
     """SHA-256 (hex) over the names and content digests of all files below a folder or URL, in name order."""
     sha = hashlib.sha256()

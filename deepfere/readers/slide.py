@@ -6,6 +6,7 @@ pixel (r, c) has its centre at ``((r + 1/2) mpp_y, (c + 1/2) mpp_x)`` micrometre
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -219,13 +220,21 @@ def opened(path: str, mpp_um: tuple[float, float], backend: Backend, icc: Icc = 
 def slide_digest(path: str | Path) -> str:
     """sha256 (hexadecimal) of a slide's content, wherever it lies.
 
+    Of a slide in several files it is that of the one that is given; of a MIRAX slide, whose pixels lie in the folder
+    beside it, also of the names and sizes in there.
+
     Raises:
         InputError: It cannot be read.
     """
-    from deepfere.readers.digest import content_digest
+    from deepfere.readers.digest import content_digest, names_and_sizes
     from deepfere.readers.slide_zarr import is_zarr, zarr_digest
 
-    return zarr_digest(path) if is_zarr(path) else content_digest(path)
+    if is_zarr(path):
+        return zarr_digest(path)
+    own = content_digest(path)
+    if is_url(path) or Path(path).suffix.lower() != ".mrxs":
+        return own
+    return hashlib.sha256(f"{own}\n{names_and_sizes(Path(path).with_suffix(''))}".encode()).hexdigest()
 
 
 def on_background(rgba: NDArray[np.uint8], background: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -241,6 +241,8 @@ def _open_tiff(path: str | Path, given: tuple[float, float] | None) -> FlatSlide
         close()
         raise InputError(f"cannot be opened ({error})", where=path, remedy=CONVERT) from error
     try:
+        if not len(file.pages):
+            raise InputError("holds no page, as one that was cut off", where=path, remedy="copy it again")
         series = file.series[0]
         pages = [level.keyframe for level in series.levels]
         channels = "x".join(str(n) for n in series.shape)
@@ -261,7 +263,9 @@ def _open_tiff(path: str | Path, given: tuple[float, float] | None) -> FlatSlide
         raise
     except Exception as error:  # a damaged directory makes tifffile raise many things
         close()
-        raise InputError(f"cannot be read as TIFF ({error})", where=path, remedy=CONVERT) from error
+        raise InputError(
+            f"cannot be read as TIFF ({error})", where=path, remedy=f"copy it again, or {CONVERT}"
+        ) from error
     cache = _Segments(ranges)
     stored = [((p.imagelength, p.imagewidth), cache.window(k, p)) for k, p in enumerate(pages)]
     tiles = [(p.tilelength, p.tilewidth) if p.is_tiled else None for p in pages]

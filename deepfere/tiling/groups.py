@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from deepfere.errors import DamagedPixels
+from deepfere.errors import DamagedPixels, InputError
 from deepfere.readers.slide import Slide, opened
 from deepfere.readers.slide_area import Axis, average
 from deepfere.readers.slide_native import NativeTiles, read_native
@@ -86,13 +86,19 @@ class TileReader:
     Args:
         plan: The tiles.
         slide: The opened slide; None opens it, once per process.
+
+    Raises:
+        InputError: The slide is of another size than the one that was planned.
     """
 
     def __init__(self, plan: TilePlan, slide: Slide | None = None) -> None:
         self.plan = plan
         self.slide = slide or opened(plan.path, plan.slide_mpp_um, plan.reading.backend, plan.reading.icc)
         self._tiled = self.slide if isinstance(self.slide, NativeTiles) else None
-        self._level = self.slide.levels[plan.reading.level]
+        level = self.slide.levels[plan.reading.level :][:1]
+        if not level or (level[0].shape_px, level[0].tile_px) != (plan.level_px, plan.native_px):
+            raise InputError("has changed since its tiles were planned", where=plan.path, remedy="plan anew")
+        self._level = level[0]
         # Where output pixels are pixels of the level, up to its very end, tiles are cut out as they are.
         whole = all(n * d == full for n, d, full in zip(*self._sizes(), strict=True))
         self._copies = whole and all(self._axis(k, 0, 1).ratio == 1 for k in (0, 1))
