@@ -403,6 +403,11 @@ def thyra(source, out, *options):
     command = shutil.which(os.environ.get("DEEPFERE_THYRA", "thyra"))
     if command is None:
         pytest.skip("thyra is not installed (pip install thyra in its own environment, and set DEEPFERE_THYRA)")
+    told = subprocess.run([command, "--help"], capture_output=True, text=True, timeout=300).stdout
+    if options and options[0] not in told:
+        if "csc" not in options:  # what newer ones write, without an option
+            pytest.skip(f"this thyra has no {options[0]}")
+        options = ()
     done = subprocess.run([command, source, out, *options], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
     return out
@@ -450,9 +455,12 @@ def test_what_thyra_writes(tmp_path, layout):
     np.testing.assert_allclose(found.mz, mz, rtol=5e-6)
 
 
-def test_thyra_loses_the_pixel_height(tmp_path):
+def test_the_pixel_height_that_older_thyras_lose(tmp_path):
     spectra = [(x + 1, y + 1, [300.0, 500.0], [1.0, 2.0 + x + y]) for y in range(4) for x in range(4)]
     path = thyra(for_thyra(tmp_path / "a.imzML", spectra, (10, 20)), tmp_path / "t.zarr")
+    if zarr.open_group(path, mode="r").attrs["pixel_size_y_um"] == 20:
+        assert open_table(path).pitch_um == (20.0, 10.0)
+        return
     with pytest.raises(InputError, match="states pixels of 10 x 10 um, but its source's were 20 x 10 um"):
         ingest(path, tmp_path / "m.zarr")
 
