@@ -286,16 +286,16 @@ def worker_options(mz: list[float] | None, lock: float | None = None) -> str:
 def memory(folder: Path, quick: bool, thyra: str | None) -> list[Row]:
     """Peak memory of a process that ingests ten and a hundred times as many rows."""
     ions = targets(300).tolist()
-    arms: dict[str, tuple[int, str]] = {  # image rows of the smallest
-        "continuous": (128, worker_options(None)),
-        "processed": (128, worker_options(ions)),
-        "processed, lock mass": (128, worker_options(ions, ions[20])),
-        "table by pixel": (16, worker_options(None)),
-        "table by variable": (16, worker_options(None)),
+    arms = {
+        "continuous": worker_options(None),
+        "processed": worker_options(ions),
+        "processed, lock mass": worker_options(ions, ions[20]),
+        "table by pixel": worker_options(None),
+        "table by variable": worker_options(None),
     }
-    rows = []
-    for what, (most, options) in arms.items():
-        small, peaks = most // 8 if quick else most, {}
+    rows, small = [], 16 if quick else 128
+    for what, options in arms.items():
+        peaks: dict[int, int] = {}
         for times in (1, 10) if quick else (1, 10, 100):
             path, out = folder / "memory.imzML", folder / "memory.zarr"
             if what.startswith("table"):

@@ -52,6 +52,13 @@ def test_what_comes_out_is_what_went_in(numbers, rows, begin, end, step):
             column[beyond]
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(-5, 60), max_size=70), st.integers(-9, 70))
+def test_how_many_values_are_not_above_one(numbers, value):
+    array = np.sort(np.array(numbers, np.int64))
+    assert Column.of(array).count_up_to(value) == np.searchsorted(array, value, side="right")
+
+
 def test_what_was_read_does_not_change_the_column_and_more_can_be_added():
     column = Column.of(np.arange(100) ** 2)
     column[:5][:] = 0

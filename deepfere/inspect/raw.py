@@ -85,6 +85,7 @@ def table(path: Path) -> Description:
     Raises:
         InputError: There is no table, or several; see `deepfere.readers.table.open_table`.
     """
+    from deepfere.readers.columns import reach
     from deepfere.readers.table import open_table
 
     notes, found = Notes(), open_table(path)
@@ -96,7 +97,7 @@ def table(path: Path) -> Description:
     if found.empty:
         notes.add("empty rows", f"{found.empty:,}, taken as not measured")
     _add_raster(notes, found, pitch)
-    low, high = int(found.length.min()), int(found.length.max())
+    low, high = reach(found.length)
     stored = f"{low:,}" if low == high else f"{low:,} to {high:,}"
     notes.add("values", f"{stored} per pixel, stored {STORED[found.encoding]}")
     mz = f"{found.mz.min():.4f} to {found.mz.max():.4f}"

@@ -260,7 +260,9 @@ def _open_reduce(
         ions, how = choose_table_ions(source, raster, targets, kind, spec)
         ions, how = own_structured(source, raster, ions, how, kind, spec, treatment)
         rows = _band_rows(band_rows, len(ions), raster)
-        order = np.concatenate(list(by_band(raster, fitting_band(rows, raster.shape_px))))
+        order = Column()
+        for band in by_band(raster, fitting_band(rows, raster.shape_px)):
+            order.extend(band)
         reduce = TableReducer(source, ions, how["ions"], tolerance, RowReader(source, order), reference)
         yield _Plan(ions, tolerance, how, rows, lambda begin, end, band: (reduce.of(band), {}))
         return

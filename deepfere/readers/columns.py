@@ -7,6 +7,7 @@ step are kept, or the steps, compressed.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any, overload
 
@@ -73,6 +74,12 @@ class Column:
             # Replaced, never changed: threads read it.
             self._held = {**dict(list(self._held.items())[1 - HELD_BLOCKS :]), k: found}
         return found
+
+    def count_up_to(self, value: int) -> int:
+        """How many values are not above one; of a column that does not fall."""
+        firsts = [packed[0] for packed in self._blocks] + self._tail[:1].tolist()
+        k = bisect_right(firsts, value) - 1
+        return 0 if k < 0 else k * BLOCK + int(np.searchsorted(self.block(k), value, side="right"))
 
     def __array__(self, dtype: np.dtype[Any] | None = None, copy: bool | None = None) -> NDArray[Any]:
         return self[:] if dtype is None else self[:].astype(dtype)

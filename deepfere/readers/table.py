@@ -18,6 +18,7 @@ import zarr
 from numpy.typing import NDArray
 
 from deepfere.errors import InputError
+from deepfere.readers.columns import Column
 from deepfere.readers.digest import tree_digest
 from deepfere.readers.table_rows import damaged, stored_lengths
 from deepfere.remote import is_url
@@ -39,10 +40,10 @@ class Table:
         encoding: "csc", "csr" or "dense".
         shape: Rows and variables of the whole table.
         mz: (A,) float64, in the table's order.
-        x: (N,) int64, position x.
-        y: (N,) int64, position y.
-        rows: (N,) int64, which row of the table each pixel is.
-        length: (N,) int64, values that are stored (dense: not zero).
+        x: (N,) position x.
+        y: (N,) position y.
+        rows: (N,) which row of the table each pixel is, rising.
+        length: (N,) values that are stored (dense: not zero).
         empty: Rows with no value. Converters list the whole rectangle around what was measured, so these count as not
             measured.
         representation: "centroid", "profile", or None where the table does not say.
@@ -56,10 +57,10 @@ class Table:
     encoding: str
     shape: tuple[int, int]
     mz: NDArray[np.float64]
-    x: NDArray[np.int64]
-    y: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    length: NDArray[np.int64]
+    x: Column
+    y: Column
+    rows: Column
+    length: Column
     empty: int
     representation: str | None
     pitch_um: tuple[float, float] | None
@@ -69,8 +70,8 @@ class Table:
         return len(self.x)
 
     def only(self, rows: NDArray[np.int64]) -> Table:
-        """The table of some pixels (their positions here)."""
-        columns = {name: getattr(self, name)[rows] for name in ("x", "y", "rows", "length")}
+        """The table of some pixels (their positions here, rising)."""
+        columns: dict[str, Any] = {name: Column.of(getattr(self, name)[rows]) for name in ("x", "y", "rows", "length")}
         return replace(self, **columns)
 
     def sorted_mz(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -121,7 +122,7 @@ def open_table(path: str | Path) -> Table:
             raise InputError(
                 f"has positions (obs/{axis}) that are not whole numbers of pixels", where=path, remedy=AGAIN
             )
-        place[axis] = values.astype(np.int64)
+        place[axis] = Column.of(values)
     if "obs/z" in group and len(np.unique(_numbers(group, "obs/z", shape[0], path, "z"))) > 1:
         raise InputError("holds several planes (obs/z)", where=path, remedy="convert each plane alone")
     try:
@@ -141,10 +142,10 @@ def open_table(path: str | Path) -> Table:
         encoding=encoding,
         shape=shape,
         mz=mz,
-        x=place["x"][rows],
-        y=place["y"][rows],
-        rows=rows,
-        length=lengths[rows],
+        x=Column.of(place["x"][rows]),
+        y=Column.of(place["y"][rows]),
+        rows=Column.of(rows),
+        length=Column.of(lengths[rows]),
         empty=shape[0] - len(rows),
         representation=_representation(group),
         pitch_um=pitch_um,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from deepfere.errors import InputError
+from deepfere.readers.columns import Column, blocks
 from deepfere.scratch import ScratchFile
 
 if TYPE_CHECKING:
@@ -48,18 +49,20 @@ class RowReader:
         DeepfereError: There is no room for the temporary file.
     """
 
-    def __init__(self, table: Table, order: NDArray[np.int64]) -> None:
-        self.table, self.order = table, order
-        self._ends = np.cumsum(table.length[order])
-        self._at = np.empty(len(table), np.int64)  # of each pixel: its place in the order
-        self._at[order] = np.arange(len(order))
-        in_order = table.encoding != "csc" and bool((np.diff(table.rows[order]) > 0).all())
-        many = len(order) > 0 and int(self._ends[-1]) > HELD_VALUES
+    def __init__(self, table: Table, order: Column | NDArray[np.int64]) -> None:
+        self.table, self.order = table, order if isinstance(order, Column) else Column.of(order)
+        self._ends, total, last, rising = Column(), 0, -1, True
+        for part in blocks(self.order):
+            self._ends.extend(total + np.cumsum(table.length[part]))
+            rising = rising and part[0] > last and bool((np.diff(part) > 0).all())
+            total, last = int(self._ends[-1]), int(part[-1])
+        self._at = None if rising else _inverse(self.order[:], len(table))
+        in_order, many = table.encoding != "csc" and rising, total > HELD_VALUES
         try:
             self._indptr = None if table.encoding == "dense" else _indptr(table.group, table.encoding, table.shape)
         except Exception as error:  # see `open_table`
             raise damaged(table.path, error) from error
-        self._sorted = self._in_order() if many and not in_order else None
+        self._sorted = self._brought_into_order() if many and not in_order else None
         self._held = max(HELD_VALUES, min(_decoded_together(table), LARGEST_CHUNK))
         self._first = self._last = 0  # places in the order that are held
         self._starts = np.zeros(1, np.int64)
@@ -71,15 +74,19 @@ class RowReader:
         Raises:
             InputError: The table is damaged.
         """
-        first, last = int(self._at[rows[0]]), int(self._at[rows[-1]]) + 1
+        first, last = self._place(int(rows[0])), self._place(int(rows[-1])) + 1
         done = int(self._ends[first - 1]) if first else 0
         if self._sorted is not None:
             found = self._sorted.read(done, int(self._ends[last - 1]) - done)
             return found["column"], found["value"], self.table.length[rows]
         if not self._first <= first < last <= self._last:
-            self._load(first, max(last, int(np.searchsorted(self._ends, done + self._held, side="right"))))
+            self._load(first, max(last, self._ends.count_up_to(done + self._held)))
         part = slice(*self._starts[[first - self._first, last - self._first]].tolist())
         return self._columns[part], self._values[part], self.table.length[rows]
+
+    def _place(self, pixel: int) -> int:
+        """Where a pixel comes in the order."""
+        return self.order.count_up_to(pixel) - 1 if self._at is None else int(self._at[pixel])
 
     def _load(self, first: int, last: int) -> None:
         held = self.order[first:last]
@@ -102,15 +109,15 @@ class RowReader:
             raise damaged(self.table.path, CHANGES)
         self._columns, self._values, self._starts, self._first, self._last = columns, values, starts, first, last
 
-    def _in_order(self) -> ScratchFile:
+    def _brought_into_order(self) -> ScratchFile:
         """All values in the order of the pixels: dealt out to parts of the file, each of which is then sorted."""
         table, order, ends = self.table, self.order, self._ends
         out = ScratchFile(RECORD)
         # First pixel of each part, and where its values begin.
-        cuts = np.unique(np.searchsorted(ends, np.arange(0, int(ends[-1]), PIECE_VALUES), side="right"))
-        starts = np.concatenate([[0], ends])[np.append(cuts, len(order))]
+        cuts = np.unique([ends.count_up_to(value) for value in range(0, int(ends[-1]), PIECE_VALUES)])
+        starts = np.concatenate([[0], ends[cuts[1:] - 1], ends[-1:]])
         done = starts[:-1].copy()
-        for place, column, value in self._pieces(order):
+        for place, column, value in self._pieces(order[:]):
             part = np.searchsorted(cuts, place, side="right") - 1
             count = np.bincount(part, minlength=len(cuts))
             if (done + count > starts[1:]).any():
@@ -125,7 +132,7 @@ class RowReader:
             raise damaged(table.path, CHANGES)
         for number, (first, last) in enumerate(pairwise(starts)):
             records = out.read(int(first), int(last - first))
-            own = order[cuts[number] : cuts[number + 1] if number + 1 < len(cuts) else None]
+            own = order[int(cuts[number]) : int(cuts[number + 1]) if number + 1 < len(cuts) else len(order)]
             place = records["place"] - cuts[number]
             count = np.bincount(place, minlength=len(own))
             if (count != table.length[own]).any():
@@ -142,7 +149,8 @@ class RowReader:
         table, rows = self.table, self.table.rows[wanted]
         low = int(rows.min())
         place = np.full(int(rows.max()) + 1 - low, -1, np.int32)
-        place[rows - low] = np.arange(len(rows))
+        place[rows - low] = np.arange(len(rows), dtype=np.int32)
+        del rows, wanted  # they may be of all pixels
         try:
             if self._indptr is None:
                 yield from _of_dense(table, place, low)
@@ -153,6 +161,13 @@ class RowReader:
 
 
 CHANGES = "it changes while it is read"
+
+
+def _inverse(order: NDArray[np.int64], count: int) -> Column:
+    """Of each of so many pixels its place in the order; of those that are not in it any."""
+    at = np.zeros(count, np.int64)
+    at[order] = np.arange(len(order))
+    return Column.of(at)
 
 
 def _decoded_together(table: Table) -> int:
@@ -171,7 +186,7 @@ def stored_lengths(group: zarr.Group, encoding: str, shape: tuple[int, int]) -> 
         return lengths
     indptr = _indptr(group, encoding, shape)
     if encoding == "csr":
-        return np.diff(indptr)
+        return np.diff(indptr[:])
     lengths = np.zeros(shape[0], np.int64)
     indices = stored_array(group, "X/indices")
     for begin, end in _cuts(0, int(indptr[-1]), indices):
@@ -179,14 +194,14 @@ def stored_lengths(group: zarr.Group, encoding: str, shape: tuple[int, int]) -> 
     return lengths
 
 
-def _indptr(group: zarr.Group, encoding: str, shape: tuple[int, int]) -> NDArray[np.int64]:
+def _indptr(group: zarr.Group, encoding: str, shape: tuple[int, int]) -> Column:
     indptr = np.asarray(stored_array(group, "X/indptr")[:]).astype(np.int64)
     stored = min(stored_array(group, f"X/{name}").shape[0] for name in ("data", "indices"))
     if len(indptr) != shape[encoding == "csc"] + 1 or indptr[0] != 0 or (np.diff(indptr) < 0).any():
         raise ValueError("X/indptr does not fit the shape")
     if indptr[-1] > stored:
         raise ValueError(f"X/indptr ends at {indptr[-1]} of {stored} values")
-    return indptr
+    return Column.of(indptr)
 
 
 def _cuts(first: int, last: int, array: zarr.Array) -> list[tuple[int, int]]:
@@ -218,14 +233,14 @@ def _of_dense(table: Table, place: NDArray[np.int32], low: int) -> Iterator[Piec
             yield own[row], (column + left).astype(np.int32), block[row, column].astype(np.float32)
 
 
-def _of_sparse(table: Table, indptr: NDArray[np.int64], place: NDArray[np.int32], low: int) -> Iterator[Piece]:
+def _of_sparse(table: Table, indptr: Column, place: NDArray[np.int32], low: int) -> Iterator[Piece]:
     """`RowReader._pieces` of the rows from ``low`` on whose place is not negative."""
     indices, data = stored_array(table.group, "X/indices"), stored_array(table.group, "X/data")
     by_row, high = table.encoding == "csr", low + len(place)
     first, last = (int(indptr[low]), int(indptr[high])) if by_row else (0, int(indptr[-1]))
     for begin, end in _cuts(first, last, indices):
         # Which row (by columns: which variable) each value of the piece belongs to.
-        lines = np.arange(np.searchsorted(indptr, begin, "right") - 1, np.searchsorted(indptr, end, "left"))
+        lines = np.arange(indptr.count_up_to(begin) - 1, indptr.count_up_to(end - 1))
         if by_row and not (place[lines - low] >= 0).any():
             continue
         count = np.minimum(indptr[lines + 1], end) - np.maximum(indptr[lines], begin)
