@@ -38,9 +38,9 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/fidelity.py --quick
 
 # The generated parts of docs/performance.md, on a machine with nothing else to do. Peers have environments of their own:
-# PEER_PYTHON (ratiopath==1.0.3, tiffslide, openslide-bin) and THYRA_PYTHON (thyra); without them their rows are left out. TILES is a
-# slide whose JPEG tiles are used in place of painted ones. A must that is missed keeps no part from being written, and
-# fails the target.
+# PEER_PYTHON (ratiopath==1.0.3, tiffslide, openslide-bin) and THYRA_PYTHON (thyra); without them their rows are left
+# out. TILES is a slide whose JPEG tiles are used in place of painted ones. A must that is missed keeps no part from
+# being written, and fails the target.
 performance: $(VENV)/.installed
 	missed=0; \
 	$(BIN)/python benchmarks/ingest.py --write-docs $(if $(THYRA_PYTHON),--thyra-python $(THYRA_PYTHON)) || missed=1; \

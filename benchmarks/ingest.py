@@ -304,7 +304,7 @@ def memory(folder: Path, quick: bool, thyra: str | None) -> list[Row]:
             else:
                 write_long(path, times * small, 250, 300, continuous=what == "continuous")
             command = [sys.executable, "-c", WORKER, str(path), str(out), options]
-            # Where its scratch files are, is its disk.
+            # Scratch files beside the others: the folder that is usual may be memory.
             done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(folder)})
             if done.returncode:
                 sys.exit(done.stderr[-2000:])

@@ -1,4 +1,4 @@
-"""Tables of pixels by m/z bins as converters write them (AnnData), of any size and from a seed, for ``ingest.py``."""
+"""Tables of pixels by m/z bins as converters write them (AnnData), from a seed, for ``ingest.py``; made in memory."""
 
 from __future__ import annotations
 

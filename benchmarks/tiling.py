@@ -310,6 +310,7 @@ def main() -> int:
     packages = versions(["imagecodecs", "openslide-python", "openslide-bin", "ray"])
     left_out = []
     if given.peer_python:
+        versions(["openslide-bin"], given.peer_python)  # ratiopath cannot do without
         packages |= versions(["tiffslide", "ratiopath"], given.peer_python)
     elif "peers" in cases:
         left_out.append("tiffslide and ratiopath (no `--peer-python`)")

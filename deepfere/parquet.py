@@ -45,9 +45,7 @@ def make_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno not in NO_PLACE:
             raise
-        raise InputError(
-            f"cannot be written ({error.strerror or error})", where=folder, remedy="choose another place"
-        ) from error
+        raise _refusal(error, folder) from error
 
 
 def write_parts(schema: pa.Schema, parts: Iterable[pa.Table], target: Place) -> None:
@@ -67,10 +65,14 @@ def write_parts(schema: pa.Schema, parts: Iterable[pa.Table], target: Place) -> 
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
-    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        raise InputError(
-            f"cannot be written ({error.strerror})", where=target, remedy="choose another place"
-        ) from error
+    except OSError as error:
+        if error.errno not in NO_PLACE:
+            raise
+        raise _refusal(error, target) from error
+
+
+def _refusal(error: OSError, where: Path) -> InputError:
+    return InputError(f"cannot be written ({error.strerror or error})", where=where, remedy="choose another place")
 
 
 def _write(schema: pa.Schema, parts: Iterable[pa.Table], path: Path) -> None:

@@ -14,7 +14,7 @@ from deepfere.errors import DeepfereError
 
 
 class ScratchFile:
-    """Values of one type, by their position; in the folder for temporary files (``TMPDIR``).
+    """Values of one type, by their position; in the folder for temporary files (``TMPDIR``). Threads may share it.
 
     Args:
         dtype: Of the values.
@@ -26,7 +26,7 @@ class ScratchFile:
     def __init__(self, dtype: Any) -> None:
         self._dtype = np.dtype(dtype)
         try:
-            self._file = tempfile.TemporaryFile(prefix="deepfere-")  # noqa: SIM115  # closed with its owner
+            self._file = tempfile.TemporaryFile(prefix="deepfere-", buffering=0)  # noqa: SIM115  # as long as this lives
         except OSError as error:
             raise DeepfereError(f"no temporary file can be made ({error.strerror or error}); set TMPDIR") from error
 
@@ -36,10 +36,12 @@ class ScratchFile:
         Raises:
             DeepfereError: There is no room.
         """
+        data = np.ascontiguousarray(values, self._dtype).view(np.uint8).data
+        at = first * self._dtype.itemsize
         try:
-            self._file.seek(first * self._dtype.itemsize)
-            self._file.write(np.ascontiguousarray(values, self._dtype).view(np.uint8).data)
-            self._file.flush()
+            while data:
+                written = os.pwrite(self._file.fileno(), data, at)
+                data, at = data[written:], at + written
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -48,9 +50,16 @@ class ScratchFile:
             ) from error
 
     def read(self, first: int, count: int) -> NDArray[Any]:
-        """The values (count,) from position ``first`` on."""
+        """The values (count,) from position ``first`` on.
+
+        Raises:
+            ValueError: They were never written.
+        """
         out = np.empty(count, self._dtype)
-        self._file.seek(first * self._dtype.itemsize)
-        if self._file.readinto(out.view(np.uint8).data) != out.nbytes:
-            raise ValueError(f"values {first} to {first + count} were never written")
+        left, at = out.view(np.uint8).data, first * self._dtype.itemsize
+        while left:
+            got = os.preadv(self._file.fileno(), [left], at)
+            if not got:
+                raise ValueError(f"values {first} to {first + count} were never written")
+            left, at = left[got:], at + got
         return out

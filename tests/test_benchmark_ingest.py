@@ -21,7 +21,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 def load(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module
-    for name in ("ingest", "imzml_files", "performance", "common"):
+    for name in ("ingest", "imzml_files", "table_files", "performance", "common"):
         sys.modules.pop(name, None)
 
 
@@ -44,6 +44,18 @@ def test_generated_pairs_are_what_they_say(tmp_path, load):
         assert all((np.diff(mz) >= 0).all() for mz in read_arrays(index, ibd, np.arange(30), "mz"))
     m = ingest(path, tmp_path / "p.zarr", mz=files.targets(30))
     assert (m.cube() > 0).mean() > 0.3
+
+
+def test_generated_tables_hold_the_same_by_pixel_and_by_variable(tmp_path, load):
+    tables = load("table_files")
+    found = []
+    for by in ("csr", "csc"):
+        tables.write_long_table(tmp_path / f"{by}.zarr", 5, 6, 7, by)
+        found.append(ingest(tmp_path / f"{by}.zarr", tmp_path / f"{by}_m.zarr"))
+        assert found[-1].attrs["encoding"] == by and found[-1].ions.shape == (7, 5, 6) and found[-1].mask.all()
+    np.testing.assert_array_equal(found[0].cube(), found[1].cube())
+    np.testing.assert_array_equal(found[0].cube()[:, 0], found[0].cube()[:, 4])
+    assert 0.1 < (found[0].cube() == 0).mean() < 0.5
 
 
 def test_the_page_states_value_baseline_and_verdict(load):

@@ -126,14 +126,11 @@ def test_no_room_for_what_waits(tmp_path, monkeypatch):
     import tempfile
 
     path = drifting(tmp_path / "a.imzML", centroids)
-    write = tempfile.TemporaryFile
 
-    def full(**given):
-        file = write(**given)
-        file.write = lambda data: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
-        return file
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    monkeypatch.setattr("deepfere.scratch.os.pwrite", full)
     with pytest.raises(DeepfereError, match=r"No space left on device; make room, or set TMPDIR"):
         ingest(path, tmp_path / "m.zarr", mz=IONS, treatment=LOCKED)
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: (tmp_path / "none" / "file").open())

@@ -177,7 +177,7 @@ def test_a_sample_holds_neighbours_over_all_of_the_image(tmp_path, most):
     raster = plan_raster(read_index(write_pair(tmp_path / "a.imzML", spectra)))
     rows, along, across = neighbours(raster, most)
     assert len(rows) == (most if most < len(spectra) else len(spectra)) and (np.diff(rows) > 0).all()
-    row, col = raster.row[rows], raster.col[rows]
+    row, col = raster.at(rows)
     for (i, j), step in ((along, (0, 1)), (across, (1, 0))):
         assert len(i) >= most // 2 or most > len(spectra)
         np.testing.assert_array_equal([row[j] - row[i], col[j] - col[i]], np.repeat([step], len(i), axis=0).T)

@@ -2,9 +2,12 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from deepfere.errors import InputError
 from deepfere.inspect import describe
 from deepfere.measured.ingest import ingest
 from deepfere.pipeline.study import each_region
+from deepfere.readers.columns import Column
 from deepfere.readers.table import is_table, open_table, table_digest
 from deepfere.readers.table_rows import RowReader
 from deepfere.section import load_study
@@ -97,6 +101,7 @@ def memory(request, monkeypatch):
     if request.param == "a piece at a time":
         monkeypatch.setattr("deepfere.readers.table_rows.PIECE_VALUES", 14)
         monkeypatch.setattr("deepfere.readers.table_rows.HELD_VALUES", 20)
+        monkeypatch.setattr("deepfere.readers.table_rows.MOST_HELD", 20)
         monkeypatch.setattr("deepfere.measured.raster.BATCH_VALUES", 25)
 
 
@@ -242,15 +247,37 @@ def test_regions(tmp_path, encoding):
     assert [s.region for s in each_region(load_study(manifest).sections, manifest)] == [1, 2]
 
 
-def test_looked_at_as_it_is(tmp_path):
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_looked_at_as_it_is(tmp_path, memory, encoding):
     values, x, y, mz = spectra()
-    path = write_table(tmp_path / "t.zarr", values, x, y, mz)
+    path = write_table(tmp_path / "t.zarr", values, x, y, mz, encoding=encoding)
     raw, cube = deepfere.open_measured(path), ingest(path, tmp_path / "m.zarr")
     np.testing.assert_array_equal(raw.mask, cube.mask)
     np.testing.assert_allclose(raw.ion_image(mz[4]), cube.ion_image(mz[4]), rtol=1e-6)
     found_mz, found = raw.spectrum(int(y[0]) - 2, int(x[0]) - 5)
     np.testing.assert_array_equal(found_mz, mz[values[0] > 0])
     np.testing.assert_array_equal(found, values[0][values[0] > 0])
+    np.testing.assert_allclose(raw.tic, cube.tic, rtol=1e-6)
+    # Again, from several threads, and in another process.
+    with ThreadPoolExecutor(4) as pool:
+        for m, image in zip(mz, pool.map(raw.ion_image, mz), strict=True):
+            np.testing.assert_array_equal(image, cube.ion_image(m))
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(raw)).ion_image(mz[4]), cube.ion_image(mz[4]))
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("change", ["more", "fewer"])
+def test_a_table_that_changes_while_it_is_read(tmp_path, memory, encoding, change):
+    values, x, y, mz = spectra()
+    table = open_table(write_table(tmp_path / "t.zarr", values, x, y, mz, encoding=encoding))
+    k = 5  # of a pixel
+    lengths = table.length[:].copy()
+    lengths[k] += 1 if change == "fewer" else -1
+    other = replace(table, length=Column.of(lengths))
+    with pytest.raises(InputError, match=r"its table cannot be read \(it changes while it is read\)"):
+        reader = RowReader(other, np.random.default_rng(0).permutation(len(table)))
+        for row in reader.order[:]:
+            reader.read(np.array([row]))
 
 
 def test_fuse_and_study_take_a_table(tmp_path, cli):

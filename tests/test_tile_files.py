@@ -71,14 +71,15 @@ def test_the_slide_may_lie_elsewhere_and_may_not_be_another(tmp_path, slide_path
 
 
 def test_a_slide_in_several_files_is_another_when_one_of_them_is(tmp_path):
-    (tmp_path / "s").mkdir()
+    one, copy = tmp_path / "one", tmp_path / "copy"
+    (one / "s").mkdir(parents=True)
     for name, content in (("s.mrxs", b"names the others"), ("s/Slidedat.ini", b"1"), ("s/Data0000.dat", b"12")):
-        (tmp_path / name).write_bytes(content)
-    known = slide_digest(tmp_path / "s.mrxs")
-    shutil.copytree(tmp_path, tmp_path.with_name("copy"))
-    assert slide_digest(tmp_path.with_name("copy") / "s.mrxs") == known
-    (tmp_path / "s" / "Data0000.dat").write_bytes(b"123")
-    assert slide_digest(tmp_path / "s.mrxs") != known
+        (one / name).write_bytes(content)
+    known = slide_digest(one / "s.mrxs")
+    shutil.copytree(one, copy)
+    assert slide_digest(copy / "s.mrxs") == known
+    (copy / "s" / "Data0000.dat").write_bytes(b"123")
+    assert slide_digest(copy / "s.mrxs") != known
 
 
 def test_what_is_no_plan(tmp_path, slide_path):

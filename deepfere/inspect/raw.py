@@ -337,7 +337,7 @@ def _probe(notes: Notes, opened: Slide) -> None:
             except InputError as error:
                 notes.problem(error.what)
                 return
-    notes.add("decoded", "nine places of every level, no other")
+    notes.add("decoded", "nine places of every level; the others were not looked at")
 
 
 def phantom(path: Path) -> Description:

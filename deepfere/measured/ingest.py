@@ -226,7 +226,7 @@ def ingest(
             "written_by": f"deepfere {_version()}",
         }
         with _whole_or_not(out_path, storage_options):
-            return writer.finish(raster.mask, {}, pitch, attrs)
+            return writer.finish(raster.mask, pitch, attrs)
 
 
 def _provenance(source: Source) -> dict[str, Any]:
@@ -263,7 +263,7 @@ def _open_reduce(
         order = Column()
         for band in by_band(raster, fitting_band(rows, raster.shape_px)):
             order.extend(band)
-        reduce = TableReducer(source, ions, how["ions"], tolerance, RowReader(source, order), reference)
+        reduce = TableReducer(RowReader(source, order), ions, how["ions"], tolerance, reference)
         yield _Plan(ions, tolerance, how, rows, lambda begin, end, band: (reduce.of(band), {}))
         return
     with open_binary(source.ibd_path) as ibd:

@@ -138,7 +138,7 @@ def look_at_neighbours(
         return evidence(np.concatenate(parts), along, across)
 
     if isinstance(source, Table):
-        return images(TableReducer(source, ions, "list", spec.tolerance, RowReader(source, rows)))
+        return images(TableReducer(RowReader(source, rows), ions, "list", spec.tolerance))
     shifts, found = None, treatment.shifts(source, rows, kind)
     if found is not None:
         shifts = np.zeros(len(source))

@@ -25,7 +25,9 @@ LEAST_FOUND = 0.1
 """Share of the spectra that must show a lock mass."""
 PROFILE_SNR = 3.0
 READ_PIXELS = 1 << 18
+"""Pixels whose shifts are looked at together."""
 BINS = 1 << 16
+"""Of shifts, to find percentiles in."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class SectionShifts:
 
     Raises:
         InputError: Hardly any spectrum shows the lock mass.
+        DeepfereError: There is no room for the temporary file.
     """
 
     def __init__(
@@ -128,6 +131,7 @@ class SectionShifts:
         first, last = max(0, begin - NEAR_PX), min(end + NEAR_PX, self._raster.shape_px[0])
         known, mask = self._rows(first, last), self._raster.counts[first:last] > 0
         own = slice(begin - first, end - first)
+        mask[: own.start] = mask[own.stop :] = False
         filled = fill(known, mask, self._median)[own]
         row, col = self._raster.at(spectra)
         shifts = filled[row - begin, col]
@@ -175,8 +179,6 @@ def percentiles(parts: Callable[[], Iterator[NDArray[np.float64]]], wanted: Sequ
     for values in parts():
         low, high = min(low, values.min(initial=np.inf)), max(high, values.max(initial=-np.inf))
         count += len(values)
-    if low == high:
-        return [float(low)] * len(wanted)
     edges = np.linspace(low, high, BINS + 1)[1:-1]
     held = np.zeros(BINS, np.int64)
     for values in parts():
@@ -187,10 +189,14 @@ def percentiles(parts: Callable[[], Iterator[NDArray[np.float64]]], wanted: Sequ
     bins = np.searchsorted(below, ranks, side="right") - 1
     near = np.zeros(BINS, bool)
     near[bins] = True
-    kept = np.sort(np.concatenate([v[near[np.searchsorted(edges, v, side="right")]] for v in parts()]))
+    # Values that are the same, as those of a coarse axis are, are held once with their number.
+    kept = [np.unique(v[near[np.searchsorted(edges, v, side="right")]], return_counts=True) for v in parts()]
+    found, count_of = (np.concatenate(part) for part in zip(*kept, strict=True))
+    order = np.argsort(found, kind="stable")
     # How many of the values that were kept lie below each bin.
     before = np.concatenate([[0], np.cumsum(np.where(near, held, 0))])
-    left, right = kept[before[bins] + ranks - below[bins]]
+    place = np.searchsorted(np.cumsum(count_of[order]), before[bins] + ranks - below[bins], side="right")
+    left, right = found[order][place]
     return [float(v) for v in left + (at - ranks[0]) * (right - left)]
 
 

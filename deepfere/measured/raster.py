@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -61,16 +60,6 @@ class Raster:
     def mask(self) -> NDArray[np.bool_]:
         """(ny, nx) bool, True where measured."""
         return self.counts > 0
-
-    @cached_property
-    def row(self) -> NDArray[np.int64]:
-        """(N,) int64; of many spectra `at` takes less memory."""
-        return self.source.y[:] - self.origin_px[0]
-
-    @cached_property
-    def col(self) -> NDArray[np.int64]:
-        """(N,) int64."""
-        return self.source.x[:] - self.origin_px[1]
 
     def at(self, spectra: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Row and column (n,) of some spectra."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +60,7 @@ class RawMeasured:
 
         Raises:
             InputError: No positive m/z or width; nothing says whether spectra are centroids or profiles.
+            DeepfereError: There is no room to sort a table.
         """
         width = self.tolerance_ppm if ppm is None else ppm
         if not (math.isfinite(mz) and mz > 0 and math.isfinite(width) and 0 < width < 1e5):
@@ -75,9 +78,11 @@ class RawMeasured:
 
     @cached_property
     def _rows(self) -> RowReader:
-        """Of a table; sorting one takes long, and is done once."""
         assert isinstance(self._source, Table)
         return RowReader(self._source, np.arange(len(self._source)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_rows"}
 
     @cached_property
     def _factors(self) -> dict[str, NDArray[np.float32]]:
@@ -112,7 +117,8 @@ class RawMeasured:
     def _reduce(self, ions: NDArray[np.float64], width: float, representation: str | None) -> Iterator[Reduce]:
         source = self._source
         if isinstance(source, Table):
-            yield TableReducer(source, ions, "list", Tolerance(width), self._rows)
+            # A reader of its own for each call, of values that are sorted once.
+            yield TableReducer(copy(self._rows), ions, "list", Tolerance(width))
             return
         kind = representation or source.representation
         if kind not in ("centroid", "profile"):

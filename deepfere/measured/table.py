@@ -185,28 +185,25 @@ class TableReducer:
     centroids and of profiles alike, so that windows that share no variable share no signal.
 
     Args:
-        table: Of the store.
+        reader: Of the table, in the order in which pixels will be asked for.
         ions: (M,) ascending.
         how: "axis" where the ions are the variables themselves.
         tolerance: Half-width of the ions' windows.
-        reader: Of the table, in the order in which pixels will be asked for.
         reference: Its window is a fourth factor.
     """
 
     def __init__(
         self,
-        table: Table,
+        reader: RowReader,
         ions: NDArray[np.float64],
         how: str,
         tolerance: Tolerance,
-        reader: RowReader,
         reference: Windows | None = None,
     ) -> None:
-        self.table, self.ions = table, ions
-        self.axis, self.rank = table.sorted_mz()
+        self.reader, self.table, self.ions = reader, reader.table, ions
+        self.axis, self.rank = self.table.sorted_mz()
         self.windows = None if how == "axis" else Windows(ions, tolerance)
         self.reference = reference
-        self.reader = reader
 
     def of(self, rows: NDArray[np.int64]) -> Reduce:
         """For some pixels, which are then counted from 0."""

@@ -118,7 +118,6 @@ class MeasuredWriter:
     def finish(
         self,
         mask: NDArray[np.bool_],
-        images: Mapping[str, NDArray[Any]],
         pitch_um: tuple[float, float],
         attrs: Mapping[str, Any],
     ) -> Measured:
@@ -126,12 +125,10 @@ class MeasuredWriter:
 
         Args:
             mask: (ny, nx).
-            images: By their names what `write_factors` has not written, each (ny, nx) float32 or bool.
             pitch_um: Pitch (y, x).
             attrs: Further attributes, plain values.
         """
-        for name, image in {"mask": mask, **images}.items():
-            self._image(name, bool if image.dtype == bool else np.float32)[:] = image
+        self._image("mask", bool)[:] = mask
         self.group.attrs.update(
             {
                 "tolerance_ppm": 5.0,
@@ -221,4 +218,5 @@ def write_measured(
         block = np.ascontiguousarray(values[:, begin:end].transpose(1, 2, 0))
         block[~inside[begin:end]] = np.nan
         writer.write_band(begin, block)
-    return writer.finish(inside, factors, (float(pair[0]), float(pair[1])), attrs or {})
+        writer.write_factors(begin, {name: factor[begin:end] for name, factor in factors.items()})
+    return writer.finish(inside, (float(pair[0]), float(pair[1])), attrs or {})

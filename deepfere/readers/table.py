@@ -240,7 +240,7 @@ def _pitch(attrs: Mapping[str, Any]) -> tuple[tuple[float, float] | None, str]:
         return None, f"states a pixel size that is no number ({stated[0]} x {stated[1]})"
     if not (math.isfinite(y) and math.isfinite(x) and y > 0 and x > 0):
         return None, f"states a pixel size of {y:g} x {x:g} um"
-    # thyra writes the size in x for both axes; what it found in the vendor's file stands beside it.
+    # thyra 1 writes the size in x for both axes; what it found in the vendor's file stands beside it.
     info = attrs.get("pixel_size_detection_info")
     found = [info.get(f"detected_{axis}_um") for axis in ("y", "x")] if isinstance(info, Mapping) else []
     source = [float(v) for v in found if isinstance(v, int | float)]

@@ -1,6 +1,6 @@
 """The values of a table of pixels by m/z bins, whatever its encoding: by columns, by rows, dense.
 
-`RowReader` gives those of many pixels in one pass over the store, whatever their number.
+`RowReader` gives those of many pixels in about one pass over the store, whatever their number.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from deepfere.errors import InputError
-from deepfere.readers.columns import Column, blocks
+from deepfere.readers.columns import Column, blocks, reach
 from deepfere.scratch import ScratchFile
 
 if TYPE_CHECKING:
     from deepfere.readers.table import Table
 
-PIECE_VALUES = 1 << 20
-HELD_VALUES = 1 << 21
-"""So many, of 8 bytes each, are held of a table that is in order; of any other table that has more none is."""
-LARGEST_CHUNK = 1 << 26
-RECORD = np.dtype([("place", "<i4"), ("column", "<i4"), ("value", "<f4")])
-
+PIECE_VALUES, LARGEST_PIECE = 1 << 20, 1 << 22
+"""What is read at a time: whole chunks of about so many values; of a chunk that is larger than the second, parts."""
 MOST_DECODED = 16
-"""A chunk that is far larger than a piece is decoded so often at most, for a part of it each time."""
+"""So often at most is such a chunk decoded, once for each part."""
+HELD_VALUES, MOST_HELD = 1 << 21, 1 << 25
+"""So many values, of 8 bytes each, are held of a table that is in order: four chunks, if that lies between the two. Of
+any other table that has more than the first none is."""
+MOST_PARTS = 1024
+"""Parts of the file that values are dealt out to."""
+RECORD = np.dtype([("place", "<i4"), ("column", "<i4"), ("value", "<f4")])
 
 Piece = tuple[NDArray[Any], NDArray[Any], NDArray[np.float32]]
 
@@ -37,8 +39,9 @@ Piece = tuple[NDArray[Any], NDArray[Any], NDArray[np.float32]]
 class RowReader:
     """The values of a table's pixels, asked for in an order that is known beforehand.
 
-    A table by columns has a pixel's values all over it. Where they are more than should be held, one pass over the
-    table brings all of them into order, in a temporary file of 12 bytes a value (`deepfere.scratch`).
+    A table by columns has a pixel's values all over it, one in another order those of neighbours. Where they are more
+    than should be held, one pass over the table brings all of them into order, in a temporary file of 12 bytes a value
+    (`deepfere.scratch`). Copies of a reader share that; each of them may be asked by a thread of its own.
 
     Args:
         table: Of the store.
@@ -63,7 +66,7 @@ class RowReader:
         except Exception as error:  # see `open_table`
             raise damaged(table.path, error) from error
         self._sorted = self._brought_into_order() if many and not in_order else None
-        self._held = max(HELD_VALUES, min(_decoded_together(table), LARGEST_CHUNK))
+        self._held = max(HELD_VALUES, min(4 * _decoded_together(table), MOST_HELD))
         self._first = self._last = 0  # places in the order that are held
         self._starts = np.zeros(1, np.int64)
         self._columns, self._values = np.empty(0, np.int32), np.empty(0, np.float32)
@@ -114,10 +117,12 @@ class RowReader:
         table, order, ends = self.table, self.order, self._ends
         out = ScratchFile(RECORD)
         # First pixel of each part, and where its values begin.
-        cuts = np.unique([ends.count_up_to(value) for value in range(0, int(ends[-1]), PIECE_VALUES)])
+        total = int(ends[-1])
+        each = max(PIECE_VALUES, -(-total // MOST_PARTS))
+        cuts = np.unique([ends.count_up_to(value) for value in range(0, total, each)])
         starts = np.concatenate([[0], ends[cuts[1:] - 1], ends[-1:]])
         done = starts[:-1].copy()
-        for place, column, value in self._pieces(order[:]):
+        for place, column, value in self._pieces(order):
             part = np.searchsorted(cuts, place, side="right") - 1
             count = np.bincount(part, minlength=len(cuts))
             if (done + count > starts[1:]).any():
@@ -132,25 +137,27 @@ class RowReader:
             raise damaged(table.path, CHANGES)
         for number, (first, last) in enumerate(pairwise(starts)):
             records = out.read(int(first), int(last - first))
-            own = order[int(cuts[number]) : int(cuts[number + 1]) if number + 1 < len(cuts) else len(order)]
-            place = records["place"] - cuts[number]
-            count = np.bincount(place, minlength=len(own))
-            if (count != table.length[own]).any():
+            begin, end = int(cuts[number]), int(cuts[number + 1]) if number + 1 < len(cuts) else len(order)
+            place = records["place"] - begin
+            count = np.bincount(place, minlength=end - begin)
+            if (count != np.diff(ends[begin:end], prepend=first)).any():
                 raise damaged(table.path, CHANGES)
             out.write(int(first), records[_by_row(place, count)])
         return out
 
-    def _pieces(self, wanted: NDArray[np.int64]) -> Iterator[Piece]:
+    def _pieces(self, wanted: Column | NDArray[np.int64]) -> Iterator[Piece]:
         """Values of some pixels, a piece at a time: place among them, variable, value.
 
         Raises:
             InputError: The table is damaged.
         """
-        table, rows = self.table, self.table.rows[wanted]
-        low = int(rows.min())
-        place = np.full(int(rows.max()) + 1 - low, -1, np.int32)
-        place[rows - low] = np.arange(len(rows), dtype=np.int32)
-        del rows, wanted  # they may be of all pixels
+        table, done = self.table, 0
+        ends = [reach(table.rows[part]) for part in blocks(wanted)]
+        low, high = min(first for first, _ in ends), max(last for _, last in ends) + 1
+        place = np.full(high - low, -1, np.int32)
+        for part in blocks(wanted):
+            place[table.rows[part] - low] = np.arange(done, done + len(part))
+            done += len(part)
         try:
             if self._indptr is None:
                 yield from _of_dense(table, place, low)
@@ -164,7 +171,7 @@ CHANGES = "it changes while it is read"
 
 
 def _inverse(order: NDArray[np.int64], count: int) -> Column:
-    """Of each of so many pixels its place in the order; of those that are not in it any."""
+    """The place in the order of each of so many pixels; 0 for those that are not in it."""
     at = np.zeros(count, np.int64)
     at[order] = np.arange(len(order))
     return Column.of(at)
@@ -181,8 +188,9 @@ def stored_lengths(group: zarr.Group, encoding: str, shape: tuple[int, int]) -> 
     """(rows,) stored values of each row of the table; dense: those that are not zero."""
     if encoding == "dense":
         lengths = np.zeros(shape[0], np.int64)
-        for rows, block, _ in _tiles(stored_array(group, "X"), 0, shape[0]):
-            lengths[rows] += np.count_nonzero(block, axis=1)
+        matrix = stored_array(group, "X")
+        for rows, columns in _tiles(matrix, 0, shape[0]):
+            lengths[rows] += np.count_nonzero(np.asarray(matrix[rows, columns]), axis=1)
         return lengths
     indptr = _indptr(group, encoding, shape)
     if encoding == "csr":
@@ -205,32 +213,35 @@ def _indptr(group: zarr.Group, encoding: str, shape: tuple[int, int]) -> Column:
 
 
 def _cuts(first: int, last: int, array: zarr.Array) -> list[tuple[int, int]]:
-    """Ranges of a part of a flat array, whole chunks (or shards) each."""
+    """Ranges of a part of a flat array: whole chunks (or shards) but at its ends, or parts of very large ones."""
     unit = (array.shards or array.chunks)[0]
     step = unit * max(1, PIECE_VALUES // unit)
-    if step > 4 * PIECE_VALUES:
-        step = max(PIECE_VALUES, -(-unit // MOST_DECODED))
+    if step > LARGEST_PIECE:
+        step = max(LARGEST_PIECE, -(-unit // MOST_DECODED))
     return [(max(k, first), min(k + step, last)) for k in range(first // step * step, last, step)]
 
 
-def _tiles(matrix: zarr.Array, low: int, high: int) -> Iterator[tuple[slice, NDArray[np.float32], int]]:
-    """Blocks of some rows of a dense matrix: which rows, the values, and the first variable."""
+def _tiles(matrix: zarr.Array, low: int, high: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and variables of blocks of some rows of a dense matrix."""
     unit = matrix.shards or matrix.chunks
     width = min(matrix.shape[1], unit[1] * max(1, PIECE_VALUES // (unit[0] * unit[1])))
     height = unit[0] * max(1, PIECE_VALUES // (unit[0] * width))
     for top in range(low // height * height, high, height):
-        rows = slice(max(top, low), min(top + height, high))
         for left in range(0, matrix.shape[1], width):
-            yield rows, np.asarray(matrix[rows, left : left + width]), left
+            yield slice(max(top, low), min(top + height, high)), slice(left, min(left + width, matrix.shape[1]))
 
 
 def _of_dense(table: Table, place: NDArray[np.int32], low: int) -> Iterator[Piece]:
     """`RowReader._pieces` of the rows from ``low`` on whose place is not negative."""
-    for rows, block, left in _tiles(stored_array(table.group, "X"), low, low + len(place)):
+    matrix = stored_array(table.group, "X")
+    for rows, columns in _tiles(matrix, low, low + len(place)):
         own = place[rows.start - low : rows.stop - low]
+        if not (own >= 0).any():
+            continue
+        block = np.asarray(matrix[rows, columns])
         row, column = np.nonzero((block != 0) & (own >= 0)[:, None])
         if len(row):
-            yield own[row], (column + left).astype(np.int32), block[row, column].astype(np.float32)
+            yield own[row], (column + columns.start).astype(np.int32), block[row, column].astype(np.float32)
 
 
 def _of_sparse(table: Table, indptr: Column, place: NDArray[np.int32], low: int) -> Iterator[Piece]:

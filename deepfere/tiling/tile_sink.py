@@ -52,7 +52,7 @@ class TileFiles(Datasink[Written]):
         """See Ray Data. Tells of bad tiles."""
         rows, bad, texts = zip(*write_result.write_returns, strict=True) if write_result.write_returns else ((), (), ())
         if sum(bad):
-            first = next(text for text in texts if text)
+            first = next(filter(None, texts), "")
             warnings.warn(f"{sum(bad)} of {sum(rows)} tiles are bad, first {first}", UserWarning, stacklevel=2)
 
 
