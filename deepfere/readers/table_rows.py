@@ -67,12 +67,23 @@ class RowReader:
             raise damaged(table.path, error) from error
         self._sorted = self._brought_into_order() if many and not in_order else None
         self._held = max(HELD_VALUES, min(4 * _decoded_together(table), MOST_HELD))
+        self._hold_nothing()
+
+    def __copy__(self) -> RowReader:
+        other = object.__new__(RowReader)
+        vars(other).update(vars(self))
+        other._hold_nothing()
+        return other
+
+    def _hold_nothing(self) -> None:
         self._first = self._last = 0  # places in the order that are held
         self._starts = np.zeros(1, np.int64)
         self._columns, self._values = np.empty(0, np.int32), np.empty(0, np.float32)
 
     def read(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int64]]:
         """Variables, values and their number (n,) of some pixels, which are neighbours in the order.
+
+        What it gives may be overwritten by the next call.
 
         Raises:
             InputError: The table is damaged.
@@ -93,10 +104,13 @@ class RowReader:
 
     def _load(self, first: int, last: int) -> None:
         held = self.order[first:last]
-        self._columns = self._values = np.empty(0, np.int32)  # room for the next ones
         lengths = self.table.length[held]
         starts = np.concatenate([[0], np.cumsum(lengths)])
-        columns, values = np.zeros(int(starts[-1]), np.int32), np.zeros(int(starts[-1]), np.float32)
+        self._first = self._last = 0
+        if len(self._columns) < starts[-1]:
+            self._hold_nothing()  # room for the next ones
+            self._columns, self._values = np.empty(int(starts[-1]), np.int32), np.empty(int(starts[-1]), np.float32)
+        columns, values = self._columns, self._values
         fill = starts[:-1].copy()
         for row, column, value in self._pieces(held):
             # By pixel; where each goes is behind what its pixel has already.
@@ -110,7 +124,7 @@ class RowReader:
             columns[into], values[into] = column[order], value[order]
         if (fill != starts[1:]).any():
             raise damaged(self.table.path, CHANGES)
-        self._columns, self._values, self._starts, self._first, self._last = columns, values, starts, first, last
+        self._starts, self._first, self._last = starts, first, last
 
     def _brought_into_order(self) -> ScratchFile:
         """All values in the order of the pixels: dealt out to parts of the file, each of which is then sorted."""
