@@ -27,7 +27,7 @@ PIECE_VALUES, LARGEST_PIECE = 1 << 20, 1 << 22
 MOST_DECODED = 16
 """So often at most is such a chunk decoded, once for each part."""
 HELD_VALUES, MOST_HELD = 1 << 21, 1 << 25
-"""So many values, of 8 bytes each, are held of a table that is in order: four chunks, if that lies between the two. Of
+"""So many values, of 8 bytes each, are held of a table that is in order: two chunks, if that lies between the two. Of
 any other table that has more than the first none is."""
 MOST_PARTS = 1024
 """Parts of the file that values are dealt out to."""
@@ -66,7 +66,7 @@ class RowReader:
         except Exception as error:  # see `open_table`
             raise damaged(table.path, error) from error
         self._sorted = self._brought_into_order() if many and not in_order else None
-        self._held = max(HELD_VALUES, min(4 * _decoded_together(table), MOST_HELD))
+        self._held = max(HELD_VALUES, min(2 * _decoded_together(table), MOST_HELD))
         self._hold_nothing()
 
     def __copy__(self) -> RowReader:
