@@ -14,7 +14,7 @@ from deepfere.places import Place, UrlPath, writing
 if TYPE_CHECKING:
     import pyarrow as pa
 
-NO_PLACE = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT}
+NO_PLACE = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS}
 NO_PLACE |= {errno.ENAMETOOLONG, errno.ELOOP}
 """Errors of a path that is no place to write to; others are the disk's."""
 
@@ -43,7 +43,7 @@ def make_folder(folder: Path) -> None:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        if error.errno not in NO_PLACE:
+        if error.errno not in {*NO_PLACE, errno.ENOENT}:
             raise
         raise _refusal(error, folder) from error
 
