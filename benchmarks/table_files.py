@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import zarr
+
+from deepfere.store import open_group
 
 CHUNK = 1 << 20
 
@@ -33,7 +34,7 @@ def write_long_table(path: Path, ny: int, nx: int, bins: int, by: str, seed: int
         parts = [(starts + np.flatnonzero(values).astype(np.int32)).ravel() for values in row.T]
         indices, data = np.concatenate(parts), np.concatenate([np.tile(values[values > 0], ny) for values in row.T])
         lengths = np.array([len(part) for part in parts])
-    root = zarr.open_group(path, mode="w")
+    root = open_group(path, "w")
     size = {"pixel_size_x_um": 10.0, "pixel_size_y_um": 10.0, "pixel_size_units": "micrometers"}
     root.attrs.update({**size, "encoding-type": "anndata", "encoding-version": "0.1.0"})
     arrays = {"obs/x": np.tile(np.arange(nx), ny), "obs/y": np.repeat(np.arange(ny), nx)}
