@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from deepfere.alignment.looks import high_pass
 from deepfere.alignment.overview import MeasuredOverview, StainOverview
-from deepfere.alignment.refine import BEND_STAGES, footprint_points, refine
+from deepfere.alignment.refine import BEND_STAGES, footprint_points, refine, refine_each
 from deepfere.alignment.score import spatial_blocks
 from deepfere.frame import Alignment, SectionGrid
 from deepfere.model.registration import sample_window
@@ -129,11 +129,18 @@ def bend(
     # Blocks of a fold never touch: what is left out is surrounded by what is seen.
     folds = (blocks // 4 + 2 * (blocks % 4)) % FOLDS
     supersample = 4 if pixels <= 4000 else 2
-    held = []
-    for number in range(FOLDS):
-        held.append(refine(measured, stain, affine, BEND_STAGES, supersample, knots=knots, rows=folds != number))
-        if progress:
-            progress((number + 1) / (FOLDS + 1))
+    seen = [folds != number for number in range(FOLDS)]
+    tell = progress or (lambda share: None)
+    held = refine_each(
+        measured,
+        stain,
+        [affine] * FOLDS,
+        BEND_STAGES,
+        supersample,
+        knots,
+        seen,
+        lambda share: tell(share * FOLDS / (FOLDS + 1)),
+    )
     gains = block_gains(measured, stain, affine, held, folds, blocks)
     error = float(gains.std(ddof=1) / np.sqrt(len(gains))) if len(gains) > 1 else np.inf
     evidence = float(gains.mean() / error) if error > 0 else 0.0
@@ -141,7 +148,7 @@ def bend(
     notes["gain_per_pixel"] = float(gains.sum() / pixels)
     if evidence < EVIDENCE:
         return affine.with_evidence(bend={**notes, "reason": "left-out blocks do not ask for it"})
-    bent = refine(measured, stain, affine, BEND_STAGES, supersample, knots=knots)
+    bent = refine(measured, stain, affine, BEND_STAGES, supersample, knots)
     area = notes["least_jacobian"] = least_jacobian(bent, grid)
     if area < LEAST_JACOBIAN:
         return affine.with_evidence(bend={**notes, "reason": "it would fold or crush the tissue"})

@@ -10,8 +10,9 @@ Source of the scheme: Golub and Pereyra, Inverse Problems 19, R1 (2003), variabl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -51,6 +52,8 @@ BEND_STAGES = (
     Stage(0.15, True, 40, 0.02),
 )
 
+MOST_STRETCH = 0.10
+"""The scale may leave the starting one by this share before a penalty sets in."""
 STRETCHING = 500.0
 """Weight of the squared excess stretch (in logarithms): 10 % too much outweighs what noise can promise."""
 
@@ -107,9 +110,7 @@ def refine(
     start: Alignment,
     stages: Sequence[Stage] = AFFINE_STAGES,
     supersample: int = 4,
-    max_stretch: float = 0.10,
     knots: tuple[int, int] | None = None,
-    rows: NDArray[np.bool_] | None = None,
 ) -> Alignment:
     """Improve the affine part of an alignment, and with ``knots`` a B-spline displacement too.
 
@@ -119,50 +120,108 @@ def refine(
         start: Where to begin (right to within about a measured pixel or two).
         stages: What to do in which order.
         supersample: Sample points per measured pixel and axis.
-        max_stretch: The scale may leave the starting one by this share before a penalty sets in.
         knots: Knots (ny, nx) of the displacement over the section; None searches the affine part alone.
-        rows: (ny, nx) measured pixels that may be looked at; None takes all.
 
     Returns:
         The refined alignment, with the start's evidence.
     """
-    extent, pitch = measured.grid.extent_um, float(np.mean(measured.grid.pitch_um))
-    registration = Registration(start, extent, knots)
+    return refine_each(measured, stain, [start], stages, supersample, knots)[0]
+
+
+def refine_each(
+    measured: MeasuredOverview,
+    stain: StainOverview,
+    starts: Sequence[Alignment],
+    stages: Sequence[Stage],
+    supersample: int,
+    knots: tuple[int, int] | None = None,
+    rows: Sequence[NDArray[np.bool_]] | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> list[Alignment]:
+    """`refine` from several starts; a stage's blurred slide is made once for all of them.
+
+    Args:
+        measured: Factor images.
+        stain: Slide overview.
+        starts: Where to begin.
+        stages: What to do in which order.
+        supersample: Sample points per measured pixel and axis.
+        knots: As for `refine`.
+        rows: For each start the measured pixels (ny, nx) that may be looked at; None takes all.
+        progress: Called with the share done.
+    """
+    pitch = float(np.mean(measured.grid.pitch_um))
     most = MOST_PX if knots is None else max(MOST_PX, PX_PER_KNOT * knots[0] * knots[1])
-    looks = Looks(measured.grid, measured.mask if rows is None else measured.mask & rows, supersample, most)
-    points = looks.points_um
-    flat = points.reshape(-1, 2)
-    images = torch.from_numpy(measured.images)
+    inside = [measured.mask] if rows is None else [measured.mask & some for some in rows]
+    seen = [Looks(measured.grid, some, supersample, most) for some in inside]
+    runs = []
+    for n, start in enumerate(starts):
+        looks = seen[0 if rows is None else n]
+        registration = Registration(start, measured.grid.extent_um, knots)
+        runs.append((registration, registration.at(looks.points_um.reshape(-1, 2)), looks))
+    images, done = torch.from_numpy(measured.images), 0
     for stage in stages:
         # Pixels of half the blur lose nothing and cost less.
         scene = stain.coarsen(0.5 * stage.blur_pitch * pitch)
         features = scene.features(stage.blur_pitch * pitch)
-        z = looks.of_grid(images, stage.high_pass)
-        optimiser = torch.optim.Adam(registration.parameters(), lr=stage.rate_pitch * pitch, betas=(0.8, 0.95))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-            optimiser, stage.steps, eta_min=0.1 * stage.rate_pitch * pitch
-        )
-        best, best_state = np.inf, None
-        for _ in range(stage.steps):
-            optimiser.zero_grad()
-            slide = registration(flat).reshape(*points.shape)
-            pooled = sample_window(features, (0, 0), scene.spacing_um, slide, supersample).double()
-            residual, total = residual_variance(looks.of_samples(pooled, stage.high_pass), z)
-            loss = torch.log(residual / total.clamp(min=1e-12)).sum()
-            gain = registration.shear_um / registration.half_um
-            stretch = torch.linalg.svdvals(torch.linalg.solve(registration.matrix, registration.matrix + gain))
-            excess = (torch.log(stretch).abs() - max_stretch).clamp(min=0)
-            loss = loss + STRETCHING * (excess**2).sum()
-            if registration.knots_um is not None:
-                # The likelihood is count / 2 times the log variances.
-                loss = loss + 2.0 * BENDING / looks.count * bending(registration.knots_um / pitch)
-            value = float(loss.detach())
-            if value < best:
-                best = value
-                best_state = {k: v.detach().clone() for k, v in registration.state_dict().items()}
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-        if best_state is not None:
-            registration.load_state_dict(best_state)
-    return registration.alignment()
+        targets = [looks.of_grid(images, stage.high_pass) for looks in seen]
+        for n, (registration, mapped, looks) in enumerate(runs):
+            z = targets[0 if rows is None else n]
+            left = partial(_unexplained, mapped, looks, z, features, scene.spacing_um, stage.high_pass)
+            _minimise(registration, left, looks.count, stage, pitch)
+            done += 1
+            if progress:
+                progress(done / (len(stages) * len(runs)))
+    return [registration.alignment() for registration, _, _ in runs]
+
+
+def _unexplained(
+    mapped: Callable[[], Tensor],
+    looks: Looks,
+    targets: Tensor,
+    features: Tensor,
+    spacing_um: tuple[float, float],
+    fine: bool,
+) -> Tensor:
+    """Sum over the factors of the log residual variance, as a share of the variance, where a registration stands."""
+    slide = mapped().reshape(*looks.points_um.shape)
+    pooled = sample_window(features, (0, 0), spacing_um, slide, looks.supersample).double()
+    residual, total = residual_variance(looks.of_samples(pooled, fine), targets)
+    return torch.log(residual / total.clamp(min=1e-12)).sum()
+
+
+def _minimise(
+    registration: Registration, unexplained: Callable[[], Tensor], count: int, stage: Stage, pitch_um: float
+) -> None:
+    """Move a registration to the least of an objective and the penalties: the best of the steps stays.
+
+    Args:
+        registration: Moved.
+        unexplained: Sum of log residual variances, where it stands.
+        count: Measured pixels that this is of.
+        stage: Steps and learning rate.
+        pitch_um: Measured pixel size.
+    """
+    optimiser = torch.optim.Adam(registration.parameters(), lr=stage.rate_pitch * pitch_um, betas=(0.8, 0.95))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimiser, stage.steps, eta_min=0.1 * stage.rate_pitch * pitch_um
+    )
+    best, best_state = np.inf, None
+    for _ in range(stage.steps):
+        optimiser.zero_grad()
+        gain = registration.shear_um / registration.half_um
+        stretch = torch.linalg.svdvals(torch.linalg.solve(registration.matrix, registration.matrix + gain))
+        excess = (torch.log(stretch).abs() - MOST_STRETCH).clamp(min=0)
+        loss = unexplained() + STRETCHING * (excess**2).sum()
+        if registration.knots_um is not None:
+            # The likelihood is count / 2 times the log variances.
+            loss = loss + 2.0 * BENDING / count * bending(registration.knots_um / pitch_um)
+        value = float(loss.detach())
+        if value < best:
+            best = value
+            best_state = {k: v.detach().clone() for k, v in registration.state_dict().items()}
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    if best_state is not None:
+        registration.load_state_dict(best_state)

@@ -23,7 +23,7 @@ from deepfere.alignment.accept import accept
 from deepfere.alignment.looks import high_pass
 from deepfere.alignment.overview import MeasuredOverview, StainOverview
 from deepfere.alignment.placement import Candidate, centred_alignment, orientation, same_place
-from deepfere.alignment.refine import Stage, refine
+from deepfere.alignment.refine import Stage, refine_each
 from deepfere.alignment.score import placement_r2, slide_cover
 from deepfere.errors import InputError
 from deepfere.frame import Alignment, SectionGrid
@@ -198,9 +198,9 @@ def _halved(
     """Successive halving: a short refinement of all, a longer one of the better half; the best first."""
     features = stain.features(0.35 * float(np.mean(measured.grid.pitch_um)))
     for stage, keep in zip(FINE_STAGES if fine else COARSE_STAGES, (1.0, 0.5), strict=True):
-        moved = []
-        for candidate in placed[: max(FINALISTS, round(keep * len(placed)))]:
-            better = refine(measured, stain, candidate.alignment, (stage,), supersample=2)
+        moved, chosen = [], placed[: max(FINALISTS, round(keep * len(placed)))]
+        starts = [candidate.alignment for candidate in chosen]
+        for candidate, better in zip(chosen, refine_each(measured, stain, starts, (stage,), 2), strict=True):
             if slide_cover(measured, stain, better) >= MIN_COVER:
                 r2 = placement_r2(measured, stain, better, features=features, fine=fine)
                 moved.append(Candidate(better, candidate.flip, candidate.angle_deg, r2, r2))
@@ -254,14 +254,12 @@ def search(
         chosen = [c for c in placed if not any(same_place(c.alignment, f.alignment, small.grid) for f in finalists)]
         finalists += chosen[:FINALISTS]
     sharp = stain.features(0.25 * float(np.mean(small.grid.pitch_um)))
-    candidates = []
-    for n, candidate in enumerate(finalists):
-        tell(0.7 + 0.3 * n / len(finalists))
-        better = refine(small, stain, candidate.alignment, FINAL_STAGES, supersample=3)
+    candidates, starts = [], [candidate.alignment for candidate in finalists]
+    ends = refine_each(small, stain, starts, FINAL_STAGES, 3, progress=lambda share: tell(0.7 + 0.3 * share))
+    for candidate, better in zip(finalists, ends, strict=True):
         r2 = placement_r2(small, stain, better, features=sharp, fine=False)
         fine_r2 = placement_r2(small, stain, better, features=sharp, fine=True)
         if slide_cover(small, stain, better) >= MIN_COVER:
             candidates.append(Candidate(better, candidate.flip, candidate.angle_deg, r2, fine_r2))
-    tell(1.0)
     candidates.sort(key=lambda c: -c.fine_r2)
     return accept(small, stain, candidates, sharp), candidates

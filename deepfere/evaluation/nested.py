@@ -137,9 +137,7 @@ def refitted(scene: Scene, found: Alignment, factors: Factors, visible: NDArray[
     if found.displacement is None:
         return alignment
     supersample = 4 if visible.sum() <= 4000 else 2
-    return refine(
-        view, scene.stain, alignment, BEND_STAGES, supersample, knots=plan_knots(result.grid.shape_px), rows=visible
-    )
+    return refine(view, scene.stain, alignment, BEND_STAGES, supersample, plan_knots(result.grid.shape_px))
 
 
 def projected(

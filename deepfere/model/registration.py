@@ -6,8 +6,12 @@ section sample the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 from deepfere.frame import Alignment, Displacement, Points
@@ -48,36 +52,49 @@ def _cubic_basis(u: Tensor) -> Tensor:
     return torch.stack([v**3 / 6, (3 * u**3 - 6 * u**2 + 4) / 6, (3 * v**3 - 6 * v**2 + 4) / 6, u**3 / 6], dim=-1)
 
 
-def spline(
-    points_um: Tensor, origin_um: tuple[float, float], spacing_um: tuple[float, float], knots_um: Tensor
-) -> Tensor:
-    """Torch twin of `Displacement.at`: displacement (N, 2) at section points (N, 2), differentiable in both.
+class _Combined(torch.autograd.Function):
+    """A sparse matrix (N, M), which is constant, times knots (M, 2)."""
+
+    @staticmethod
+    def forward(ctx: Any, knots: Tensor, matrix: csr_array) -> Tensor:
+        ctx.matrix = matrix
+        return torch.from_numpy(matrix @ knots.detach().numpy())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return torch.from_numpy(ctx.matrix.T @ gradient.numpy()), None
+
+
+def spline_weights(
+    points_um: Tensor, origin_um: tuple[float, float], spacing_um: tuple[float, float], shape: tuple[int, int]
+) -> csr_array:
+    """What each knot of a B-spline counts at section points: `Displacement.at` as a sparse matrix.
 
     Args:
-        points_um: (N, 2) float64.
+        points_um: (N, 2) float64, on the host.
         origin_um: Position of the first knot.
         spacing_um: Between knots.
-        knots_um: (ny, nx, 2) coefficients; zero beyond.
+        shape: Number of knots (ny, nx); beyond them there is nothing.
+
+    Returns:
+        (N, ny nx), at most sixteen values in a row.
     """
     rel = (points_um - points_um.new_tensor(origin_um)) / points_um.new_tensor(spacing_um)
     base = rel.floor()
-    wy, wx = _cubic_basis(rel[:, 0] - base[:, 0]), _cubic_basis(rel[:, 1] - base[:, 1])
-    ny, nx = knots_um.shape[:2]
-    row, col = base[:, 0].long() - 1, base[:, 1].long() - 1
-    out = torch.zeros_like(points_um)
-    for a in range(4):
-        for b in range(4):
-            r, c = row + a, col + b
-            inside = (r >= 0) & (r < ny) & (c >= 0) & (c < nx)
-            weight = wy[:, a] * wx[:, b] * inside
-            out = out + weight[:, None] * knots_um[r.clamp(0, ny - 1), c.clamp(0, nx - 1)]
-    return out
+    weights = _cubic_basis(rel - base).numpy()
+    weight = weights[:, 0, :, None] * weights[:, 1, None, :]
+    knot = (base.long() - 1).numpy()[:, :, None] + np.arange(4)
+    row, col = np.broadcast_arrays(knot[:, 0, :, None], knot[:, 1, None, :])
+    inside = (row >= 0) & (row < shape[0]) & (col >= 0) & (col < shape[1])
+    point = np.broadcast_to(np.arange(len(base))[:, None, None], inside.shape)
+    at = (point[inside], row[inside] * shape[1] + col[inside])
+    return csr_array((weight[inside], at), shape=(len(base), shape[0] * shape[1]))
 
 
 def spline_grid(
     y_um: Tensor, x_um: Tensor, origin_um: tuple[float, float], spacing_um: tuple[float, float], knots_um: Tensor
 ) -> Tensor:
-    """`spline` at all points of a grid: rows (H,), columns (W,) -> (H, W, 2).
+    """Displacement at all points of a grid, differentiable in the knots: rows (H,), columns (W,) -> (H, W, 2).
 
     Knots act along rows and columns separately, so that two products of small matrices do what takes sixteen knots at
     every point. The axes are on the host, so that a device is not waited for to read them; the rest is where the knots
@@ -186,12 +203,27 @@ class Registration(nn.Module):
         )
 
     def forward(self, points_um: Tensor) -> Tensor:
-        """Slide micrometres (N, 2) of section micrometres (N, 2), float64, differentiable."""
-        out = points_um @ self.matrix.T + self.offset_um
+        """Slide micrometres (N, 2) of section micrometres (N, 2), float64, differentiable in the parameters."""
+        return self.at(points_um)()
+
+    def at(self, points_um: Tensor) -> Callable[[], Tensor]:
+        """`forward` for points that stay, on the host: what does not change with the parameters is computed once."""
+        start = points_um @ self.matrix.T + self.offset_um
         relative = (points_um - self.centre_um) / self.half_um
-        out = out + self.shift_um + relative @ self.shear_um.T
-        bend = self._bend()
-        return out if bend is None else out + spline(points_um, *bend)
+        bend, weights = self._bend(), None
+        if bend is not None:
+            origin, spacing, knots = bend
+            weights = spline_weights(points_um, origin, spacing, (knots.shape[0], knots.shape[1]))
+            if self.knots_um is None:
+                start, weights = start + _Combined.apply(knots.reshape(-1, 2), weights), None
+
+        def mapped() -> Tensor:
+            out = start + self.shift_um + relative @ self.shear_um.T
+            if weights is None or self.knots_um is None:
+                return out
+            return out + _Combined.apply(self.knots_um.reshape(-1, 2), weights)
+
+        return mapped
 
     def grid(self, y_um: Tensor, x_um: Tensor) -> Tensor:
         """`forward` of all points of a grid: rows (H,), columns (W,), both on the host -> (H, W, 2)."""
