@@ -20,8 +20,8 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-# Real clusters on this machine: hosts in network namespaces (root, iproute2), Ray's dashboard, Slurm (root, slurm-wlm,
-# munge), killed processes. What cannot be is skipped.
+# Long runs: whole studies, interrupted ones, and real clusters on this machine: hosts in network namespaces (root,
+# iproute2), Ray's dashboard, Slurm (root, slurm-wlm, munge), killed processes. What cannot be is skipped.
 test-cluster: $(VENV)/.installed
 	$(BIN)/python -m pytest -m cluster
 

@@ -69,6 +69,7 @@ def test_loaders_hold_few_sections(source, monkeypatch):
     from dataclasses import asdict
 
     from deepfere.tiling import dataset
+    from deepfere.tiling import patches as reading
 
     opened = []
 
@@ -76,7 +77,7 @@ def test_loaders_hold_few_sections(source, monkeypatch):
         opened.append(arguments)
         return PatchReader(*arguments)
 
-    monkeypatch.setattr(dataset, "PatchReader", reader)
+    monkeypatch.setattr(reading, "PatchReader", reader)
     load = dataset.LoadPatches([asdict(patches)] * 100, 4, plane_shape([patches], 4))
     assert not opened
     rows = {"section": np.array([3, 3, 99]), "patch": np.zeros(3, int), "step": np.zeros(3, int)}

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage, signal, stats
+from scipy import ndimage
 
 from deepfere.errors import InputError
 from deepfere.measured.sampled import Bins, CentroidSample, PeakSpec, ProfileSample, Sample, interpolated
@@ -100,6 +100,8 @@ def _centroid_ions(samples: Samples, spec: PeakSpec) -> NDArray[np.float64]:
 
 def _evident(bins: Bins, top: NDArray[np.int64], count: int, spec: PeakSpec, false_ions: float) -> NDArray[np.bool_]:
     """Which maxima are filled often enough, or strongly, and more often than chance fills them."""
+    from scipy.stats import poisson
+
     half = spec.half_bins
     filled = _box(bins.hits, half)
     rate, noise = _background(filled, _box(bins.total, half), (2 * half + 1) * 500, spec.snr)
@@ -108,7 +110,7 @@ def _evident(bins: Bins, top: NDArray[np.int64], count: int, spec: PeakSpec, fal
     often = here >= spec.min_fraction * count
     strong = intensity >= spec.strong_fraction * intensity.max(initial=0.0)
     bright = high >= spec.bright_fraction * high.max(initial=0.0)
-    clear = stats.poisson.sf(here - 1, rate[top]) * (len(bins.hits) / half) <= false_ions
+    clear = poisson.sf(here - 1, rate[top]) * (len(bins.hits) / half) <= false_ions
     enough = here >= max(1, min(spec.min_spectra, count))
     return (often | strong | bright) & clear & (intensity >= noise[top]) & enough
 
@@ -182,6 +184,8 @@ def _maxima(
 
     ``alone`` takes bright ones that stand in no other's flank.
     """
+    from scipy import signal
+
     # Smoothed by half the tolerance, where points are that dense, as the centroids are.
     points = 0.5 * spec.tolerance_ppm * 1e-6 / float(np.median(np.diff(axis) / (axis[1:] + spec.offset_da)))
     if points > 0.5:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage, signal
+from scipy import ndimage
 
 from deepfere.measured.windows import gaps
 
@@ -63,7 +63,9 @@ class ProfileSpec:
         out = np.zeros((len(values), len(full)))
         out[:, kept] = values
         if self.smoothing == "savgol" and len(full) >= self.smoothing_points:
-            out = signal.savgol_filter(out, self.smoothing_points, SAVGOL_ORDER, axis=1, mode="nearest")
+            from scipy.signal import savgol_filter
+
+            out = savgol_filter(out, self.smoothing_points, SAVGOL_ORDER, axis=1, mode="nearest")
         elif self.smoothing == "gaussian":
             out = ndimage.gaussian_filter1d(out, self.smoothing_points / 4, axis=1, mode="nearest", truncate=4.0)
         # A parabola swings below zero beside a peak; a baseline there would raise what it is taken from.

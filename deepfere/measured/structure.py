@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from deepfere.measured.raster import Raster, first_of_pixels
 
@@ -103,7 +102,9 @@ def structured(sections: Iterable[Evidence], count: int) -> NDArray[np.bool_]:
         sections: Evidence of each, all of the same ions.
         count: Number of sections.
     """
-    limit = float(stats.norm.isf(stats.norm.sf(SEEN) / count))
+    from scipy.stats import norm
+
+    limit = float(norm.isf(norm.sf(SEEN) / count))
     seen: NDArray[np.bool_] | bool = False
     pairs: NDArray[np.int64] | int = 0
     total: NDArray[np.float64] | float = 0.0
@@ -116,12 +117,14 @@ def structured(sections: Iterable[Evidence], count: int) -> NDArray[np.bool_]:
 
 
 def _evidence(x: NDArray[np.float64], along: Pairs, across: Pairs) -> tuple[NDArray[np.generic], ...]:
+    from scipy.stats import rankdata
+
     number, m = len(along[0]) + len(across[0]), x.shape[1]
     centred = x - x.mean(0)
     second = (centred**2).mean(0)
     varies = np.ptp(x, axis=0) > 0
     correlation, sigmas = np.full(m, -1.0), np.full(m, -np.inf)
-    for values in (x, stats.rankdata(x, axis=0)):
+    for values in (x, rankdata(x, axis=0)):
         found = np.zeros(m)
         for pairs in (along, across):
             if len(pairs[0]):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deepfere.readers.kept_tiles import KeptTiles
-from deepfere.tiling.patches import KEPT_BYTES, MIXED_GROUPS, PatchReader, PatchSource
+if TYPE_CHECKING:
+    from deepfere.tiling.patches import PatchSource
 
 MOST_BLOCKS = 16384
 """Of a longer training steps share blocks, and several workers then mix their patches otherwise than one does."""
@@ -47,6 +47,10 @@ class LoadPatches:
     """Callable of ``map_batches``: reads the patches of a batch of rows from the caches."""
 
     def __init__(self, sources: list[dict[str, Any]], patch_px: int, shape_px: tuple[int, int]) -> None:
+        # Ray Data's other processes see this class, too, and need none of what it reads with.
+        from deepfere.readers.kept_tiles import KeptTiles
+        from deepfere.tiling.patches import KEPT_BYTES, MIXED_GROUPS, PatchReader, PatchSource
+
         kept = KeptTiles(KEPT_BYTES)
         # Patches come from a few sections at a time (`deepfere.tiling.patches.order_of`).
         self._reader = lru_cache(maxsize=2 * MIXED_GROUPS)(
