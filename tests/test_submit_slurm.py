@@ -90,6 +90,19 @@ def test_a_job_is_attached_to_and_its_time_limit_stops_it(run, slurm, tmp_path):
     assert "stopped; the same command again resumes" in out
 
 
+def test_the_same_work_submitted_at_once_is_one_job(run, slurm, tmp_path):
+    os.mkfifo(tmp_path / "slow.imzML")
+    study = manifest(tmp_path, msi=str(tmp_path / "slow.imzML"))
+    words = ["submit", "ingest", study, "-o", tmp_path / "work", "--no-guide", "--to", "slurm", "--no-wait", *SMALL]
+    ended = [finished(process) for process in [run(*words) for _ in range(4)]]
+    assert [code for code, _, _ in ended] == [0] * 4, ended
+    told = sorted(err.strip().partition(": ")[2] for _, _, err in ended)
+    assert told == ["runs already"] * 3 + ["submitted"]
+    name = ended[0][2].split(":")[0]
+    (number,) = slurm.run("squeue", "--noheader", f"--name={name}", "--format=%i").split()
+    slurm.run("scancel", number)
+
+
 def test_a_job_that_is_stopped_saves_a_checkpoint_and_resumes(run, slurm, phantom, tmp_path, monkeypatch):
     study = manifest(
         tmp_path, msi=str(phantom.imzml), slide=str(phantom.slide), alignment=str(phantom.truth / "alignment.json")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import getpass
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -171,18 +173,27 @@ class Slurm(Target):
     def _log(self, submission: Submission, name: str, number: str) -> Path:
         return self._logs(submission) / f"{name}-{number}.out"
 
-    def start(self, submission: Submission, name: str) -> Job:
-        """``sbatch``; the script stays beside the output."""
+    def submit(self, submission: Submission) -> tuple[Job, bool]:
+        """As of any place. Slurm takes two jobs of one name, so whoever submits the same work meanwhile waits."""
+        for job in self.attempts(submission).values():
+            if job.ended() is None:
+                return job, False
         folder = self._logs(submission)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = folder / f"{name}.sbatch"
-            text = self.script(submission, name)
-            file.write_text(text)
+            with (folder / f"{submission.base}.lock").open("w") as lock:
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                return super().submit(submission)
         except OSError as error:
             raise InputError(
                 f"cannot be written ({error.strerror})", where=folder, remedy="choose another -o"
             ) from error
+
+    def start(self, submission: Submission, name: str) -> Job:
+        """``sbatch``; the script stays beside the output."""
+        file = self._logs(submission) / f"{name}.sbatch"
+        file.write_text(self.script(submission, name))
         done = _slurm("sbatch", "--parsable", str(file))
         if done.returncode:
             file.unlink()
