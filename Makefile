@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: all demo test test-cluster lint format bench performance clean
+.PHONY: all demo test test-long test-cluster lint format bench performance clean
 all: $(VENV)/.installed
 
 # The tested versions are in constraints.txt; on a machine with GPUs install the torch build for
@@ -20,8 +20,12 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-# Long runs: whole studies, interrupted ones, and real clusters on this machine: hosts in network namespaces (root,
-# iproute2), Ray's dashboard, Slurm (root, slurm-wlm, munge), killed processes. What cannot be is skipped.
+# Whole studies stage by stage, and runs one after another.
+test-long: $(VENV)/.installed
+	$(BIN)/python -m pytest -m long
+
+# Real clusters on this machine: hosts in network namespaces (root, iproute2), Ray's dashboard, Slurm (root, slurm-wlm,
+# munge), killed processes. What cannot be is skipped.
 test-cluster: $(VENV)/.installed
 	$(BIN)/python -m pytest -m cluster
 

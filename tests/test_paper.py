@@ -337,7 +337,7 @@ def test_one_ion_is_the_papers_ion_mode(section, result, tmp_path):
     assert one.detail(Cells(0, 2, 0, 2)).shape == (1, 16, 16)
 
 
-@pytest.mark.cluster
+@pytest.mark.long
 def test_an_interrupted_training_goes_on_to_the_same_bytes_and_a_finished_one_is_not_done_again(
     section, result, tmp_path, monkeypatch
 ):

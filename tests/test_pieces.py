@@ -193,7 +193,7 @@ POINTS_UM = np.array([[300.0, 300.0], [900.0, 300.0], [600.0, 800.0]])
 QUICK = ["--factor", "4", "tracking.uri=none", "align.angle_step_deg=45", "align.candidates=2"]
 
 
-@pytest.mark.cluster
+@pytest.mark.long
 def test_two_that_fit_alike_are_asked_about_and_one_is_taken(phantom, tmp_path, cli):
     """The phantom's tissue twice on one slide: asked about; found on the piece that was chosen."""
     image, mpp_um = beside(phantom, lambda image: image)
@@ -231,7 +231,7 @@ def test_two_that_fit_alike_are_asked_about_and_one_is_taken(phantom, tmp_path, 
     assert words.startswith("Other pieces of tissue on the slide (") and "mm²" in words
 
 
-@pytest.mark.cluster
+@pytest.mark.long
 @pytest.mark.ray
 def test_each_piece_of_a_study_is_aligned_on_its_own(phantom, tmp_path, cli, ray_session):
     image, mpp_um = beside(phantom, lambda image: image)

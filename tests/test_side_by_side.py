@@ -60,7 +60,7 @@ def test_progress_of_many_is_one():
     assert told == [0.25, 0.5, 1.0]
 
 
-@pytest.mark.cluster
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_workers_find_what_the_driver_finds(phantom, tmp_path, cli, ray_session):

@@ -20,7 +20,7 @@ from deepfere.pipeline import learn
 from deepfere.training import tracking as registry
 from tests.conftest import FACTOR
 
-pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

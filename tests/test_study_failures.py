@@ -75,7 +75,7 @@ def test_all_missing_files_are_told_before_anything_is_begun(study):
     assert "2 of 3 sections failed; nothing was begun" in done.err
 
 
-@pytest.mark.cluster
+@pytest.mark.long
 def test_a_failure_that_is_not_the_inputs_makes_it_exit_1(study):
     """One section's work cannot be written: something stands where its folder is to be."""
     study.write(a={}, b={"slide": "damaged.tiff"}, c={})

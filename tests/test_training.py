@@ -184,7 +184,7 @@ def test_more_workers_and_parts_learn_what_one_learns(phantom, ray_session, tmp_
             assert np.abs(value - weights[name]).max() <= 1e-3 * max(np.abs(value).max(), 1e-6), name
 
 
-@pytest.mark.cluster
+@pytest.mark.long
 @pytest.mark.ray
 def test_a_loaders_error_is_told_in_its_own_words(ray_session, tmp_path):
     """Ray's message for the group is a piece of the worker's, and without the line that says what is wrong."""

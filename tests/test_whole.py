@@ -230,7 +230,7 @@ def test_shards_and_pyramids_that_are_damaged_between_two_runs(where, begun, mon
     assert len(wanted) < len(study.records("pyramid"))
 
 
-@pytest.mark.cluster
+@pytest.mark.long
 @pytest.mark.parametrize("where", WHERE)
 def test_sealing_over_damage_says_one_line_and_the_next_run_mends_it(where, begun, monkeypatch):
     study, calm = begun(where)
@@ -256,7 +256,7 @@ def test_sealing_over_damage_says_one_line_and_the_next_run_mends_it(where, begu
     assert study.again("pyramid") == {f"stain/{level}/0/0" for level in (1, 2, 3)}
 
 
-@pytest.mark.cluster
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_result_that_was_complete_but_not_in_its_place_is_moved_there(begun, monkeypatch):
@@ -276,7 +276,7 @@ def test_a_result_that_was_complete_but_not_in_its_place_is_moved_there(begun, m
     assert {name: (study.result / name).stat().st_mtime_ns for name in before} == before
 
 
-@pytest.mark.cluster
+@pytest.mark.long
 @pytest.mark.parametrize("where", WHERE)
 def test_planes_that_are_damaged_between_two_runs(where, cli, manifest, ray_session, tmp_path, request, monkeypatch):
     if where != "disk":
