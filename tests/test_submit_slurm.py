@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import shutil
@@ -94,13 +95,17 @@ def test_the_same_work_submitted_at_once_is_one_job(run, slurm, tmp_path):
     os.mkfifo(tmp_path / "slow.imzML")
     study = manifest(tmp_path, msi=str(tmp_path / "slow.imzML"))
     words = ["submit", "ingest", study, "-o", tmp_path / "work", "--no-guide", "--to", "slurm", "--no-wait", *SMALL]
-    ended = [finished(process) for process in [run(*words) for _ in range(4)]]
+    try:
+        ended = [finished(process) for process in [run(*words) for _ in range(4)]]
+        shown = slurm.run("squeue", "--noheader", "--format=%j").split()
+    finally:
+        slurm.run("scancel", f"--user={getpass.getuser()}")
     assert [code for code, _, _ in ended] == [0] * 4, ended
     told = sorted(err.strip().partition(": ")[2] for _, _, err in ended)
     assert told == ["runs already"] * 3 + ["submitted"]
-    name = ended[0][2].split(":")[0]
-    (number,) = slurm.run("squeue", "--noheader", f"--name={name}", "--format=%i").split()
-    slurm.run("scancel", number)
+    assert shown == [ended[0][2].split(":")[0]]
+    while slurm.run("squeue", "--noheader").strip():  # the next job has the machine to itself
+        time.sleep(0.5)
 
 
 def test_a_job_that_is_stopped_saves_a_checkpoint_and_resumes(run, slurm, phantom, tmp_path, monkeypatch):
