@@ -149,6 +149,9 @@ def refine_each(
         knots: As for `refine`.
         rows: For each start the measured pixels (ny, nx) that may be looked at; None takes all.
         progress: Called with the share done.
+
+    Returns:
+        The refined alignments, in the order of the starts, each with its start's evidence.
     """
     pitch = float(np.mean(measured.grid.pitch_um))
     most = MOST_PX if knots is None else max(MOST_PX, PX_PER_KNOT * knots[0] * knots[1])

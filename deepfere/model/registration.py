@@ -207,7 +207,14 @@ class Registration(nn.Module):
         return self.at(points_um)()
 
     def at(self, points_um: Tensor) -> Callable[[], Tensor]:
-        """`forward` for points that stay, on the host: what does not change with the parameters is computed once."""
+        """`forward` for points that stay: what does not change with the parameters is computed once.
+
+        Args:
+            points_um: (N, 2) float64, on the host, as the module has to be.
+
+        Returns:
+            Gives the slide micrometres (N, 2) float64 at the parameters as they stand whenever it is called.
+        """
         start = points_um @ self.matrix.T + self.offset_um
         relative = (points_um - self.centre_um) / self.half_um
         bend, weights = self._bend(), None

@@ -175,6 +175,7 @@ class Slurm(Target):
 
     def submit(self, submission: Submission) -> tuple[Job, bool]:
         """As of any place. Slurm takes two jobs of one name, so whoever submits the same work meanwhile waits."""
+        # Asked once before anything is written: without Slurm, or beside a job that runs, nothing is left behind.
         for job in self.attempts(submission).values():
             if job.ended() is None:
                 return job, False
