@@ -1,11 +1,12 @@
 """What Ray costs a run: ``python benchmarks/distributed.py [CASE ...] [--quick] [--json FILE]``.
 
 One generated section is prepared once. `training`: steps per second of the first worker under Ray Train, patches
-through Ray Data, against the same steps in one process without Ray with all patches in memory; and the share of the
-time in which the worker waits for patches. `reconstruction`: output shards per second and core on Ray's actors against
-the same worker in a loop in one process, both writing the same store; the share of the loop's time in the model; and
-beside it as many such loops at once, which share the machine's memory and caches as Ray's actors do.
-The network is used whether or not it is the better model (`model.tier=T2`): it is the dearer one.
+through Ray Data, against the same steps in one process without Ray with all patches in memory; the share of the time
+in which the worker waits for patches; and the rate of a training in the run's own process (`train.workers=auto`).
+`reconstruction`: output shards per second and core on Ray's actors against the same worker in a loop in one process,
+both writing the same store; the share of the loop's time in the model; and beside it as many such loops at once, which
+share the machine's memory and caches as Ray's actors do. The network is used whether or not it is the better model
+(`model.tier=T2`): it is the dearer one.
 """
 
 from __future__ import annotations
@@ -60,22 +61,24 @@ def prepared(folder: Path, quick: bool) -> tuple[Path, Path, list[str]]:
     manifest.write_text(yaml.safe_dump({"sections": [section]}))
     steps = QUICK_STEPS if quick else STEPS
     settings = ["tracking.uri=none", "model.tier=T2", f"train.steps={steps}", f"train.report_every={steps}"]
-    settings += ["model.null_guides=4", "reconstruct.shard_px=512", "reconstruct.chunk_px=128"]
+    settings += ["train.workers=1", "model.null_guides=4", "reconstruct.shard_px=512", "reconstruct.chunk_px=128"]
     run_stage("tile", manifest, folder / "work", overrides=settings, factor=FACTOR, progress=_silent)
     return manifest, folder / "work", settings
 
 
 def training(manifest: Path, work: Path, settings: list[str], rows: list[Row]) -> None:
-    """Train by the pipeline; when it calls Ray Train, time the same steps without it as well."""
-    through_ray = deep.train_joint
+    """Train by the pipeline with one worker of Ray Train's; time the same steps without it as well."""
+    train = deep.train_joint
     found: dict[str, float] = {}
 
     def both(**job: Any) -> Any:
         before = plain_steps_per_s(**job)
-        trained = through_ray(**job)
+        trained = train(**job)
         found.update(trained.timing)
         # Machines get slower and faster meanwhile.
         found["plain"], found["before"] = (before + plain_steps_per_s(**job)) / 2, before
+        alone = train(**{**job, "name": f"{job['name']}-alone", "alone": True}).timing
+        found["alone"] = alone["steps_per_s"] / plain_steps_per_s(**job)
         return trained
 
     with mock.patch.object(deep, "train_joint", both):
@@ -84,6 +87,7 @@ def training(manifest: Path, work: Path, settings: list[str], rows: list[Row]) -
     rows += [
         Row.of("training: rate on Ray / in one process, patches in memory", rate, must=">= 0.9"),
         Row.of("training: share of the time that waits for patches", found["input_wait"], must="<= 0.05"),
+        Row.of("training: rate in the run's own process / of the same steps, patches in memory", found["alone"]),
         Row.of("training: steps per second, in one process, before and after", found["plain"]),
         Row.of("training: the same, before alone", found["before"]),
     ]

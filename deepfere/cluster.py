@@ -44,6 +44,11 @@ ANSWER_S = 10.0
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
+def cluster_address(settings: RaySettings) -> str | None:
+    """Where the cluster is that a run joins; None = it has a session of its own, on this machine."""
+    return settings.address or os.environ.get("RAY_ADDRESS") or None
+
+
 def connect(settings: RaySettings) -> None:
     """Join the cluster at ``settings.address`` (or ``RAY_ADDRESS``), else start a local session once.
 
@@ -60,7 +65,7 @@ def connect(settings: RaySettings) -> None:
 
     if ray.is_initialized():
         return
-    address = settings.address or os.environ.get("RAY_ADDRESS")
+    address = cluster_address(settings)
     environment = {"env_vars": {**dict.fromkeys(THREADS, "1"), **MEMORY, **ENVIRONMENT}}
     options: dict[str, Any] = {
         "log_to_driver": False,

@@ -157,10 +157,17 @@ class TrainSettings(_Settings):
     mapping_weight: float = Field(0.5, ge=0)
     report_every: int = Field(20, ge=1)
     held_out: float = Field(0.2, gt=0, lt=0.9, description="share of the spatial blocks kept from training")
-    workers: int = Field(1, ge=1)
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="of Ray Train; auto = one, or none but the run's own process on a machine of its own"
+    )
     use_gpu: bool = False
     accumulate: int = Field(1, ge=1, description="parts that a worker's share of a step is split into")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the network while it trains")
+
+    @property
+    def count(self) -> int:
+        """How many share a step."""
+        return 1 if self.workers == "auto" else self.workers
 
     @property
     def resolved_precision(self) -> str:

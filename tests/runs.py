@@ -25,6 +25,7 @@ class Run:
     def __init__(self, stage: str, study: Path, work: Path, log: Path, factor: int = FACTOR, *more: str) -> None:
         settings = [s for s in SETTINGS if not s.startswith("train.steps")]
         settings += [f"tracking.uri=sqlite:///{work}.db", f"train.steps={STEPS}", "model.tier=T2", "ray.num_cpus=2"]
+        settings += ["train.workers=1"]  # of Ray Train, also where one process would do
         settings += ["reconstruct.shard_px=64", "reconstruct.chunk_px=16"]
         command = [sys.executable, "-m", "deepfere", stage, str(study), "-o", str(work), "--factor", str(factor)]
         self.log = log

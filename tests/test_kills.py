@@ -18,6 +18,7 @@ from deepfere.cluster import records_in
 from deepfere.errors import InputError
 from deepfere.reconstruction.result import Result
 from deepfere.reconstruction.whole import object_of
+from deepfere.training.checkpoint import read_state
 from deepfere.training.trainer import MOST_FAILURES
 from tests.conftest import FACTOR, contents, write_study
 from tests.runs import STEPS, Run, points_of, step_of
@@ -146,6 +147,25 @@ def test_one_of_two_training_workers_is_killed_more_often_than_ray_forgives(stud
     assert weights_of(lent) == weights_of(calm)
     assert points_of(lent) == points_of(calm)
     history = [json.loads((at / "done" / "learn.json").read_text())["history"] for at in (lent, calm)]
+    assert history[0] == history[1]
+
+
+def test_the_driver_is_killed_while_it_trains_by_itself(study, tiled, calm):
+    """Without Ray Train, the same bytes as with it."""
+    work, log, more = copied(tiled, "alone"), study.parent / "alone.log", (FACTOR, "train.workers=auto")
+    run = Run("train", study, work, log, *more)
+    run.wait_for(lambda: list((work / "training").glob("run-*/training.pt")))
+    assert not run.workers("ray::RayTrainWorker")
+    run.kill_driver()
+    assert not (work / "done" / "learn.json").exists()
+    (state,) = (work / "training").glob("run-*/training.pt")
+    kept = read_state(state)["step"]
+    assert 2 <= kept < STEPS
+    again = Run("train", study, work, log, *more)
+    assert again.end() == 0, log.read_text()
+    assert weights_of(work) == weights_of(calm)
+    assert points_of(work) == points_of(calm)
+    history = [json.loads((at / "done" / "learn.json").read_text())["history"] for at in (work, calm)]
     assert history[0] == history[1]
 
 

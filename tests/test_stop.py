@@ -238,7 +238,7 @@ def test_a_run_that_another_took_over_leaves_ray_train_at_once(cli, phantom, pla
             yield
 
     monkeypatch.setattr(trainer, "_watch", taken_over)
-    steps = ["train.steps=100000", "train.report_every=100000", "tracking.uri=none"]
+    steps = ["train.steps=100000", "train.report_every=100000", "tracking.uri=none", "train.workers=1"]
     done = cli("fuse", phantom.imzml, phantom.slide, "-o", out, "--factor", FACTOR, *settings, *steps)
     assert done.code == 1 and "stopped (another process has taken it over)" in done.err, done
     assert not out.exists()
@@ -246,8 +246,12 @@ def test_a_run_that_another_took_over_leaves_ray_train_at_once(cli, phantom, pla
 
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
-def test_a_run_that_was_stopped_twice_ends_with_the_same_bytes(cli, phantom, place, fused, tmp_path, monkeypatch):
-    settings = [s for s in place.overrides if not s.startswith("tracking")]
+@pytest.mark.parametrize("workers", ["auto", "1"])
+def test_a_run_that_was_stopped_twice_ends_with_the_same_bytes(
+    cli, phantom, place, fused, tmp_path, monkeypatch, workers
+):
+    """Where training is in the run's own process, and where it is in one of Ray Train's."""
+    settings = [s for s in place.overrides if not s.startswith("tracking")] + [f"train.workers={workers}"]
     settings.append(f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}")
     out, work = tmp_path / "result.zarr", tmp_path / "result.zarr.work"
 
@@ -258,28 +262,29 @@ def test_a_run_that_was_stopped_twice_ends_with_the_same_bytes(cli, phantom, pla
         client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
         return [run.info.status for run in client.search_runs([e.experiment_id for e in client.search_experiments()])]
 
-    plain = trainer._watch
+    begins = {"auto": "train_alone", "1": "_on_ray"}[workers]
+    plain = getattr(trainer, begins)
 
-    @contextmanager
-    def at_the_first_step(*arguments):
+    def at_the_first_step(*arguments, **named):
         stopping.request(work / "stop", "in training")
-        with plain(*arguments):
-            yield
+        return plain(*arguments, **named)
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer, "_watch", at_the_first_step)
+        patched.setattr(trainer, begins, at_the_first_step)
         done = fuse()
     assert done.code == 1 and "stopped (in training); the same command again resumes" in done.err, done
     assert states() == ["KILLED"]
-    (kept,) = (work / "training").glob("run-*/checkpoint_*/training.pt")
+    (kept,) = (work / "training").glob("run-*/training.pt" if workers == "auto" else "run-*/checkpoint_*/training.pt")
     saved = torch.load(kept, weights_only=True)
     # Between two reports (every second step): what is not in the history yet is saved, too.
     assert (saved["step"], saved["history"], saved["count"]) == (1, [], 1)
     # No patch of what is done is loaded again. Were the checkpoint lost that this was noted for, all would be.
-    (note,) = (work / "training").glob("run-*/begin.json")
-    noted = json.loads(note.read_text())
-    assert noted["step"] == 1
-    note.write_text(json.dumps({**noted, "step": 3}))
+    notes = list((work / "training").glob("run-*/begin.json"))
+    assert len(notes) == (0 if workers == "auto" else 1)
+    for note in notes:
+        noted = json.loads(note.read_text())
+        assert noted["step"] == 1
+        note.write_text(json.dumps({**noted, "step": 3}))
 
     def in_reconstruction(*about):
         for phase in shard_phases(*about):
@@ -296,7 +301,7 @@ def test_a_run_that_was_stopped_twice_ends_with_the_same_bytes(cli, phantom, pla
     assert done.code == 1 and "stopped (in reconstruction)" in done.err, done
     assert not out.exists() and states() == ["KILLED"]
     history = json.loads((work / "done" / "learn.json").read_text())["history"]
-    assert json.loads(note.read_text())["step"] == 4
+    assert all(json.loads(note.read_text())["step"] == 4 for note in notes)
     done = fuse()
     assert done.code == 0 and states() == ["FINISHED"], done
     assert contents(out, *ARRAYS) == contents(place.result, *ARRAYS)

@@ -87,18 +87,30 @@ def test_stage_by_stage_to_one_model_for_both(stage, manifest, tracking):
     assert all(run.info.status == "FINISHED" and "ions_informed" in run.data.metrics for run in recorded.values())
 
 
-def test_two_workers_learn_what_one_learns(stage, manifest, place, tracking, cli):
-    """Two workers share each step's patches: the same losses, and the same weights to rounding."""
+def test_workers_of_ray_learn_what_the_run_learns_by_itself(stage, manifest, place, tracking, cli):
+    """One the same to the bit; two, which share each step's patches, the same losses, and weights to rounding."""
     work = manifest.parent / "work"
-    shutil.copytree(work, manifest.parent / "pair")
     settings = [s for s in place.overrides if not s.startswith("tracking")] + [f"tracking.uri={tracking}"]
-    done = cli("train", manifest, "-o", manifest.parent / "pair", "--factor", FACTOR, *settings, "train.workers=2")
-    assert done.code == 0, done
-    one, two = (load_file(at / "sections" / "one" / "network.safetensors") for at in (work, manifest.parent / "pair"))
-    history = [
-        json.loads((at / "done" / "learn.json").read_text())["history"] for at in (work, manifest.parent / "pair")
-    ]
-    for ours, theirs in zip(*history, strict=True):
+
+    def learnt(at):
+        history = json.loads((at / "done" / "learn.json").read_text())["history"]
+        return history, load_file(at / "sections" / "one" / "network.safetensors")
+
+    def train(workers):
+        at = manifest.parent / f"by-{workers}"
+        shutil.copytree(work, at)
+        done = cli("train", manifest, "-o", at, "--factor", FACTOR, *settings, f"train.workers={workers}")
+        assert done.code == 0, done
+        assert list((at / "training").glob("run-*/checkpoint_*/training.pt"))
+        return learnt(at)
+
+    assert list((work / "training").glob("run-*/training.pt"))
+    history, one = learnt(work)
+    same, single = train(1)
+    assert same == history
+    assert all(np.array_equal(value, single[name]) for name, value in one.items())
+    shared, two = train(2)
+    for ours, theirs in zip(history, shared, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     for name, value in one.items():
         assert np.abs(value - two[name]).max() <= 1e-3 * max(np.abs(value).max(), 1e-6), name

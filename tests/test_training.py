@@ -19,9 +19,11 @@ from deepfere.model.features import FEATURES, PLANES
 from deepfere.model.guide import GuideSpec
 from deepfere.store import create_array, open_group
 from deepfere.tiling.patches import PatchReader, PatchSource, core_window
+from deepfere.training.alone import train_alone
+from deepfere.training.checkpoint import CHECKPOINT, read_state
 from deepfere.training.loop import INDICES, JointModel, LoopSettings, SectionTask, on_device, train_step
+from deepfere.training.steps import Clock
 from deepfere.training.trainer import preflight
-from deepfere.training.worker import Clock
 from tests.conftest import FACTOR, SETTINGS, write_study
 
 K, PATCH, CONTEXT, DEPTH = 2, 20, 5, 1
@@ -135,6 +137,87 @@ def test_patches_are_read_as_the_registration_asks(setting, tmp_path):
         expected = planes[:, row : row + size[0], col : col + size[1]].transpose(1, 2, 0)
         h, w = expected.shape[:2]
         np.testing.assert_array_equal(loaded["planes"][:h, :w], expected)
+
+
+class Alone:
+    """A training of six steps in this process, on the halves of one batch."""
+
+    def __init__(self, setting, folder):
+        self.settings, self.sections, batch = setting
+        self.parts = [{name: values.numpy() for name, values in part.items()} for part in halves(batch)]
+        self.folder, self.loaded, self.told = folder, [], []
+        folder.mkdir(exist_ok=True)
+
+    def load(self, done):
+        for step in range(done, self.settings.steps):
+            self.loaded.append(step)
+            yield from self.parts
+
+    def train(self, *, digest="one", stop="", load=None, on_step=None):
+        given = {"parts": 2, "report_every": 2, "run": self.folder, "digest": digest, "stop": str(stop)}
+        return train_alone(
+            self.settings, self.sections, load or self.load, **given, on_step=on_step or self.told.append
+        )
+
+
+def test_a_process_alone_trains_goes_on_and_finds_itself_finished(setting, tmp_path):
+    settings, sections, batch = setting
+    alone = Alone(setting, tmp_path / "run")
+    state = alone.train()
+    parts = [[on_device(part, "cpu") for part in halves(batch)]] * settings.steps
+    weights, losses = learnt(settings, sections, parts)
+    assert all(torch.equal(state["model"][name], value) for name, value in weights.items())
+    assert [entry["step"] for entry in state["history"]] == [2, 4, 6]
+    totals = [step["total"] for step in losses]
+    assert [entry["total"] for entry in state["history"]] == pytest.approx(np.mean(np.reshape(totals, (3, 2)), 1))
+    assert 0 <= state["timing"]["input_wait"] <= 1 and state["timing"]["steps_per_s"] > 0
+
+    finished = Alone(setting, tmp_path / "run").train()
+    assert finished["history"] == state["history"] and finished["timing"] == state["timing"]
+    again = Alone(setting, tmp_path / "run")
+    assert again.train()["step"] == settings.steps and again.loaded == []
+    # Of other settings or fits, it is no place to go on from.
+    other = Alone(setting, tmp_path / "run")
+    other.train(digest="two")
+    assert other.loaded == list(range(settings.steps))
+
+
+def test_a_process_alone_that_is_stopped_or_fails_goes_on_from_what_it_kept(setting, tmp_path):
+    calm = Alone(setting, tmp_path / "calm").train()
+    stop, run = tmp_path / "stop", Alone(setting, tmp_path / "run")
+
+    def at_the_third(done):
+        for n, part in enumerate(run.load(done)):
+            if n == 4:
+                stop.touch()
+            yield part
+
+    state = run.train(stop=stop, load=at_the_third)
+    # Between two reports, once the steps that were loaded before are done.
+    assert 0 < state["step"] < 4 and read_state(run.folder / CHECKPOINT)["step"] == state["step"]
+    stop.unlink()
+
+    def broken(done):
+        yield from run.parts
+        raise ValueError("the cache is gone")
+
+    with pytest.raises(ValueError, match="the cache is gone"):
+        run.train(load=broken)
+    begun = Alone(setting, tmp_path / "run")
+    ended = begun.train()
+    assert begun.loaded[0] >= state["step"]
+    assert all(torch.equal(ended["model"][name], value) for name, value in calm["model"].items())
+    assert ended["history"] == calm["history"]
+
+
+def test_a_torn_state_of_a_process_alone_is_none(setting, tmp_path):
+    run = Alone(setting, tmp_path / "run")
+    run.train()
+    file = run.folder / CHECKPOINT
+    file.write_bytes(file.read_bytes()[:1000])
+    assert read_state(file) is None
+    again = Alone(setting, tmp_path / "run")
+    assert again.train()["step"] == 6 and again.loaded == list(range(6))
 
 
 def test_the_clock_tells_waiting_from_work():

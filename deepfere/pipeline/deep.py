@@ -1,4 +1,4 @@
-"""The deep tier's training as a job: tasks and patches of all sections, carried out on Ray Train."""
+"""The deep tier's training as a job: tasks and patches of all sections."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deepfere.cluster import connect
+from deepfere.cluster import cluster_address, connect
 from deepfere.config import Config, digest
 from deepfere.errors import InputError
 from deepfere.frame import Alignment
@@ -46,7 +46,7 @@ def train_network(
     run_name: str,
     recording: Recording | None = None,
 ) -> tuple[Trained, tuple[FusionNetwork, list[Alignment]]]:
-    """Train the joint model on Ray Train; returns the network and the refined alignments.
+    """Train the joint model; returns the network and the refined alignments.
 
     Args:
         sections: What `FitWorker` has noted of each.
@@ -90,6 +90,7 @@ def train_network(
         digest=digest([config.digest(), asdict(settings), [asdict(t) for t in tasks]]),
         on_step=lambda step: progress("learn", 0.1 + 0.75 * step / train.steps),
         recording=recording,
+        alone=train.workers == "auto" and not train.use_gpu and not cluster_address(config.ray),
     )
     model = JointModel(settings, tasks)
     model.load_state_dict(trained.model)

@@ -236,7 +236,7 @@ class KubeRay(Target):
                 raise InputError(f"{used}=true and no image for GPUs", where="--gpu-image", remedy="give it")
             if gpu:
                 # Training on more GPUs than there are is refused: all of them, from the beginning.
-                count = train.workers if train.use_gpu else 1
+                count = train.count if train.use_gpu else 1
                 group |= {"replicas": count, "minReplicas": count, "maxReplicas": max(count, group["maxReplicas"])}
             for container in group["template"]["spec"]["containers"]:
                 container["image"] = self.gpu_image if gpu else self.image

@@ -1,4 +1,4 @@
-"""Ray Train adapter: any number of workers, checkpoints by steps, exact resume under the same run name."""
+"""Training as a job: on Ray Train with any number of workers, or in this process; exact resume under the same name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from deepfere.cluster import keep_signals, last_line, quiet_ray_data
@@ -20,12 +19,14 @@ from deepfere.config import TrainSettings
 from deepfere.errors import DeepfereError, InputError, StorageError
 from deepfere.places import Place
 from deepfere.stopping import Stopped, current, saving
-from deepfere.tiling.dataset import patch_dataset
+from deepfere.tiling.dataset import LoadPatches, patch_dataset
 from deepfere.tiling.patches import PatchSource, draw, plane_shape
-from deepfere.training.live import Recording
+from deepfere.training.alone import train_alone
+from deepfere.training.checkpoint import HISTORY, begin_at, note_begin, read_folder
+from deepfere.training.live import Live, Recording
 from deepfere.training.loop import LoopSettings, SectionTask
 from deepfere.training.storage import run_storage
-from deepfere.training.worker import CHECKPOINT, HISTORY, TELL_EVERY_S, begin_at, note_begin, work
+from deepfere.training.worker import TELL_EVERY_S, work
 
 MOST_FAILURES = 2
 """Workers that may be lost before it counts whether training got any further."""
@@ -59,32 +60,32 @@ def preflight(settings: TrainSettings) -> None:
     have = [host["Resources"] for host in ray.nodes() if host["Alive"]]
     hosts = [(one.get("CPU", 0.0), one.get("GPU", 0.0)) for one in have]
     cpus, gpus = (sum(kind) for kind in zip(*hosts, strict=True))
-    if settings.use_gpu and gpus < settings.workers:
+    if settings.use_gpu and gpus < settings.count:
         raise InputError(
-            f"{settings.workers} GPU workers are asked for and the cluster has {gpus:g} GPUs",
+            f"{settings.count} GPU workers are asked for and the cluster has {gpus:g} GPUs",
             where="train.workers",
             remedy="lower train.workers or set train.use_gpu=false",
         )
-    share = cpu_share(cpus, settings.workers)
+    share = cpu_share(cpus, settings.count)
     most = sum(int(min(gpu, cpu / share)) for cpu, gpu in hosts)
-    if settings.use_gpu and most < settings.workers:
+    if settings.use_gpu and most < settings.count:
         raise InputError(
-            f"{settings.workers} GPU workers are asked for and the cluster's hosts have room for {most} "
+            f"{settings.count} GPU workers are asked for and the cluster's hosts have room for {most} "
             f"(a GPU and {share:g} CPUs each)",
             where="train.workers",
             remedy="give hosts with GPUs more CPUs, lower train.workers, or set train.use_gpu=false",
         )
     most = sum(int(2 * cpu) for cpu, _ in hosts)
-    if not settings.use_gpu and settings.workers > most:
+    if not settings.use_gpu and settings.count > most:
         raise InputError(
-            f"{settings.workers} CPU workers are asked for and the cluster has {cpus:g} CPUs",
+            f"{settings.count} CPU workers are asked for and the cluster has {cpus:g} CPUs",
             where="train.workers",
             remedy=f"give at most {most}" if most else "have its workers up first, or leave ray.address out",
         )
     # Rounded up, the same settings would mean another training with more workers.
-    slots = settings.workers * settings.accumulate
+    slots = settings.count * settings.accumulate
     if settings.batch % slots:
-        of = f"{settings.workers} workers" + f", {settings.accumulate} parts each" * (settings.accumulate > 1)
+        of = f"{settings.count} workers" + f", {settings.accumulate} parts each" * (settings.accumulate > 1)
         raise InputError(
             f"a step of {settings.batch} patches cannot be dealt evenly to {of}",
             where="train.batch",
@@ -108,8 +109,9 @@ def train_joint(
     digest: str,
     on_step: Callable[[int], None] | None = None,
     recording: Recording | None = None,
+    alone: bool = False,
 ) -> Trained:
-    """Train on Ray: one call does a fresh run, a resumed one, or finds it finished.
+    """Train: one call does a fresh run, a resumed one, or finds it finished.
 
     Args:
         settings: Settings of the loop.
@@ -121,6 +123,7 @@ def train_joint(
         digest: Hash of everything that the weights depend on.
         on_step: Called now and then with the number of steps done.
         recording: The run that losses are sent to as they come.
+        alone: In this process, without Ray: what one worker of Ray Train's learns, to the bit.
 
     Raises:
         InputError: Impossible resources.
@@ -128,30 +131,78 @@ def train_joint(
         KeyboardInterrupt: It was interrupted; the same call goes on from the last checkpoint.
         Stopped: It was asked to stop; the same call goes on from the step that it had reached.
     """
+    preflight(train)
+    folder.mkdir(parents=True, exist_ok=True)
+    patches = [(s, p) for s, source in enumerate(sources) for p in range(len(source.cells))]
+    shape = plane_shape(sources, settings.patch_px)
+    each = settings.batch // (train.count * train.accumulate)
+
+    def left(done: int) -> dict[str, Any]:
+        """Rows of the patches of all steps but the first ``done``."""
+        rows = draw(patches, settings.steps, settings.batch, settings.seed)
+        return {column: values[done * settings.batch :] for column, values in rows.items()}
+
+    def load(done: int) -> Iterator[dict[str, Any]]:
+        loader, rows = LoadPatches([asdict(s) for s in sources], settings.patch_px, shape), left(done)
+        for k in range(0, len(rows["step"]), each):
+            yield loader({column: values[k : k + each] for column, values in rows.items()})
+
+    if alone:
+        live = Live(recording) if recording else None
+        try:
+            with saving():
+                state = train_alone(
+                    settings,
+                    sections,
+                    load,
+                    parts=train.accumulate,
+                    report_every=train.report_every,
+                    run=folder / name,
+                    digest=digest,
+                    stop=str(current() or ""),
+                    on_step=on_step,
+                    live=live,
+                )
+        except DeepfereError:
+            raise
+        except Exception as error:
+            raise DeepfereError(f"training failed: {last_line(error)}") from error
+        finally:
+            if live is not None:
+                live.close()
+        return Trained(state["model"], state["history"], state["timing"])
+
+    def input_left() -> Any:
+        """What a group of workers is given, each time that one is begun: what is done is not loaded again."""
+        quiet_ray_data()  # in the process that calls it, which is Ray Train's
+        rows = left(min(begin_at(folder / name, digest), settings.steps - 1))
+        return patch_dataset(rows, sources, settings.patch_px, shape, each, train.count)
+
+    return _on_ray(settings, sections, input_left, train, folder, name, digest, on_step, recording)
+
+
+def _on_ray(
+    settings: LoopSettings,
+    sections: list[SectionTask],
+    input_left: Callable[[], Any],
+    train: TrainSettings,
+    folder: Place,
+    name: str,
+    digest: str,
+    on_step: Callable[[int], None] | None,
+    recording: Recording | None,
+) -> Trained:
+    """See `train_joint`; ``input_left`` gives the dataset of what is not done yet."""
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from deepfere.training.group import GroupConfig
 
-    preflight(train)
     progress = folder / f"{name}.step"
-    folder.mkdir(parents=True, exist_ok=True)
     storage, path = run_storage(folder)
-    patches = [(s, p) for s, source in enumerate(sources) for p in range(len(source.cells))]
-    slots = train.workers * train.accumulate
-    shape = plane_shape(sources, settings.patch_px)
     cpus = ray.cluster_resources().get("CPU", 1.0)
-    per_worker = cpu_share(cpus, train.workers)
-
-    def input_left() -> Any:
-        """What a group of workers is given, each time that one is begun: what is done is not loaded again."""
-        quiet_ray_data()  # in the process that calls it, which is Ray Train's
-        rows = draw(patches, settings.steps, settings.batch, settings.seed)
-        done = min(begin_at(folder / name, digest), settings.steps - 1)
-        left = {column: values[done * settings.batch :] for column, values in rows.items()}
-        each = settings.batch // slots
-        return patch_dataset(left, sources, settings.patch_px, shape, each, train.workers)
+    per_worker = cpu_share(cpus, train.count)
 
     def trainer() -> TorchTrainer:
         return TorchTrainer(
@@ -172,7 +223,7 @@ def train_joint(
             torch_config=GroupConfig(timeout_s=300),
             scaling_config=ScalingConfig(
                 # Where hosts are lost and not replaced, fewer workers go on.
-                num_workers=(1, train.workers) if train.workers > 1 else 1,  # type: ignore[arg-type]
+                num_workers=(1, train.count) if train.count > 1 else 1,  # type: ignore[arg-type]
                 use_gpu=train.use_gpu,
                 resources_per_worker={"CPU": per_worker, **({"GPU": 1} if train.use_gpu else {})},
             ),
@@ -211,7 +262,7 @@ def train_joint(
         try:
             with result.checkpoint.as_directory() as kept:
                 found = json.loads((Path(kept) / HISTORY).read_text())
-                state = torch.load(Path(kept) / CHECKPOINT, weights_only=True, map_location="cpu")
+                state = read_folder(Path(kept))
         except Exception as error:  # of whatever keeps it
             raise DeepfereError(f"the last checkpoint of training cannot be read: {last_line(error)}") from error
     if found["step"] != settings.steps:
