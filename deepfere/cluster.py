@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from deepfere.config import RaySettings
+from deepfere.cores import limit
 from deepfere.errors import DeepfereError, InputError
 from deepfere.places import Place, UrlPath, place, remove_tree, texts
 
@@ -53,7 +54,7 @@ def connect(settings: RaySettings) -> None:
     """Join the cluster at ``settings.address`` (or ``RAY_ADDRESS``), else start a local session once.
 
     Threads of numerical libraries are pinned to one in every worker, so that results do not depend on the
-    machine's core count.
+    machine's core count; this process does not use more cores than Ray may.
 
     Raises:
         InputError: There is no cluster at the address.
@@ -61,6 +62,7 @@ def connect(settings: RaySettings) -> None:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    limit(settings.num_cpus)
     import ray
 
     if ray.is_initialized():
@@ -94,7 +96,7 @@ def connect(settings: RaySettings) -> None:
                     include_dashboard=False,
                     **options,
                 )
-            except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+            except Exception as error:  # a machine that is too busy is told by a bare one
                 raise DeepfereError(f"Ray does not start: {last_line(error)}") from error
     quiet_ray_data()
 

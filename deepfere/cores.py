@@ -1,10 +1,72 @@
-"""How many processor cores there are for this process."""
+"""How many processor cores there are for this process, and what is done on all of them."""
 
 from __future__ import annotations
 
 import os
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 
 
 def usable_cores() -> int:
     """Cores that this process may run on; all of the machine's where the system does not tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_most: int | None = None
+
+
+def limit(threads: int | None) -> None:
+    """Have `side_by_side` use so many threads in this process, at most; None = a thread per core."""
+    global _most
+    _most = threads
+
+
+def side_by_side(
+    do: Callable[[Item], Answer],
+    items: Iterable[Item],
+    done: Callable[[int], None] = lambda count: None,
+    at_once: int | None = None,
+) -> list[Answer]:
+    """Do something to each of some items, in as many threads as there are cores: for work that releases the GIL.
+
+    Args:
+        do: Called with each item, in any order.
+        items: The items, taken when there is a thread for them.
+        done: Called by this thread with the number of answers that are there, in the order of the items.
+        at_once: Threads at most, for the sake of memory.
+
+    Returns:
+        What it gave, in the order of the items.
+    """
+    threads = min(n for n in (usable_cores(), _most, at_once) if n is not None)
+    answers: list[Answer] = []
+    if threads <= 1:
+        for item in items:
+            answers.append(do(item))
+            done(len(answers))
+        return answers
+    begun: deque[Future[Answer]] = deque()
+
+    def take() -> None:
+        answers.append(begun.popleft().result())
+        done(len(answers))
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                begun.append(pool.submit(do, item))
+                while len(busy := [one for one in begun if not one.done()]) >= threads:
+                    wait(busy, return_when=FIRST_COMPLETED)
+                while begun and begun[0].done():
+                    take()
+            while begun:
+                take()
+        finally:
+            for one in begun:
+                one.cancel()
+    return answers

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from deepfere import cores
 from deepfere.cluster import last_line
 from deepfere.errors import DeepfereError
 from deepfere.rows import MOST_LOSSES, Open, Phase, Phases, Record, Row, RowWorker, Stream, told
@@ -46,6 +47,7 @@ class Host:
         import torch
 
         torch.set_num_threads(1)
+        cores.limit(1)
         return True
 
     def carry_out(self, number: int, shared: tuple[Any, ...], rows: list[Row], stop: str) -> tuple[list[Record], float]:
@@ -115,10 +117,11 @@ class Pool:
     Args:
         title: In the names of its processes: ``ray::Rows(TITLE)``.
         per_gpu: So many actors share a GPU, and there are no others; None = they use none.
+        few: As long as there are no actors, phases of so few rows are carried out without.
     """
 
-    def __init__(self, title: str, per_gpu: int | None = None) -> None:
-        self._title, self._per_gpu = title, per_gpu
+    def __init__(self, title: str, per_gpu: int | None = None, few: int = 0) -> None:
+        self._title, self._per_gpu, self._few = title, per_gpu, few
         self._actors: list[_Actor] = []
         self._starting: dict[Any, _Actor] = {}
         self._calls: dict[Any, tuple[_Actor, Open, list[Row]]] = {}
@@ -151,6 +154,7 @@ class Pool:
                 if not stopping and (now := time.monotonic()) - looked_s >= LOOK_EVERY_S:
                     looked_s, stopping = now, requested(stop)
                 if not stopping:
+                    self._carry_out_few(stream, stop)
                     self._grow(stream)
                     self._hand_out(stream, stop)
                 if not self._calls and (stopping or not stream.open):
@@ -170,6 +174,17 @@ class Pool:
             if self._calls:  # nobody waits for them any more: their actors are not to go on
                 self.close()
             raise
+
+    def _carry_out_few(self, stream: Stream, stop: str) -> None:
+        """In this process, while that is all there is to do."""
+        host = Host()
+        while not self._actors and not requested(stop) and stream.fill(1):
+            job = stream.open[0]
+            if len(stream.open) > 1 or job.phase.count > self._few:
+                return
+            rows = job.take(job.left)
+            records, _ = host.carry_out(job.number, ((job.phase.worker, job.phase.arguments),), rows, stop)
+            stream.done(job, rows, records)
 
     def _tell_what_is_awaited(self) -> None:
         import ray
@@ -298,6 +313,7 @@ def run_jobs(
     title: str,
     here: bool = False,
     per_gpu: int | None = None,
+    few: int = 0,
     failed: Callable[[str, Exception], None] | None = None,
 ) -> None:
     """Carry out jobs, many at once, on the actors of the `pool` around the call or of one of its own.
@@ -307,6 +323,8 @@ def run_jobs(
         title: Names the pool's processes.
         here: In this process instead, one after another.
         per_gpu: So many actors share a GPU (not with a `pool` around); None = they use none.
+        few: Phases of a job alone with so few rows are carried out right here, until one has more: starting actors
+            would cost more (not with a `pool` around).
         failed: Called with name and error of a job that failed, the others go on; without it the first error is raised.
 
     Raises:
@@ -315,7 +333,7 @@ def run_jobs(
     """
     stream = Stream(jobs, failed)
     with saving():
-        own = None if here or _pool is not None else Pool(title, per_gpu)
+        own = None if here or _pool is not None else Pool(title, per_gpu, few)
         workers: Workers = Here() if here else own or _pool  # type: ignore[assignment]
         try:
             workers.run(stream, str(current() or ""))

@@ -7,16 +7,14 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter, map_coordinates
 
+from deepfere import cores
 from deepfere.alignment.accept import accept, least_sum
 from deepfere.alignment.looks import high_pass
 from deepfere.alignment.overview import MeasuredOverview, StainOverview
 from deepfere.alignment.placement import Candidate, centred_alignment, describe, null_placements, orientation
-from deepfere.alignment.refine import AFFINE_STAGES, refine, residual_variance
+from deepfere.alignment.refine import AFFINE_STAGES, refine, refine_each, residual_variance
 from deepfere.alignment.score import held_out_r2, placement_r2, slide_cover, spatial_blocks
-from deepfere.alignment.search import (
-    correlation_maps,
-    search,
-)
+from deepfere.alignment.search import FINE_STAGES, correlation_maps, search
 from deepfere.errors import InputError
 from deepfere.frame import Alignment, SectionGrid
 from deepfere.model.features import PLANES, StainReference, optical_density
@@ -95,6 +93,21 @@ def test_search_and_refinement_find_the_section(found_section):
     assert np.median(error_px(better, truth)) < 0.15
     assert np.quantile(error_px(better, truth), 0.9) < 0.3
     assert better.evidence == found.evidence
+
+
+def test_threads_change_nothing(found_section, monkeypatch):
+    stain, measured, truth, *_ = found_section
+    starts = [
+        Alignment(truth.matrix, truth.offset_um + np.array(shift)) for shift in ((9.0, 4.0), (-5.0, 8.0), (0, 3.0))
+    ]
+    monkeypatch.setattr(cores, "usable_cores", lambda: 3)
+    both = []
+    for threads in (1, None):
+        monkeypatch.setattr(cores, "_most", threads)
+        both.append(refine_each(measured, stain, starts, FINE_STAGES, 2))
+    for one, other in zip(*both, strict=True):
+        np.testing.assert_array_equal(one.matrix, other.matrix)
+        np.testing.assert_array_equal(one.offset_um, other.offset_um)
 
 
 def test_a_mirrored_slide_gives_the_mirrored_place(found_section):

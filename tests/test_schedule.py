@@ -136,6 +136,19 @@ def test_two_actors_share_many_jobs(made, ray_session):
 
 
 @pytest.mark.ray
+def test_few_rows_of_a_job_alone_are_carried_out_without_actors_until_there_are_more(made, ray_session):
+    run_jobs([("a", made.phases("a", first=3, second=2))], title="test", few=3)
+    assert {record["pid"] for record in made.done("a").values()} == {os.getpid()} and len(made.done("a")) == 5
+    run_jobs([("b", made.phases("b", first=4, second=2))], title="test", few=3)
+    assert os.getpid() not in {record["pid"] for record in made.done("b").values()} and len(made.done("b")) == 6
+    jobs = [(name, made.phases(name, first=2, second=3)) for name in ("c", "d")]
+    with pytest.raises(InputError, match="first of e: 2 of 2"):
+        run_jobs([("e", made.phases("e", first=2, bad=True))], title="test", few=3)
+    run_jobs(jobs, title="test", few=3)
+    assert made.told[-1].endswith("ends") and [len(made.done(name)) for name in "cd"] == [5, 5]
+
+
+@pytest.mark.ray
 def test_rows_of_an_actor_that_is_lost_are_done_by_others(made, ray_session, tmp_path):
     (tmp_path / "deadly").touch()
     more = {"dies_while": str(tmp_path / "deadly"), "seconds": 0.02}

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from deepfere.alignment.looks import MOST_PX, Looks
 from deepfere.alignment.overview import MeasuredOverview, StainOverview
+from deepfere.cores import side_by_side
 from deepfere.frame import Alignment
 from deepfere.model.registration import Registration, sample_window
 
@@ -162,19 +163,24 @@ def refine_each(
         looks = seen[0 if rows is None else n]
         registration = Registration(start, measured.grid.extent_um, knots)
         runs.append((registration, registration.at(looks.points_um.reshape(-1, 2)), looks))
-    images, done = torch.from_numpy(measured.images), 0
-    for stage in stages:
+    images, tell = torch.from_numpy(measured.images), progress or (lambda share: None)
+
+    def take(stage: Stage, begun: float) -> None:
         # Pixels of half the blur lose nothing and cost less.
         scene = stain.coarsen(0.5 * stage.blur_pitch * pitch)
         features = scene.features(stage.blur_pitch * pitch)
         targets = [looks.of_grid(images, stage.high_pass) for looks in seen]
-        for n, (registration, mapped, looks) in enumerate(runs):
+
+        def one(n: int) -> None:
+            registration, mapped, looks = runs[n]
             z = targets[0 if rows is None else n]
             left = partial(_unexplained, mapped, looks, z, features, scene.spacing_um, stage.high_pass)
             _minimise(registration, left, looks.count, stage, pitch)
-            done += 1
-            if progress:
-                progress(done / (len(stages) * len(runs)))
+
+        side_by_side(one, range(len(runs)), lambda done: tell(begun + done / (len(stages) * len(runs))))
+
+    for number, stage in enumerate(stages):
+        take(stage, number / len(stages))
     return [registration.alignment() for registration, _, _ in runs]
 
 

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from deepfere.alignment.overview import MeasuredOverview, StainOverview
 from deepfere.alignment.placement import Candidate, centred_alignment, orientation, same_place
 from deepfere.alignment.refine import Stage, refine_each
 from deepfere.alignment.score import placement_r2, slide_cover
+from deepfere.cores import side_by_side
 from deepfere.errors import InputError
 from deepfere.frame import Alignment, SectionGrid
 from deepfere.model.registration import bilinear
@@ -162,16 +164,14 @@ def _all_placements(
     fine: bool,
 ) -> list[Candidate]:
     """The best shifts of every orientation, the best correlated first."""
-    found: list[tuple[float, Candidate]] = []
-    for angle in np.arange(0.0, 360.0, angle_step_deg):
-        for flip in (False, True):
-            for scale in scales:
-                found += [
-                    (score, Candidate(alignment, flip, float(angle), -1.0, -1.0))
-                    for score, alignment in _orientation_candidates(
-                        measured, stain, principal, flip, float(angle), scale, 3, fine
-                    )
-                ]
+    ways = list(product(np.arange(0.0, 360.0, angle_step_deg).tolist(), (False, True), scales))
+
+    def one(way: tuple[float, bool, float]) -> list[tuple[float, Candidate]]:
+        angle, flip, scale = way
+        shifts = _orientation_candidates(measured, stain, principal, flip, angle, scale, 3, fine)
+        return [(score, Candidate(alignment, flip, angle, -1.0, -1.0)) for score, alignment in shifts]
+
+    found = [each for some in side_by_side(one, ways) for each in some]
     return [candidate for _, candidate in sorted(found, key=lambda item: -item[0])]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.alignment.score import spatial_blocks
+from deepfere.cores import side_by_side
 from deepfere.measured.factors import Factors, factor_weight, noise_sd
 from deepfere.measured.operator import cell_means, fill_missing
 from deepfere.model import gate as gates
@@ -37,6 +38,8 @@ from deepfere.model.uncertainty import NoiseModel, common_scale, local_variance,
 Array = NDArray[np.float64]
 RATIO = 2
 IONS_AT_ONCE = 32
+SMALL_BYTES = 64 * 2**20
+"""Of a fit's regressors: of larger ones there is no second fit in the memory at a time."""
 POSITIVITY = (3, 4, 5)
 """Steps tried. None is no choice: below zero an intensity means nothing, and the fewest never cost accuracy."""
 
@@ -117,6 +120,11 @@ class Evidence:
     factor_rows: Array
     ion_rows: NDArray[np.float32]
 
+    @property
+    def at_once(self) -> int | None:
+        """How many fits like its own may be made at once: each has rows of its own, and what is made of them."""
+        return None if self.rows.stain.nbytes <= SMALL_BYTES else 1
+
 
 def evidence(
     pooled: Array,
@@ -196,12 +204,14 @@ def gate_ions(
 def fit_t1(problem: Evidence, null_count: int, seed: int) -> tuple[RidgeFit, list[NDArray[np.float32]]]:
     """The closed-form tier and its null guides' held-out predictions."""
     fit = fit_average(problem.rows, problem.factor_rows)
-    nulls = []
-    for features in null_guides(problem.features, null_count, seed):
+
+    def predicted(features: Array) -> NDArray[np.float32]:
         rows = detail_rows(features, problem.mask, problem.blocks, RATIO, problem.chemistry)
         # Half the memory: with many pixels these are what there is most of.
-        nulls.append(fit_average(rows, problem.factor_rows).predicted.astype(np.float32))
-    return fit, nulls
+        return fit_average(rows, problem.factor_rows).predicted.astype(np.float32)
+
+    guides = null_guides(problem.features, null_count, seed)
+    return fit, side_by_side(predicted, guides, at_once=problem.at_once)
 
 
 def tier_error(problem: Evidence, weight: Array, predicted: Array, where: NDArray[np.bool_]) -> float:

@@ -18,7 +18,7 @@ from deepfere.frame import Alignment, Displacement, Points
 
 
 def bilinear(planes: Tensor, origin_px: tuple[int, int], coordinates_px: Tensor) -> Tensor:
-    """Bilinear samples (N, C) of planes (h, w, C) at pixel coordinates (N, 2).
+    """Bilinear samples (N, C) of planes (h, w, C) at pixel coordinates (N, 2), differentiable in the coordinates.
 
     Channels come last so that one sample gathers one contiguous run of memory.
 
@@ -36,20 +36,32 @@ def bilinear(planes: Tensor, origin_px: tuple[int, int], coordinates_px: Tensor)
     fy, fx = (y - row).to(planes.dtype)[:, None], (x - col).to(planes.dtype)[:, None]
     top, left = row.long(), col.long()
     bottom, right = (top + 1).clamp(max=height - 1), (left + 1).clamp(max=width - 1)
-    flat = planes.reshape(-1, channels)
-
-    def take(r: Tensor, c: Tensor) -> Tensor:
-        return flat.index_select(0, r * width + c)
-
-    upper = torch.lerp(take(top, left), take(top, right), fx)
-    lower = torch.lerp(take(bottom, left), take(bottom, right), fx)
-    return torch.lerp(upper, lower, fy)
+    at = (top * width + left, top * width + right, bottom * width + left, bottom * width + right)
+    return _Between.apply(planes.reshape(-1, channels), at, fy, fx)
 
 
 def _cubic_basis(u: Tensor) -> Tensor:
     """Torch twin of `deepfere.frame.cubic_basis`."""
     v = 1.0 - u
     return torch.stack([v**3 / 6, (3 * u**3 - 6 * u**2 + 4) / 6, (3 * v**3 - 6 * v**2 + 4) / 6, u**3 / 6], dim=-1)
+
+
+class _Between(torch.autograd.Function):
+    """Bilinear samples, differentiable in the fractions alone: pixels are constants, and most of the cost."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, at: tuple[Tensor, Tensor, Tensor, Tensor], fy: Tensor, fx: Tensor) -> Tensor:
+        corners = [flat.index_select(0, one) for one in at]
+        upper, lower = torch.lerp(corners[0], corners[1], fx), torch.lerp(corners[2], corners[3], fx)
+        if any(ctx.needs_input_grad):
+            across = torch.lerp(corners[1].sub_(corners[0]), corners[3].sub_(corners[2]), fy)
+            ctx.save_for_backward(lower - upper, across)
+        return torch.lerp(upper, lower, fy)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor, Tensor]:
+        down, across = ctx.saved_tensors
+        return None, None, *(torch.linalg.vecdot(gradient, slope)[:, None] for slope in (down, across))
 
 
 class _Combined(torch.autograd.Function):
@@ -271,7 +283,8 @@ def sample_window(
     height, width = slide_um.shape[0] // s, slide_um.shape[1] // s
     coordinates = slide_um.reshape(-1, 2) / slide_um.new_tensor(spacing_um) - 0.5
     samples = bilinear(planes, origin_px, coordinates)
-    pooled = samples.reshape(height, s, width, s, -1).mean((1, 3))
+    # One axis after the other: the mean over both at once takes three times as long.
+    pooled = samples.reshape(height, s, width, s, -1).sum(3).sum(1) / s**2
     return pooled.permute(2, 0, 1)
 
 

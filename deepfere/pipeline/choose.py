@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepfere.config import Config
+from deepfere.cores import side_by_side
 from deepfere.errors import InputError
 from deepfere.frame import Alignment, apart_px
 from deepfere.measured.factors import Factors, factor_weight
@@ -208,11 +209,14 @@ def choose(
         if by_network.any():
             tier, network = "T2", joint[0]
             guides = null_guides(problem.features, config.model.null_guides, config.seed)
-            null_rows = []
-            for null, features in zip(nulls, guides, strict=True):
-                alone = replace(fit, predicted=null.astype(np.float64))
-                both = fit_deep(network, problem, factors, alone, features)
-                null_rows.append(mixed_by_factor(alone, both, by_network).predicted.astype(np.float32))
+
+            def of_null(given: tuple[NDArray[np.float32], NDArray[np.float64]]) -> NDArray[np.float32]:
+                null, features = given
+                alone = replace(closed[0], predicted=null.astype(np.float64))
+                both = fit_deep(joint[0], problem, factors, alone, features)
+                return mixed_by_factor(alone, both, by_network).predicted.astype(np.float32)
+
+            null_rows = side_by_side(of_null, zip(nulls, guides, strict=True), at_once=problem.at_once)
             factor_gate, ion_gate = deep_gates(problem, factors.basis, (fit, nulls), (mixed, null_rows), rows)
             fit = mixed
     if tier == "T1":

@@ -20,7 +20,7 @@ from deepfere.pipeline.learn import learn_stage
 from deepfere.pipeline.overview import section_pieces
 from deepfere.pipeline.prepare import align_stage, ingest_stage, is_ingested, msi_input_digest, prepared
 from deepfere.pipeline.seal import Outcome
-from deepfere.pipeline.tile import tile_phases
+from deepfere.pipeline.tile import FEW, tile_phases
 from deepfere.pipeline.track import check_tracking, tracked
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.pipeline.write import reconstruct_phases
@@ -381,14 +381,17 @@ def _run(
         prep = prepared(section, work, config)
         if config.guide:
             align_stage(prep, inputs, work, config, progress)
-            run_jobs([(section.name, tile_phases(prep, inputs, work, config, progress))], title="tile")
+            tiling = tile_phases(prep, inputs, work, config, progress)
+            run_jobs([(section.name, tiling)], title="tile", few=FEW)
         with tracked(work, [section], [inputs], config, target.name) as run:
             alone, name = Failures([section.name], work), f"run-{identity[:12]}"
             history = learn_stage([section], [inputs], work, config, progress, name, alone, given, run.recording)
             outcome = Outcome(identity, inputs, run.describe(), named or run.log_learning(history), [])
             depends = [inputs, config.digest(), *([given.digest] if given else [])]
             phases = reconstruct_phases(prep, target, depends, outcome, work, config, progress)
-            run_jobs([(section.name, phases)], title="reconstruct", here=not config.guide, per_gpu=per_gpu(config))
+            here, gpus = not config.guide, per_gpu(config)
+            few = 0 if gpus else FEW
+            run_jobs([(section.name, phases)], title="reconstruct", here=here, per_gpu=gpus, few=few)
             result = Result(str(target))
             run.log_result(result, section.name)
         return result
