@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from deepfere.config import RaySettings
-from deepfere.cores import limit
+from deepfere.cores import limited
 from deepfere.errors import DeepfereError, InputError
 from deepfere.places import Place, UrlPath, place, remove_tree, texts
 
@@ -45,16 +45,25 @@ ANSWER_S = 10.0
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def cluster_address(settings: RaySettings) -> str | None:
-    """Where the cluster is that a run joins; None = it has a session of its own, on this machine."""
+_own_session = False
+"""Whether this process's Ray is a session that `connect` has started."""
+
+
+def _address(settings: RaySettings) -> str | None:
     return settings.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def alone_on_machine(settings: RaySettings) -> bool:
+    """Whether a run joins no cluster: it has a Ray session of its own, or none, and this machine's cores."""
+    joined = "ray" in sys.modules and sys.modules["ray"].is_initialized() and not _own_session
+    return not joined and not _address(settings)
 
 
 def connect(settings: RaySettings) -> None:
     """Join the cluster at ``settings.address`` (or ``RAY_ADDRESS``), else start a local session once.
 
     Threads of numerical libraries are pinned to one in every worker, so that results do not depend on the
-    machine's core count; this process does not use more cores than Ray may.
+    machine's core count.
 
     Raises:
         InputError: There is no cluster at the address.
@@ -62,12 +71,12 @@ def connect(settings: RaySettings) -> None:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    limit(settings.num_cpus)
+    global _own_session
     import ray
 
     if ray.is_initialized():
         return
-    address = cluster_address(settings)
+    address = _address(settings)
     environment = {"env_vars": {**dict.fromkeys(THREADS, "1"), **MEMORY, **ENVIRONMENT}}
     options: dict[str, Any] = {
         "log_to_driver": False,
@@ -98,6 +107,7 @@ def connect(settings: RaySettings) -> None:
                 )
             except Exception as error:  # a machine that is too busy is told by a bare one
                 raise DeepfereError(f"Ray does not start: {last_line(error)}") from error
+            _own_session = True
     quiet_ray_data()
 
 
@@ -209,8 +219,11 @@ def cluster_gpus() -> float:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """One numerical thread in this process, as in every worker: sums then do not depend on the core count."""
+def one_thread(settings: RaySettings) -> Iterator[None]:
+    """One numerical thread for all that is computed, as in every worker: sums then do not depend on the core count.
+
+    What is computed side by side (`deepfere.cores`) may use the cores that Ray may, on a cluster one.
+    """
     # Only libraries that are loaded can be limited, and SciPy brings a BLAS of its own.
     import scipy.linalg  # noqa: F401
     import torch
@@ -219,7 +232,7 @@ def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with threadpool_limits(1):
+        with threadpool_limits(1), limited(settings.num_cpus if alone_on_machine(settings) else 1):
             yield
     finally:
         torch.set_num_threads(before)
@@ -227,9 +240,11 @@ def one_thread() -> Iterator[None]:
 
 def shutdown() -> None:
     """Leave Ray (stops a local session)."""
+    global _own_session
     import ray
 
     ray.shutdown()
+    _own_session = False
 
 
 LINES = 256

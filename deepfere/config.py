@@ -272,6 +272,7 @@ class Config(_Settings):
             values.pop(name)
         for section, name in (("train", "use_gpu"), ("reconstruct", "use_gpu"), ("reconstruct", "workers_per_gpu")):
             values[section].pop(name)
+        values["train"]["workers"] = self.train.count  # one learns the same bits wherever it is
         return values
 
     def digest(self) -> str:

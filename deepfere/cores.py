@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TypeVar
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
 def usable_cores() -> int:
-    """Cores that this process may run on; all of the machine's where the system does not tell."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: those it may run on, or the share of them that a container leaves it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no container, or no limit
+        quota, period = QUOTA.read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
 
 
 _most: int | None = None
@@ -24,6 +34,23 @@ def limit(threads: int | None) -> None:
     """Have `side_by_side` use so many threads in this process, at most; None = a thread per core."""
     global _most
     _most = threads
+
+
+@contextmanager
+def limited(threads: int | None) -> Iterator[None]:
+    """`limit` for a while."""
+    before = _most
+    limit(threads)
+    try:
+        yield
+    finally:
+        limit(before)
+
+
+def _one_thread_each() -> None:
+    # Threads that begin have as many of their own as there are cores, whatever the one that began them has.
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 def side_by_side(
@@ -56,7 +83,7 @@ def side_by_side(
         answers.append(begun.popleft().result())
         done(len(answers))
 
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads, initializer=_one_thread_each) as pool:
         try:
             for item in items:
                 begun.append(pool.submit(do, item))

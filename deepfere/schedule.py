@@ -117,7 +117,7 @@ class Pool:
     Args:
         title: In the names of its processes: ``ray::Rows(TITLE)``.
         per_gpu: So many actors share a GPU, and there are no others; None = they use none.
-        few: As long as there are no actors, phases of so few rows are carried out without.
+        few: Phases of so few rows are carried out without actors, until one needs them.
     """
 
     def __init__(self, title: str, per_gpu: int | None = None, few: int = 0) -> None:
@@ -128,6 +128,7 @@ class Pool:
         self._pace_s: dict[type[RowWorker], float] = {}
         self._size, self._sized_s = 0, -RESIZE_EVERY_S
         self._broken = 0
+        self._begun = False
 
     def close(self) -> None:
         """End the actors."""
@@ -178,11 +179,11 @@ class Pool:
     def _carry_out_few(self, stream: Stream, stop: str) -> None:
         """In this process, while that is all there is to do."""
         host = Host()
-        while not self._actors and not requested(stop) and stream.fill(1):
+        while not self._begun and not requested(stop) and stream.fill(1):
             job = stream.open[0]
             if len(stream.open) > 1 or job.phase.count > self._few:
                 return
-            rows = job.take(job.left)
+            rows = job.take(1)
             records, _ = host.carry_out(job.number, ((job.phase.worker, job.phase.arguments),), rows, stop)
             stream.done(job, rows, records)
 
@@ -217,6 +218,7 @@ class Pool:
             host: Any = ray.remote(type(f"Rows({self._title})", (Host,), {}))
             handle = host.options(num_cpus=1, num_gpus=1 / self._per_gpu if self._per_gpu else 0).remote()
             actor = _Actor(handle)
+            self._begun = True
             self._actors.append(actor)
             self._starting[handle.ready.remote()] = actor
 

@@ -110,13 +110,14 @@ def test_settings_cannot_be_changed_afterwards():
 def test_digest_follows_the_numbers_only():
     base = Config().digest()
     assert load_config().digest() == base
-    for same in ("ray.address=auto", "ray.num_cpus=3", "tracking.uri=none", "train.use_gpu=true"):
+    for same in ("ray.address=auto", "ray.num_cpus=3", "tracking.uri=none", "train.use_gpu=true", "train.workers=1"):
         assert load_config(None, [same]).digest() == base, same
     changed = [
         load_config(None, [text]).digest()
         for text in (
             "seed=1", "factor=4", "guide=false", "train.steps=81", "train.rate=0.003", "model.tier=T1",
-            "model.smoothing_pitch=0.2", "ingest.normalisation=tic", "ingest.mz=[500.5]", "align.candidates=8",
+            "train.workers=2", "model.smoothing_pitch=0.2", "ingest.normalisation=tic", "ingest.mz=[500.5]",
+            "align.candidates=8",
         )
     ]  # fmt: skip
     assert len({base, *changed}) == len(changed) + 1

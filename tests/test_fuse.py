@@ -151,7 +151,7 @@ class Interrupted:
         self.target, self.work = target, target.with_name(target.name + ".work")
         self.command = [sys.executable, "-m", "deepfere", "fuse", phantom.imzml, phantom.slide, "-o", target]
         self.command += ["--factor", FACTOR, *SETTINGS, "ray.num_cpus=2", "ray.object_store_memory_bytes=100000000"]
-        self.command += [f"tracking.uri={place.tracking}"]
+        self.command += [f"tracking.uri={place.tracking}", "train.workers=1"]
 
     def start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 
@@ -28,6 +29,20 @@ def at_once(monkeypatch):
 def sent(to: Live) -> None:
     to._thread.join(60)
     assert not to._thread.is_alive()
+
+
+def test_little_patience_lasts_as_long_as_it_sends(tmp_path, monkeypatch):
+    """Where training is in the driver, what comes after it waits for a server as usual."""
+    monkeypatch.setattr(live, "EVERY_S", 0.0)
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    to = Live(Recording(store, Tracker.start(store).run_id, True))
+    to(HISTORY)
+    sent(to)
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == live.PATIENCE["MLFLOW_HTTP_REQUEST_TIMEOUT"]
+    to.close()
+    assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ and os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "3"
 
 
 def test_points_come_once_whoever_sends_them(tracking_store, at_once):

@@ -13,6 +13,7 @@ import zarr
 
 import deepfere
 from deepfere.cluster import one_thread
+from deepfere.config import RaySettings
 from deepfere.errors import DeepfereError, InputError
 from deepfere.pipeline import check, fuse, overview, seal, track
 from deepfere.rows import RowWorker
@@ -238,7 +239,7 @@ def test_threads_are_pinned_and_given_back():
     torch.set_num_threads(2)
     try:
         with threadpool_limits(2):
-            with one_thread():
+            with one_thread(RaySettings()):
                 assert torch.get_num_threads() == 1
                 assert {pool["num_threads"] for pool in threadpool_info()} == {1}
             assert torch.get_num_threads() == 2

@@ -224,21 +224,28 @@ def test_who_has_lost_the_run_does_not_wait_for_training(tmp_path, interrupt):
 
 @pytest.mark.cluster
 @pytest.mark.timeout(300)
-def test_a_run_that_another_took_over_leaves_ray_train_at_once(cli, phantom, place, fused, tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers", ["auto", "1"])
+def test_a_run_that_another_took_over_leaves_training_at_once(
+    cli, phantom, place, fused, tmp_path, monkeypatch, workers
+):
     settings = [s for s in place.overrides if not s.startswith(("tracking", "train.steps"))]
-    out, plain = tmp_path / "result.zarr", trainer._watch
+    out, plain, alone = tmp_path / "result.zarr", trainer._watch, trainer.train_alone
 
-    @contextmanager
-    def taken_over(file, on_step):
+    def lost(on_step):
         def tell(step):
             on_step(step)
             raise stopping.Stopped("another process has taken it over")
 
-        with plain(file, tell):
+        return tell
+
+    @contextmanager
+    def taken_over(file, on_step):
+        with plain(file, lost(on_step)):
             yield
 
     monkeypatch.setattr(trainer, "_watch", taken_over)
-    steps = ["train.steps=100000", "train.report_every=100000", "tracking.uri=none", "train.workers=1"]
+    monkeypatch.setattr(trainer, "train_alone", lambda *a, on_step, **more: alone(*a, on_step=lost(on_step), **more))
+    steps = ["train.steps=100000", "train.report_every=100000", "tracking.uri=none", f"train.workers={workers}"]
     done = cli("fuse", phantom.imzml, phantom.slide, "-o", out, "--factor", FACTOR, *settings, *steps)
     assert done.code == 1 and "stopped (another process has taken it over)" in done.err, done
     assert not out.exists()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -214,10 +216,42 @@ def test_a_torn_state_of_a_process_alone_is_none(setting, tmp_path):
     run = Alone(setting, tmp_path / "run")
     run.train()
     file = run.folder / CHECKPOINT
-    file.write_bytes(file.read_bytes()[:1000])
-    assert read_state(file) is None
+    for spoilt in (b"", bytes(2000), b"not a state at all", file.read_bytes()[:1000]):
+        file.write_bytes(spoilt)
+        assert read_state(file) is None
     again = Alone(setting, tmp_path / "run")
     assert again.train()["step"] == 6 and again.loaded == list(range(6))
+
+
+def test_a_disk_that_is_full_leaves_the_state_before(setting, tmp_path, monkeypatch):
+    run = Alone(setting, tmp_path / "run")
+    state = run.train()
+
+    def full(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        Alone(setting, tmp_path / "run").train(digest="two")
+    assert [file.name for file in run.folder.iterdir()] == [CHECKPOINT]
+    assert read_state(run.folder / CHECKPOINT)["digest"] == state["digest"] == "one"
+
+
+def test_of_two_states_the_further_one_of_the_same_run_is_gone_on_from(setting, tmp_path):
+    calm, run = Alone(setting, tmp_path / "calm").train(), Alone(setting, tmp_path / "run")
+    stop = tmp_path / "stop"
+    stop.touch()
+    first = run.train(stop=stop)
+    assert first["step"] == 1
+    theirs = run.folder / "checkpoint_000001"
+    theirs.mkdir()
+    torch.save({**calm, "digest": "another"}, theirs / CHECKPOINT)
+    second = Alone(setting, tmp_path / "run")
+    assert second.train(stop=stop)["step"] == 2 and second.loaded[0] == 1
+    torch.save(calm, theirs / CHECKPOINT)
+    third = Alone(setting, tmp_path / "run")
+    assert third.train()["history"] == calm["history"] and third.loaded == []
 
 
 def test_the_clock_tells_waiting_from_work():

@@ -39,7 +39,7 @@ Array = NDArray[np.float64]
 RATIO = 2
 IONS_AT_ONCE = 32
 SMALL_BYTES = 64 * 2**20
-"""Of a fit's regressors: of larger ones there is no second fit in the memory at a time."""
+"""Of the regressors of all fits that are in the memory at a time; each takes several times as much."""
 POSITIVITY = (3, 4, 5)
 """Steps tried. None is no choice: below zero an intensity means nothing, and the fewest never cost accuracy."""
 
@@ -121,9 +121,9 @@ class Evidence:
     ion_rows: NDArray[np.float32]
 
     @property
-    def at_once(self) -> int | None:
+    def at_once(self) -> int:
         """How many fits like its own may be made at once: each has rows of its own, and what is made of them."""
-        return None if self.rows.stain.nbytes <= SMALL_BYTES else 1
+        return max(1, SMALL_BYTES // max(1, self.rows.stain.nbytes))
 
 
 def evidence(

@@ -77,7 +77,7 @@ def compare_models(
     scores = [Score(CLOSED_FORM), *(Score(f"models:/{named['name']}/{named['version']}") for _, named in models)]
     sections = each_piece(each_region(study_sections("tile", study, config), study), study, config)
     work = Workspace(out)
-    with one_thread():
+    with one_thread(config.ray):
         for n, section in enumerate(sections):
             prep = prepared(section, work, config)
             digest = input_digests(section, config)["msi"]

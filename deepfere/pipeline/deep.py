@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deepfere.cluster import cluster_address, connect
+from deepfere.cluster import alone_on_machine, connect
 from deepfere.config import Config, digest
 from deepfere.errors import InputError
 from deepfere.frame import Alignment
@@ -90,7 +90,7 @@ def train_network(
         digest=digest([config.digest(), asdict(settings), [asdict(t) for t in tasks]]),
         on_step=lambda step: progress("learn", 0.1 + 0.75 * step / train.steps),
         recording=recording,
-        alone=train.workers == "auto" and not train.use_gpu and not cluster_address(config.ray),
+        alone=train.workers == "auto" and not train.use_gpu and alone_on_machine(config.ray),
     )
     model = JointModel(settings, tasks)
     model.load_state_dict(trained.model)

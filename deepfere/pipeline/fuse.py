@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from deepfere.cluster import cluster_gpus, connect, one_thread
+from deepfere.cluster import alone_on_machine, cluster_gpus, connect, one_thread
 from deepfere.config import Config, digest, load_config
 from deepfere.errors import InputError
 from deepfere.frame import Alignment
@@ -376,13 +376,14 @@ def _run(
     given: GivenModel | None,
     named: dict[str, str],
 ) -> Result:
-    with one_thread():
+    with one_thread(config.ray):
+        few = FEW if alone_on_machine(config.ray) else 0
         ingest_stage(section, inputs, work, config, progress)
         prep = prepared(section, work, config)
         if config.guide:
             align_stage(prep, inputs, work, config, progress)
             tiling = tile_phases(prep, inputs, work, config, progress)
-            run_jobs([(section.name, tiling)], title="tile", few=FEW)
+            run_jobs([(section.name, tiling)], title="tile", few=few)
         with tracked(work, [section], [inputs], config, target.name) as run:
             alone, name = Failures([section.name], work), f"run-{identity[:12]}"
             history = learn_stage([section], [inputs], work, config, progress, name, alone, given, run.recording)
@@ -390,7 +391,7 @@ def _run(
             depends = [inputs, config.digest(), *([given.digest] if given else [])]
             phases = reconstruct_phases(prep, target, depends, outcome, work, config, progress)
             here, gpus = not config.guide, per_gpu(config)
-            few = 0 if gpus else FEW
+            few = 0 if gpus else few
             run_jobs([(section.name, phases)], title="reconstruct", here=here, per_gpu=gpus, few=few)
             result = Result(str(target))
             run.log_result(result, section.name)

@@ -185,7 +185,7 @@ def run_stage(
         resumed = work.claim(whose, overwrite, parts=parts)
         failures = Failures([s.name for s in sections], work)
         try:
-            with work.failures(), one_thread():
+            with work.failures(), one_thread(settings.ray):
                 with pool("prepare"):
                     lines = prepare_sections(job, work, failures, progress)
                 if job.depth >= 3:

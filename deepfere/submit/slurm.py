@@ -8,8 +8,8 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,14 @@ def _slurm(*words: str, text: str | None = None) -> subprocess.CompletedProcess[
         ) from error
     except subprocess.TimeoutExpired as error:
         raise DeepfereError(f"{words[0]} does not answer") from error
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot be written ({error.strerror})", where=folder, remedy="choose another -o") from error
 
 
 class SlurmJob(Job):
@@ -180,21 +188,20 @@ class Slurm(Target):
             if job.ended() is None:
                 return job, False
         folder = self._logs(submission)
-        try:
+        with _written(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            with (folder / f"{submission.base}.lock").open("w") as lock:
-                with suppress(OSError):  # a file system without locks
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                return super().submit(submission)
-        except OSError as error:
-            raise InputError(
-                f"cannot be written ({error.strerror})", where=folder, remedy="choose another -o"
-            ) from error
+            lock = (folder / f"{submission.base}.lock").open("w")
+        with lock:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            return super().submit(submission)
 
     def start(self, submission: Submission, name: str) -> Job:
         """``sbatch``; the script stays beside the output."""
         file = self._logs(submission) / f"{name}.sbatch"
-        file.write_text(self.script(submission, name))
+        script = self.script(submission, name)
+        with _written(file.parent):
+            file.write_text(script)
         done = _slurm("sbatch", "--parsable", str(file))
         if done.returncode:
             file.unlink()

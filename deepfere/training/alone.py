@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from deepfere.places import Place
-from deepfere.training.checkpoint import CHECKPOINT, Reached, read_state, resume, state_of, write_state
+from deepfere.training.checkpoint import CHECKPOINT, Reached, furthest, read_state, resume, state_of, write_state
 from deepfere.training.live import Live
 from deepfere.training.loop import JointModel, LoopSettings, SectionTask
 from deepfere.training.steps import Clock, take_steps
 
 AHEAD = 2
-"""Batches that are loaded while one is trained on."""
+"""Batches that are loaded while one is trained on, at least."""
 TELL_EVERY_S = 1.0
 
 
@@ -53,12 +53,13 @@ def train_alone(
         live: Gets points as they come.
 
     Returns:
-        The last state that was kept (`deepfere.training.checkpoint.state_of`), and ``timing``.
+        The last state that was kept (`deepfere.training.checkpoint.state_of`), and ``timing``; nothing, if none was.
     """
     model = JointModel(settings, sections)
     optimiser = model.optimiser()
     file = run / CHECKPOINT
-    state = read_state(file) or {}
+    # A worker of Ray Train's may have got further.
+    state = furthest(map(read_state, [file, *(at / CHECKPOINT for at in run.glob("checkpoint_*"))]), digest)
     reached = resume(state, model, optimiser, digest)
     clock, told_s = Clock(), 0.0
 
@@ -78,7 +79,7 @@ def train_alone(
     take_steps(
         model,
         optimiser,
-        clock.steps(_ahead(load(reached.step)), parts),
+        clock.steps(_ahead(load(reached.step), max(AHEAD, parts)), parts),
         reached,
         settings,
         device=torch.device("cpu"),
@@ -89,11 +90,11 @@ def train_alone(
         tell=tell,
         live=live,
     )
-    return state
+    return {"timing": {}, **state} if state else {}
 
 
-def _ahead(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Tensor]]:
-    """The batches as tensors, the next ones loaded by a thread meanwhile."""
+def _ahead(batches: Iterable[dict[str, Any]], ahead: int) -> Iterator[dict[str, Tensor]]:
+    """The batches as tensors, so many of the next ones loaded by a thread meanwhile."""
     source = iter(batches)
 
     def load() -> dict[str, Tensor] | None:
@@ -103,7 +104,7 @@ def _ahead(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Tensor]]:
     waiting: deque[Future[dict[str, Tensor] | None]] = deque()
     with ThreadPoolExecutor(1, "patches") as loader:
         try:
-            waiting.extend(loader.submit(load) for _ in range(AHEAD))
+            waiting.extend(loader.submit(load) for _ in range(ahead))
             while (batch := waiting.popleft().result()) is not None:
                 waiting.append(loader.submit(load))
                 yield batch

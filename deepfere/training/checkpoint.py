@@ -7,17 +7,19 @@ from the seed. What is here (model, optimiser, step) therefore resumes exactly.
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from deepfere.errors import DeepfereError
-from deepfere.places import Place, UrlPath, reading, writing
+from deepfere.places import Place, UrlPath, reading
 from deepfere.store import sync
 from deepfere.training.loop import JointModel
 
@@ -97,15 +99,20 @@ def resume(state: dict[str, Any], model: JointModel, optimiser: torch.optim.Opti
 
 def write_state(file: Place, state: dict[str, Any]) -> None:
     """Keep a state in the place of the one before: either is there whole, whatever happens."""
+    content = BytesIO()
+    torch.save(state, content)  # to a full disk it would fail in words that say nothing of it
     if isinstance(file, UrlPath):
-        with writing(file) as path:
-            torch.save(state, path)
+        file.write_bytes(content.getvalue())
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    torch.save(state, partial)
-    sync(partial)
-    partial.replace(file)
+    partial = file.with_name(f".{file.name}")
+    try:
+        partial.write_bytes(content.getbuffer())
+        sync(partial)
+        partial.replace(file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_state(file: Place) -> dict[str, Any] | None:
@@ -113,8 +120,13 @@ def read_state(file: Place) -> dict[str, Any] | None:
     try:
         with reading(file) as path:
             return torch.load(path, weights_only=True, map_location="cpu")
-    except (FileNotFoundError, RuntimeError, EOFError, ValueError):
+    except (FileNotFoundError, RuntimeError, EOFError, ValueError, UnpicklingError):
         return None
+
+
+def furthest(states: Iterable[dict[str, Any] | None], digest: str) -> dict[str, Any]:
+    """Of several states the one of a run with the most steps; nothing where there is none."""
+    return max((s for s in states if s and s["digest"] == digest), key=lambda s: s["step"], default={})
 
 
 def begin_at(run: Place, digest: str) -> int:

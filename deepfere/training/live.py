@@ -1,4 +1,4 @@
-"""Losses in MLflow while training runs: sent by a thread of the first worker, for which training never waits.
+"""Losses in MLflow while training runs: sent by a thread of the first worker or of the run, which nothing waits for.
 
 A point is sent once the report after its own has gone through: training then never begins again before it, and what
 MLflow has of a step is what the history has. What was not sent (the store does not answer, or is a SQLite file on
@@ -68,6 +68,7 @@ class Live:
         self._sending, self._closed = threading.Lock(), False
         self._pause_s, self._next_s = EVERY_S, time.monotonic() + EVERY_S
         self._warned = False
+        self._set: list[str] = []
 
     def __call__(self, points: Sequence[Mapping[str, Any]]) -> None:
         """Have points sent, ``{"step": int, name: float, ...}`` each; returns at once."""
@@ -79,16 +80,19 @@ class Live:
             self._thread.start()
 
     def close(self) -> None:
-        """Send no more: from now on the run is the driver's."""
+        """Send no more: from now on the run is the driver's, which has more patience."""
         self._closed = True
         if self._sending.acquire(timeout=ENDS_S):
             self._sending.release()
+        for name in self._set:
+            os.environ.pop(name, None)
+        self._set = []
 
     def _send(self, count: int) -> None:
         try:
             if self._tracker is None:
-                for name, value in PATIENCE.items():
-                    os.environ.setdefault(name, value)
+                self._set = [name for name in PATIENCE if name not in os.environ]
+                os.environ.update({name: PATIENCE[name] for name in self._set})
                 client = import_mlflow().MlflowClient(tracking_uri=self._to.uri)
                 self._tracker = Tracker(client, self._to.uri, self._to.run_id, "")
             with self._sending:

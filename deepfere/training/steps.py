@@ -96,7 +96,7 @@ def take_steps(
         reports = reached.step % report_every == 0 or last
         if reports:
             reached.note()
-        stops = not last and _stops(stop, reached.step, device)
+        stops = not last and asked(stop, reached.step, device)
         if reports or stops:
             keep(reached)
             if live is not None:
@@ -107,7 +107,7 @@ def take_steps(
             return
 
 
-def _stops(stop: str, steps: int, device: torch.device) -> bool:
+def asked(stop: str, steps: int, device: torch.device) -> bool:
     """Whether the run is asked to stop; all workers agree on what the first one sees."""
     if not distributed.is_initialized():
         return requested(stop)

@@ -163,13 +163,15 @@ def train_joint(
                     on_step=on_step,
                     live=live,
                 )
-        except DeepfereError:
+        except (DeepfereError, OSError, MemoryError):
             raise
         except Exception as error:
             raise DeepfereError(f"training failed: {last_line(error)}") from error
         finally:
             if live is not None:
                 live.close()
+        if state.get("step") != settings.steps:
+            raise KeyboardInterrupt  # it was asked to stop, by a file that is gone
         return Trained(state["model"], state["history"], state["timing"])
 
     def input_left() -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,20 @@ from torch import Tensor
 from deepfere.errors import DeepfereError
 from deepfere.places import Place, place
 from deepfere.training.checkpoint import (
+    CHECKPOINT,
     Reached,
+    furthest,
     note_begin,
     over_workers,
     read_folder,
+    read_state,
     resume,
     state_of,
     write_folder,
 )
 from deepfere.training.live import Live, Recording
 from deepfere.training.loop import JointModel, LoopSettings, SectionTask
-from deepfere.training.steps import Clock, take_steps
+from deepfere.training.steps import Clock, asked, take_steps
 from deepfere.training.storage import uploader
 from deepfere.training.system import SystemMetrics
 
@@ -44,7 +47,7 @@ def work(config: dict[str, Any]) -> None:
     device = get_device()
     model = JointModel(settings, [SectionTask(**s) for s in config["sections"]])
     optimiser = model.optimiser()
-    reached = resume(_state(train.get_checkpoint()), model, optimiser, digest)
+    reached = resume(_state(train.get_checkpoint(), run, digest), model, optimiser, digest)
     # Before DDP copies it: its parameters are the ones that the optimiser holds.
     model.to(device)
     _to_device(optimiser, device)
@@ -72,11 +75,16 @@ def work(config: dict[str, Any]) -> None:
             note_begin(run, digest, kept)
         kept = reached.step
 
+    def lost() -> None:
+        if rank == 0:
+            note_begin(run, digest, 0)
+
     live, load = _recorders(config["recording"], config["node"])
+    loaded = clock.steps(batches, config["parts"])
     take_steps(
         wrapped,
         optimiser,
-        _to_come(clock.steps(batches, config["parts"]), reached.step, clock, run if rank == 0 else None, digest),
+        _to_come(loaded, reached.step, clock, lost, lambda step: asked(config["stop"], step, device)),
         reached,
         settings,
         device=device,
@@ -92,15 +100,21 @@ def work(config: dict[str, Any]) -> None:
             recorder.close()
 
 
-def _state(checkpoint: Any) -> dict[str, Any]:
-    if checkpoint is None:
-        return {}
-    with checkpoint.as_directory() as folder:
-        return read_folder(Path(folder))
+def _state(checkpoint: Any, run: Place, digest: str) -> dict[str, Any]:
+    """What to go on from: the group's last checkpoint, or what a process alone has kept of more steps."""
+    own = None
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            own = read_folder(Path(folder))
+    return furthest([own, read_state(run / CHECKPOINT)], digest)
 
 
 def _to_come(
-    steps: Iterable[list[dict[str, Tensor]]], first: int, clock: Clock, run: Place | None, digest: str
+    steps: Iterable[list[dict[str, Tensor]]],
+    first: int,
+    clock: Clock,
+    lost: Callable[[], None],
+    stops: Callable[[int], bool],
 ) -> Iterator[list[dict[str, Tensor]]]:
     """The steps that are not done yet; those before them may have been loaded again.
 
@@ -108,8 +122,8 @@ def _to_come(
         steps: What is loaded of each.
         first: Steps done.
         clock: Which times them; it begins with the first that is new.
-        run: The run's folder, in the first worker.
-        digest: Of the run.
+        lost: Called where others came: a checkpoint is gone, and the next attempt has to load all.
+        stops: Whether the run is asked to stop before such a step.
 
     Raises:
         DeepfereError: Others came.
@@ -118,13 +132,13 @@ def _to_come(
     for loaded in steps:
         step = int(loaded[0]["step"][0])
         if (step > first) if awaited is None else (step != awaited):
-            # A checkpoint was lost since: the next attempt loads all.
-            if run is not None:
-                note_begin(run, digest, 0)
+            lost()
             raise DeepfereError(f"patches of step {step + 1} came, not those of step {(awaited or first) + 1}")
         awaited = step + 1
         if step < first:
             clock.restart()
+            if stops(step):
+                return
             continue
         yield loaded
 
