@@ -25,6 +25,10 @@ CALL_S = 1.0
 """A call carries so many seconds' work: what Ray needs for one is then small, and so is what a lost one costs."""
 
 MOST_ROWS = 256
+START_S = 3.0
+"""So long take actors to start: Python, and what they import."""
+FEW = 8
+"""Phases of so many rows may be worth no actors at all."""
 KEPT = 2
 """Workers that an actor keeps, the models of their sections in them."""
 
@@ -117,7 +121,7 @@ class Pool:
     Args:
         title: In the names of its processes: ``ray::Rows(TITLE)``.
         per_gpu: So many actors share a GPU, and there are no others; None = they use none.
-        few: Phases of so few rows are carried out without actors, until one needs them.
+        few: Phases of so few rows are carried out without actors, until one is slow enough to need them.
     """
 
     def __init__(self, title: str, per_gpu: int | None = None, few: int = 0) -> None:
@@ -177,15 +181,18 @@ class Pool:
             raise
 
     def _carry_out_few(self, stream: Stream, stop: str) -> None:
-        """In this process, while that is all there is to do."""
+        """In this process, as long as what is left of a phase would take less than actors take to start."""
         host = Host()
         while not self._begun and not requested(stop) and stream.fill(1):
             job = stream.open[0]
             if len(stream.open) > 1 or job.phase.count > self._few:
                 return
             rows = job.take(1)
-            records, _ = host.carry_out(job.number, ((job.phase.worker, job.phase.arguments),), rows, stop)
+            records, seconds = host.carry_out(job.number, ((job.phase.worker, job.phase.arguments),), rows, stop)
+            slow = job.left * seconds > START_S
             stream.done(job, rows, records)
+            if slow:
+                return
 
     def _tell_what_is_awaited(self) -> None:
         import ray
@@ -325,8 +332,8 @@ def run_jobs(
         title: Names the pool's processes.
         here: In this process instead, one after another.
         per_gpu: So many actors share a GPU (not with a `pool` around); None = they use none.
-        few: Phases of a job alone with so few rows are carried out right here, until one has more: starting actors
-            would cost more (not with a `pool` around).
+        few: Phases of a job alone with so few rows are carried out right here, until one has more, or is slow: starting
+            actors would cost more (not with a `pool` around).
         failed: Called with name and error of a job that failed, the others go on; without it the first error is raised.
 
     Raises:

@@ -139,6 +139,9 @@ def test_two_actors_share_many_jobs(made, ray_session):
 def test_few_rows_of_a_job_alone_are_carried_out_without_actors_until_there_are_more(made, ray_session):
     run_jobs([("a", made.phases("a", first=3, second=2))], title="test", few=3)
     assert {record["pid"] for record in made.done("a").values()} == {os.getpid()} and len(made.done("a")) == 5
+    run_jobs([("s", made.phases("s", first=3, second=2, seconds=2.0))], title="test", few=3)
+    assert len({record["pid"] for record in made.done("s").values()} - {os.getpid()}) > 0
+    assert os.getpid() in {record["pid"] for record in made.done("s").values()} and len(made.done("s")) == 5
     run_jobs([("b", made.phases("b", first=4, second=2))], title="test", few=3)
     assert os.getpid() not in {record["pid"] for record in made.done("b").values()} and len(made.done("b")) == 6
     jobs = [(name, made.phases(name, first=2, second=3)) for name in ("c", "d")]

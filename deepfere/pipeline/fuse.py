@@ -20,7 +20,7 @@ from deepfere.pipeline.learn import learn_stage
 from deepfere.pipeline.overview import section_pieces
 from deepfere.pipeline.prepare import align_stage, ingest_stage, is_ingested, msi_input_digest, prepared
 from deepfere.pipeline.seal import Outcome
-from deepfere.pipeline.tile import FEW, tile_phases
+from deepfere.pipeline.tile import tile_phases
 from deepfere.pipeline.track import check_tracking, tracked
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.pipeline.write import reconstruct_phases
@@ -31,7 +31,7 @@ from deepfere.readers.slide import slide_digest
 from deepfere.readers.slide_zarr import is_zarr
 from deepfere.reconstruction.result import Result, open
 from deepfere.remote import filesystem, is_url
-from deepfere.schedule import run_jobs
+from deepfere.schedule import FEW, run_jobs
 from deepfere.section import EACH, Section, make_section
 from deepfere.stopping import looking, watched
 from deepfere.tiling.plan import check_range
