@@ -167,8 +167,8 @@ class Pool:
                 if not self._starting or any(actor.ready for actor in self._actors):
                     alone_s = time.monotonic()
                 elif time.monotonic() - alone_s >= PATIENCE_S:
-                    alone_s = math.inf  # once, until there are workers again
-                    self._tell_what_is_awaited()
+                    # Once, until there are workers again.
+                    alone_s = math.inf if self._tell_what_is_awaited() else time.monotonic()
                 waiting = [*self._calls, *self._starting]
                 ready, _ = ray.wait(waiting, num_returns=1, timeout=LOOK_EVERY_S)
                 if ready:
@@ -194,11 +194,14 @@ class Pool:
             if slow:
                 return
 
-    def _tell_what_is_awaited(self) -> None:
+    def _tell_what_is_awaited(self) -> bool:
+        """Whether there is something to tell: where there is room, a busy machine only takes its time."""
         import ray
 
         have, free = ray.cluster_resources(), ray.available_resources()
         kinds = ["CPU", *(["GPU"] if self._per_gpu else [])]
+        if all(free.get(kind, 0.0) >= 1 for kind in kinds):
+            return False
         room = " and ".join(f"{have.get(kind, 0.0):g} {kind}s, {free.get(kind, 0.0):g} of them free" for kind in kinds)
         _log.warning(
             "%s: no worker could start for %g s; the cluster has %s. It goes on once there is room (Ctrl-C stops it, "
@@ -207,6 +210,7 @@ class Pool:
             PATIENCE_S,
             room,
         )
+        return True
 
     def _grow(self, stream: Stream) -> None:
         import ray

@@ -246,7 +246,9 @@ def test_each_piece_of_a_study_is_aligned_on_its_own(phantom, tmp_path, cli, ray
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("chosen", [[], ["--slide-region", "1"]], ids=["none", "one"])
+@pytest.mark.parametrize(
+    "chosen", [pytest.param([], id="none"), pytest.param(["--slide-region", "1"], id="one", marks=pytest.mark.long)]
+)
 def test_fuse_on_a_slide_of_two_pieces(phantom, tmp_path, cli, ray_session, chosen):
     """The other piece is too small: the place is found whether a piece is named or not, and then it is told."""
 

@@ -191,7 +191,7 @@ def begun(cli, manifest, ray_session, request):
     return make
 
 
-IN_FULL = [pytest.mark.ray, pytest.mark.timeout(900)]
+IN_FULL = [pytest.mark.long, pytest.mark.ray, pytest.mark.timeout(900)]
 WHERE = [
     pytest.param("disk", marks=IN_FULL),
 ]
