@@ -26,7 +26,7 @@ from unittest import mock
 import ray
 import torch
 import yaml
-from common import Row, chosen, finish, parser
+from common import Row, chosen, finish, parser, table
 
 from deepfere.cluster import MEMORY
 from deepfere.model.detail import DetailModel
@@ -93,7 +93,7 @@ def training(manifest: Path, work: Path, settings: list[str], rows: list[Row]) -
     ]
     if "alone" in found:
         what = "training: rate in the run's own process / of the same steps, patches in memory"
-        rows.append(Row.of(what, found["alone"]))
+        rows.append(Row.of(what, found["alone"], must=">= 0.9"))
 
 
 def plain_steps_per_s(*, settings: Any, sections: Any, sources: Any, train: Any, **_: Any) -> float:
@@ -216,6 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
         manifest, work, settings = prepared(Path(scratch), given.quick)
         for name in chosen(given, dict.fromkeys(CASES), "training"):
             CASES[name](manifest, work, settings, rows)
+    print(table("figures", ["what", "value"], [[row.what, f"{row.value:.4g}"] for row in rows if not row.must]))
     if given.quick:
         rows = [Row(**{**vars(row), "must": ""}) for row in rows]
     return finish(rows, given.json)

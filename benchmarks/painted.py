@@ -211,7 +211,7 @@ def painted(case: Case, folder: Path, places: int, first: int) -> list[Row]:
             for name, *pair in zip(SUMS, energy["auto"], energy["none"], strict=True):
                 total = sums.setdefault((kind, name), np.zeros(2))
                 total += pair
-            ratio = [a / n for a, n in zip(energy["auto"], energy["none"], strict=True)]
+            ratio = [a / n if n else np.nan for a, n in zip(energy["auto"], energy["none"], strict=True)]
             cells = [f"{100 * v:.1f}" for v in (share, *ratio, spilt)]
             lines.append([f"{kind} {place}: {words}", *cells, f"{gain:+.3f}"])
             print(" | ".join(lines[-1]), flush=True)
