@@ -245,7 +245,8 @@ def test_a_run_that_another_took_over_leaves_training_at_once(
 
     monkeypatch.setattr(trainer, "_watch", taken_over)
     monkeypatch.setattr(trainer, "train_alone", lambda *a, on_step, **more: alone(*a, on_step=lost(on_step), **more))
-    steps = ["train.steps=100000", "train.report_every=100000", "tracking.uri=none", f"train.workers={workers}"]
+    # Not for ever: Ray Train's workers go on until this session ends.
+    steps = ["train.steps=1000", "train.report_every=1000", "tracking.uri=none", f"train.workers={workers}"]
     done = cli("fuse", phantom.imzml, phantom.slide, "-o", out, "--factor", FACTOR, *settings, *steps)
     assert done.code == 1 and "stopped (another process has taken it over)" in done.err, done
     assert not out.exists()
