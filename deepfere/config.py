@@ -145,6 +145,12 @@ class ModelSettings(_Settings):
     null_guides: int = Field(20, ge=4)
 
 
+def _workers(value: object) -> object:
+    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError("give a whole number from 1, or auto")
+    return value
+
+
 class TrainSettings(_Settings):
     """Training of the deep tier. Budgets are steps, never wall clock."""
 
@@ -157,8 +163,8 @@ class TrainSettings(_Settings):
     mapping_weight: float = Field(0.5, ge=0)
     report_every: int = Field(20, ge=1)
     held_out: float = Field(0.2, gt=0, lt=0.9, description="share of the spatial blocks kept from training")
-    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="of Ray Train; auto = one, or none but the run's own process on a machine of its own"
+    workers: Annotated[int | Literal["auto"], PlainValidator(_workers)] = Field(
+        "auto", description="of Ray Train; auto = one, or without cluster and GPU none but the run's own process"
     )
     use_gpu: bool = False
     accumulate: int = Field(1, ge=1, description="parts that a worker's share of a step is split into")

@@ -36,6 +36,8 @@ LOOK_EVERY_S = 0.2
 RESIZE_EVERY_S = 5.0
 PATIENCE_S = 30.0
 """Whoever is so long without a worker is told what for; the cluster may still grow, or others may leave it."""
+MOST_WAITS = 10
+"""So many times that long, where there seems to be room."""
 
 _log = logging.getLogger(__name__)
 
@@ -132,7 +134,7 @@ class Pool:
         self._pace_s: dict[type[RowWorker], float] = {}
         self._size, self._sized_s = 0, -RESIZE_EVERY_S
         self._broken = 0
-        self._begun = False
+        self._begun, self._waits = False, 0
 
     def close(self) -> None:
         """End the actors."""
@@ -158,8 +160,10 @@ class Pool:
             while True:
                 if not stopping and (now := time.monotonic()) - looked_s >= LOOK_EVERY_S:
                     looked_s, stopping = now, requested(stop)
-                if not stopping:
+                if not stopping and self._few:
                     self._carry_out_few(stream, stop)
+                    stopping = requested(stop)
+                if not stopping:
                     self._grow(stream)
                     self._hand_out(stream, stop)
                 if not self._calls and (stopping or not stream.open):
@@ -200,14 +204,16 @@ class Pool:
 
         have, free = ray.cluster_resources(), ray.available_resources()
         kinds = ["CPU", *(["GPU"] if self._per_gpu else [])]
-        if all(free.get(kind, 0.0) >= 1 for kind in kinds):
+        self._waits += 1
+        # Of several hosts one may have the CPUs and another one the GPU.
+        if self._waits < MOST_WAITS and all(free.get(kind, 0.0) >= 1 for kind in kinds):
             return False
         room = " and ".join(f"{have.get(kind, 0.0):g} {kind}s, {free.get(kind, 0.0):g} of them free" for kind in kinds)
         _log.warning(
             "%s: no worker could start for %g s; the cluster has %s. It goes on once there is room (Ctrl-C stops it, "
             "the same command resumes)",
             self._title,
-            PATIENCE_S,
+            self._waits * PATIENCE_S,
             room,
         )
         return True

@@ -99,6 +99,8 @@ def test_workers_of_ray_learn_what_the_run_learns_by_itself(stage, manifest, pla
     def train(workers):
         at = manifest.parent / f"by-{workers}"
         shutil.copytree(work, at)
+        (at / "done" / "learn.json").unlink()
+        shutil.rmtree(at / "training")
         done = cli("train", manifest, "-o", at, "--factor", FACTOR, *settings, f"train.workers={workers}")
         assert done.code == 0, done
         assert list((at / "training").glob("run-*/checkpoint_*/training.pt"))
@@ -109,6 +111,13 @@ def test_workers_of_ray_learn_what_the_run_learns_by_itself(stage, manifest, pla
     same, single = train(1)
     assert same == history
     assert all(np.array_equal(value, single[name]) for name, value in one.items())
+    # What was trained to its end and not noted is not trained again, whoever is asked to.
+    at = manifest.parent / "ended"
+    shutil.copytree(work, at)
+    (at / "done" / "learn.json").unlink()
+    done = cli("train", manifest, "-o", at, "--factor", FACTOR, *settings, "train.workers=1")
+    assert done.code == 0 and learnt(at)[0] == history, done
+    assert not list((at / "training").glob("run-*/checkpoint_*"))
     shared, two = train(2)
     for ours, theirs in zip(history, shared, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)

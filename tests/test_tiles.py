@@ -287,14 +287,14 @@ def test_few_slides_stay_open_and_none_is_closed_in_use(tmp_path, backend, icc):
 
     opened.cache_clear()
     assert not held()
-    first = opened(str(paths[0]), (0.5, 0.5), backend, icc)
+    first = opened(str(paths[0]), (0.5, 0.5), backend, icc, "0")
     want = first.read(0, 0, 0, 128, 128)
-    assert opened(str(paths[0]), (0.5, 0.5), backend, icc) is first
+    assert opened(str(paths[0]), (0.5, 0.5), backend, icc, "0") is first
     for path in paths[1:]:
-        opened(str(path), (0.5, 0.5), backend, icc).read(0, 0, 0, 64, 64)
+        opened(str(path), (0.5, 0.5), backend, icc, "0").read(0, 0, 0, 64, 64)
         assert len(held()) <= 5
     np.testing.assert_array_equal(first.read(0, 0, 0, 128, 128), want)
-    assert opened(str(paths[0]), (0.5, 0.5), backend, icc) is not first
+    assert opened(str(paths[0]), (0.5, 0.5), backend, icc, "0") is not first
     del first
     opened.cache_clear()
     assert not held()
@@ -316,3 +316,18 @@ def test_planning_needs_no_ray():
 )
 def test_tasks_are_many_but_not_small(groups, cpus, tasks):
     assert tasks_for(groups, cpus) == tasks
+
+
+@pytest.mark.parametrize("backend", ["tiff", "openslide"])
+def test_another_slide_at_the_same_path_is_read_anew(tmp_path, backend):
+    """In one process: what was opened before is not served for what took its place."""
+    path, tiles = tmp_path / "slide.tif", []
+    for k in (0, 1):
+        write_jpeg_tiff(path, np.roll(picture(128, 128), 32 * k, axis=0))
+        slide = open_slide(path, (0.5, 0.5), backend)
+        plan = plan_tiles(slide, TileSpec(64, 0.5))
+        group = next(iter(group_tiles(plan)))
+        tiles.append(TileReader(plan).read(group)[0])
+        at = plan.window_px[group.tiles[0]]
+        np.testing.assert_array_equal(tiles[-1][0], slide.read(0, at[0], at[2], 64, 64))
+    assert np.abs(tiles[0].astype(int) - tiles[1]).mean() > 1

@@ -209,10 +209,17 @@ def _open_url(url: str, given: tuple[float, float] | None, backend: Backend) -> 
 
 
 @lru_cache(maxsize=4)
-def opened(path: str, mpp_um: tuple[float, float], backend: Backend, icc: Icc = "none") -> Slide:
+def opened(path: str, mpp_um: tuple[float, float], backend: Backend, icc: Icc, content: str) -> Slide:
     """`open_slide`, once per process: workers take up many pieces of the same few slides.
 
     One that has to make room is closed when the last of those who use it lets go of it.
+
+    Args:
+        path: As for `open_slide`, and so are the next three.
+        mpp_um: Level 0 pixel size (y, x).
+        backend: Who reads it.
+        icc: What becomes of its colours.
+        content: A digest that its content goes into: another file at the same path is opened anew.
     """
     return open_slide(path, mpp_um, backend, icc)
 

@@ -201,7 +201,11 @@ class Slurm(Target):
         file = self._logs(submission) / f"{name}.sbatch"
         script = self.script(submission, name)
         with _written(file.parent):
-            file.write_text(script)
+            try:
+                file.write_text(script)
+            except OSError:
+                file.unlink(missing_ok=True)
+                raise
         done = _slurm("sbatch", "--parsable", str(file))
         if done.returncode:
             file.unlink()

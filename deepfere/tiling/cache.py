@@ -85,7 +85,7 @@ def doubt_of(url: str) -> Place:
 
 def slide_of(spec: CacheSpec) -> Slide:
     """The cache's slide, opened once per process."""
-    return opened(spec.slide, spec.mpp_um, spec.reading.backend, spec.reading.icc)
+    return opened(spec.slide, spec.mpp_um, spec.reading.backend, spec.reading.icc, spec.fingerprint)
 
 
 def distinct_native_tiles(spec: CacheSpec, shards: NDArray[np.int64]) -> int:

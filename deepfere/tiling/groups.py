@@ -93,7 +93,8 @@ class TileReader:
 
     def __init__(self, plan: TilePlan, slide: Slide | None = None) -> None:
         self.plan = plan
-        self.slide = slide or opened(plan.path, plan.slide_mpp_um, plan.reading.backend, plan.reading.icc)
+        how = plan.reading
+        self.slide = slide or opened(plan.path, plan.slide_mpp_um, how.backend, how.icc, plan.slide_sha256)
         self._tiled = self.slide if isinstance(self.slide, NativeTiles) else None
         level = self.slide.levels[plan.reading.level :][:1]
         if not level or (level[0].shape_px, level[0].tile_px) != (plan.level_px, plan.native_px):

@@ -90,7 +90,7 @@ def train_alone(
         tell=tell,
         live=live,
     )
-    return {"timing": {}, **state} if state else {}
+    return {"timing": {"workers": 1.0}, **state} if state else {}
 
 
 def _ahead(batches: Iterable[dict[str, Any]], ahead: int) -> Iterator[dict[str, Tensor]]:

@@ -22,7 +22,7 @@ from deepfere.training.tracking import Tracker, log_history
 EVERY_S, LATEST_S = 5.0, 600.0
 """Points are sent no more often than this; after failures there are longer and longer pauses, up to the second."""
 ENDS_S = 10.0
-"""So long may what is being sent take when training ends."""
+"""So long may what is being sent take when a worker's training ends."""
 PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 """MLflow's client would ask a server that is away again for minutes, while newer points wait."""
 
@@ -79,10 +79,14 @@ class Live:
             self._thread = threading.Thread(target=self._send, args=(len(self._points),), daemon=True)
             self._thread.start()
 
-    def close(self) -> None:
-        """Send no more: from now on the run is the driver's, which has more patience."""
+    def close(self, wait_s: float = ENDS_S) -> None:
+        """Send no more: from now on the run is the driver's, which has more patience.
+
+        Args:
+            wait_s: So long may what is being sent take.
+        """
         self._closed = True
-        if self._sending.acquire(timeout=ENDS_S):
+        if self._sending.acquire(timeout=wait_s):
             self._sending.release()
         for name in self._set:
             os.environ.pop(name, None)
@@ -91,13 +95,14 @@ class Live:
     def _send(self, count: int) -> None:
         try:
             if self._tracker is None:
-                self._set = [name for name in PATIENCE if name not in os.environ]
-                os.environ.update({name: PATIENCE[name] for name in self._set})
                 client = import_mlflow().MlflowClient(tracking_uri=self._to.uri)
                 self._tracker = Tracker(client, self._to.uri, self._to.run_id, "")
             with self._sending:
                 if self._closed:
                     return
+                more = [name for name in PATIENCE if name not in os.environ]
+                os.environ.update({name: PATIENCE[name] for name in more})
+                self._set += more
                 log_history(self._tracker, self._points[:count], refresh=False)
             del self._points[:count]
             self._pause_s = EVERY_S

@@ -22,12 +22,14 @@ from deepfere.stopping import Stopped, current, saving
 from deepfere.tiling.dataset import LoadPatches, patch_dataset
 from deepfere.tiling.patches import PatchSource, draw, plane_shape
 from deepfere.training.alone import train_alone
-from deepfere.training.checkpoint import HISTORY, begin_at, note_begin, read_folder
+from deepfere.training.checkpoint import CHECKPOINT, HISTORY, begin_at, note_begin, read_folder, read_state
 from deepfere.training.live import Live, Recording
 from deepfere.training.loop import LoopSettings, SectionTask
 from deepfere.training.storage import run_storage
 from deepfere.training.worker import TELL_EVERY_S, work
 
+LATEST_POINTS_S = 60.0
+"""So long may points be on their way to MLflow when training ends in this process, which then sends the rest."""
 MOST_FAILURES = 2
 """Workers that may be lost before it counts whether training got any further."""
 
@@ -123,11 +125,13 @@ def train_joint(
         digest: Hash of everything that the weights depend on.
         on_step: Called now and then with the number of steps done.
         recording: The run that losses are sent to as they come.
-        alone: In this process, without Ray: what one worker of Ray Train's learns, to the bit.
+        alone: In this process, without Ray Train: what one worker of its learns, to the bit.
 
     Raises:
         InputError: Impossible resources.
         DeepfereError: Training failed.
+        OSError: Alone, a disk is full or cannot be written to.
+        MemoryError: Alone, the memory does not suffice.
         KeyboardInterrupt: It was interrupted; the same call goes on from the last checkpoint.
         Stopped: It was asked to stop; the same call goes on from the step that it had reached.
     """
@@ -169,10 +173,14 @@ def train_joint(
             raise DeepfereError(f"training failed: {last_line(error)}") from error
         finally:
             if live is not None:
-                live.close()
+                live.close(LATEST_POINTS_S)
         if state.get("step") != settings.steps:
             raise KeyboardInterrupt  # it was asked to stop, by a file that is gone
         return Trained(state["model"], state["history"], state["timing"])
+
+    kept = read_state(folder / name / CHECKPOINT)
+    if kept is not None and kept["digest"] == digest and kept["step"] == settings.steps:
+        return Trained(kept["model"], kept["history"], {"workers": 1.0, **kept.get("timing", {})})
 
     def input_left() -> Any:
         """What a group of workers is given, each time that one is begun: what is done is not loaded again."""
