@@ -405,8 +405,7 @@ def test_the_driver_is_killed(s3, calm, cli, manifest):
 
     folder = place(f"{out}/training")
     # Begun by a worker of Ray Train's, gone on with by the run itself.
-    begun = lambda: any("checkpoint_manager_snapshot" in str(p) for p in folder.below())  # noqa: E731
-    killed("train", begun, "train.workers=1")
+    killed("train", lambda: any("manager_snapshot" in str(p) for p in folder.below()), "train.workers=1")
     assert not (place(out) / "done" / "learn.json").exists()
     done = study.run("train")
     assert done.code == 0, done

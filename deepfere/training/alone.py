@@ -1,6 +1,6 @@
-"""Training in this process: the same steps as a worker of Ray Train's takes, without the ten processes around one.
+"""Training in this process: the same steps as a worker of Ray Train's takes, without the processes around one.
 
-Where one machine is all there is, these take longer to begin than a section takes to train.
+On two cores these take 18 s to begin, where the steps of a section of 40 x 36 pixels take 23 to 27.
 """
 
 from __future__ import annotations
