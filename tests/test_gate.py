@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
+from deepfere import cores
 from deepfere.measured.factors import factorise
 from deepfere.measured.operator import cell_means, expand, pad_edge, spline_coefficients
 from deepfere.model import gate as gates
@@ -31,6 +32,7 @@ from deepfere.model.ridge import (
     Chemistry,
     detail_rows,
     fit_average,
+    null_guides,
     target_rows,
     usable,
 )
@@ -257,6 +259,27 @@ def test_tier_error_ranks_predictions():
     assert nothing == pytest.approx(1.0)
     assert tier_error(problem, weight, -problem.factor_rows, everywhere) == pytest.approx(1.0)
     assert tier_error(problem, weight, fit.predicted, everywhere) < 0.95
+
+
+def test_null_guides_are_the_same_however_many_threads_fit_them(monkeypatch):
+    monkeypatch.setattr(cores, "usable_cores", lambda: 3)
+    rng, mask = np.random.default_rng(1), np.ones(SHAPE, bool)
+    cube = rng.random((6, *SHAPE))
+    (factors,) = factorise([cube], [mask], 4)
+    problem = problem_of(guide_of(2), mask, mask, cube, factors)
+    assert problem.at_once > 3
+    network = FusionNetwork(len(FEATURES), factors.basis.shape[1], 4, 2).eval()
+
+    def fitted(threads):
+        monkeypatch.setattr(cores, "_most", threads)
+        fit, nulls = fit_t1(problem, 6, 0)
+        guides = null_guides(problem.features, 6, 0)
+        deep = cores.side_by_side(lambda guide: fit_deep(network, problem, factors, fit, guide).predicted, guides)
+        return np.stack([fit.predicted, *nulls]), np.stack(deep)
+
+    for one, other in zip(fitted(1), fitted(None), strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert np.ptp(one, axis=0).max() > 1e-3  # no guide is like another one
 
 
 def test_uncovered_pixels_give_no_evidence():
