@@ -2,7 +2,8 @@
 
 One generated section is prepared once. `training`: steps per second of the first worker under Ray Train, patches
 through Ray Data, against the same steps in one process without Ray with all patches in memory; the share of the time
-in which the worker waits for patches; and the rate of a training in the run's own process (`train.workers=auto`).
+in which the worker waits for patches; and the rate of a training in the run's own process (`train.workers=auto`), with
+as many threads as there are cores, against the same steps with as many.
 `reconstruction`: output shards per second and core on Ray's actors against the same worker in a loop in one process,
 both writing the same store; the share of the loop's time in the model; and beside it as many such loops at once, which
 share the machine's memory and caches as Ray's actors do. The network is used whether or not it is the better model
@@ -29,6 +30,7 @@ import yaml
 from common import Row, chosen, finish, parser, table
 
 from deepfere.cluster import MEMORY
+from deepfere.cores import limited
 from deepfere.model.detail import DetailModel
 from deepfere.phantom import PhantomSpec, write_phantom
 from deepfere.pipeline import deep, write
@@ -72,11 +74,12 @@ def training(manifest: Path, work: Path, settings: list[str], rows: list[Row]) -
     found: dict[str, float] = {}
 
     def both(**job: Any) -> Any:
-        before = plain_steps_per_s(**job)
-        trained = train(**job)
-        found.update(trained.timing)
-        # Machines get slower and faster meanwhile.
-        found["plain"], found["before"] = (before + plain_steps_per_s(**job)) / 2, before
+        with limited(1):  # as in a worker of Ray Train's
+            before = plain_steps_per_s(**job)
+            trained = train(**job)
+            found.update(trained.timing)
+            # Machines get slower and faster meanwhile.
+            found["plain"], found["before"] = (before + plain_steps_per_s(**job)) / 2, before
         if not job["train"].use_gpu:
             alone = train(**{**job, "name": f"{job['name']}-alone", "alone": True}).timing
             found["alone"] = alone["steps_per_s"] / plain_steps_per_s(**job)

@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DEDUP_LOGS": "1",
+    "RAY_COLOR_PREFIX": "0",
     # Ray's C++ side writes to the user's terminal, actors that are told to restart always among it
     # (ray-project/ray#53727). What fails reaches the user as an exception; RAY_BACKEND_LOG_LEVEL=info shows the rest.
     "RAY_BACKEND_LOG_LEVEL": "fatal",

@@ -103,3 +103,34 @@ def test_a_host_is_lost_while_it_reconstructs(calm, hosts, study, command, lose)
     finally:
         hosts.rejoin(2)
     assert contents(study.parent / name / "results" / "one.zarr", *ARRAYS) == contents(calm, *ARRAYS)
+
+
+@pytest.mark.timeout(1500)
+def test_a_group_shrinks_to_what_is_left_and_grows_again(hosts, study, command, ray_session, cli):
+    """Three workers, then two, which do not divide the patches of a step, and three again: what one learns."""
+    wide = ["train.batch=27", "train.steps=200", "train.report_every=10"]
+    work, log = study.parent / "grow", study.parent / "grow.log"
+    running = hosts.begin(0, [*command("train", "grow"), *wide, "train.workers=3"], log)
+
+    def until(condition):
+        while not condition():
+            assert running.poll() is None, log.read_text()
+            time.sleep(0.1)
+
+    try:
+        until(lambda: step_of(work) >= 12 and hosts.holds(2, "ray::RayTrainWorker"))
+        hosts.kill(2)
+        killed_s = time.time()
+        until(lambda: step_of(work, killed_s) >= 20)
+        hosts.rejoin(2)
+        until(lambda: hosts.holds(2, "ray::RayTrainWorker"))
+        assert running.wait(timeout=900) == 0, log.read_text()
+    finally:
+        running.kill()
+    done = cli(*command("train", "grow-not")[1:], *wide)
+    assert done.code == 0, done
+    folders = [study.parent / at for at in ("grow-not", "grow")]
+    one, two = (load_file(at / "sections" / "one" / "network.safetensors") for at in folders)
+    for part, value in one.items():
+        assert np.abs(value - two[part]).max() <= 1e-3 * max(np.abs(value).max(), 1e-6), part
+    assert points_of(work) == points_of(folders[0])

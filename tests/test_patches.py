@@ -88,15 +88,29 @@ def test_loaders_hold_few_sections(source, monkeypatch):
     assert load._reader.cache_info().currsize == 2 * MIXED_GROUPS
 
 
-@pytest.mark.parametrize(("most", "lengths"), [(100, [2] * 6), (6, [2] * 6), (4, [4] * 3), (5, [4] * 3), (1, [12])])
-def test_a_block_holds_whole_turns_of_a_worker_however_long_a_training_is(monkeypatch, most, lengths):
+@pytest.mark.parametrize("most", [1000, 20, 1])
+@pytest.mark.parametrize(
+    ("batch", "workers", "parts"), [(4, 1, 1), (4, 2, 2), (4, 3, 1), (6, 4, 1), (8, 3, 2), (5, 5, 1)]
+)
+def test_every_worker_gets_its_own_patches_of_every_step(monkeypatch, most, batch, workers, parts):
+    """In step with the others however long a training is, and whether or not they divide the patches of a step."""
     from deepfere.tiling import dataset
 
     monkeypatch.setattr(dataset, "MOST_BLOCKS", most)
-    rows = {"step": np.repeat(np.arange(6), 2), "patch": np.arange(12)}
-    blocks = dataset.blocks_of(rows, 2)
-    assert [len(block) for block in blocks] == lengths
-    assert [n for block in blocks for n in block["patch"].to_pylist()] == list(range(12))
+    steps = 7
+    rows = {"step": np.repeat(np.arange(3, 3 + steps), batch), "patch": np.arange(steps * batch)}
+    blocks = dataset.blocks_of(rows, batch, workers, parts)
+    assert len(blocks) <= max(most, workers) + workers
+    each, counted = dataset.rows_at_once(batch, workers, parts), np.zeros(steps * batch)
+    for worker in range(workers):
+        dealt = [row for block in blocks[worker::workers] for row in block.to_pylist()]
+        for n, start in enumerate(range(0, len(dealt), each)):
+            assert {row["step"] for row in dealt[start : start + each]} == {3 + n // parts}
+        assert len(dealt) == steps * parts * each
+        for row in dealt:
+            counted[row["patch"]] += row["share"]
+    # The mean over what all workers load is that over the step's patches.
+    assert np.allclose(counted / (workers * parts * each), 1 / batch, rtol=1e-6)
 
 
 @pytest.mark.ray

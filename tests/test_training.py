@@ -14,12 +14,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from deepfere import cores
 from deepfere.config import TrainSettings
 from deepfere.errors import InputError
 from deepfere.frame import Alignment, SectionGrid
 from deepfere.model.features import FEATURES, PLANES
 from deepfere.model.guide import GuideSpec
 from deepfere.store import create_array, open_group
+from deepfere.tiling.dataset import blocks_of
 from deepfere.tiling.patches import PatchReader, PatchSource, core_window
 from deepfere.training.alone import train_alone
 from deepfere.training.checkpoint import CHECKPOINT, read_state
@@ -51,6 +53,7 @@ def setting():
         "pooled": torch.from_numpy(rng.normal(size=(4, F, PATCH, PATCH)).astype(np.float32)),
         "target": torch.from_numpy(rng.normal(size=(4, K, PATCH, PATCH)).astype(np.float32)),
         "weight": torch.ones(4, PATCH, PATCH),
+        "share": torch.ones(4),
     }
     batch["planes"][..., PLANES.index("coverage")] = 255
     network = {"features": F, "factors": K, "width": 8, "depth": DEPTH}
@@ -93,6 +96,36 @@ def test_the_same_steps_give_the_same_bits(setting):
     two, again = learnt(settings, sections, [[on_device(batch, "cpu")]] * 2)
     assert losses == again
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("threads", [2, 4])
+def test_threads_do_not_change_a_bit(setting, monkeypatch, threads):
+    settings, sections, batch = setting
+    monkeypatch.setattr(cores, "usable_cores", lambda: threads)
+    many, losses = learnt(settings, sections, [[on_device(batch, "cpu")]] * 2)
+    with cores.limited(1):
+        one, alone = learnt(settings, sections, [[on_device(batch, "cpu")]] * 2)
+    assert losses == alone
+    assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+@pytest.mark.parametrize("workers", [3, 4, 5])
+def test_a_step_that_cannot_be_dealt_evenly_is_the_step(setting, workers):
+    """The mean over what each of them makes of its patches, one of which counts for nothing."""
+    settings, sections, batch = setting
+    rows = {"step": np.zeros(4, np.int64), "patch": np.arange(4)}
+    dealt = [block.to_pydict() for block in blocks_of(rows, 4, workers, 1)]
+    parts = []
+    for block in dealt:
+        part = {name: values[block["patch"]] for name, values in batch.items()}
+        parts.append(on_device({**part, "share": torch.tensor(block["share"])}, "cpu"))
+    assert len(parts) == workers
+    whole, losses = learnt(settings, sections, [[on_device(batch, "cpu")]] * 3)
+    split, theirs = learnt(settings, sections, [parts] * 3)
+    for ours, other in zip(losses, theirs, strict=True):
+        assert ours == pytest.approx(other, rel=1e-5)
+    for name, value in whole.items():
+        assert float((value - split[name]).abs().max()) <= 1e-4, name
 
 
 def test_half_precision_is_near_and_leaves_the_registration_in_double(setting):

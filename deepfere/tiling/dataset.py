@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from deepfere.tiling.patches import PatchSource
 
 MOST_BLOCKS = 16384
-"""Of a longer training steps share blocks, and several workers then mix their patches otherwise than one does."""
+"""Of a longer training several steps share a block."""
 
 
 SHORTEST_REST_S, LONGEST_REST_S = 0.04, 0.32
@@ -59,30 +59,49 @@ class LoadPatches:
         self._shape = shape_px
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Rows of `deepfere.tiling.patches.draw` -> the batch of `JointModel.forward`, plus ``step``."""
+        """Rows of `draw` or `blocks_of` -> the batch of `JointModel.forward`, plus ``step``."""
         rows = range(len(batch["step"]))
         loaded = [self._reader(int(batch["section"][n])).load(int(batch["patch"][n]), self._shape) for n in rows]
         out = {name: np.stack([patch[name] for patch in loaded]) for name in loaded[0]}
         out["section"] = np.asarray(batch["section"], np.int64)
         out["step"] = np.asarray(batch["step"], np.int64)
+        out["share"] = np.asarray(batch.get("share", np.ones(len(rows))), np.float32)
         out["flip"] = np.stack([batch["flip_y"], batch["flip_x"]], axis=1).astype(np.int64)
         return out
 
 
-def blocks_of(rows: dict[str, NDArray[Any]], batch: int) -> list[Any]:
-    """The rows as Arrow tables, one for what one worker takes in one step; of a long training for several such.
+def blocks_of(rows: dict[str, NDArray[Any]], batch: int, workers: int, parts: int) -> list[Any]:
+    """The rows as Arrow tables, to be dealt out in turn: each holds what one worker takes in one step, or in several.
 
-    Dealt out in turn, they give every step its own patches, however many workers there are.
+    Where a step cannot be dealt evenly, its last patch comes again and does not count (``share``); those that count
+    do so for more, as the mean is taken over all of them.
 
     Args:
-        rows: Columns (n,), from `deepfere.tiling.patches.draw`.
-        batch: Rows that one worker takes at a time.
+        rows: Columns (n,) of whole steps, from `deepfere.tiling.patches.draw`.
+        batch: Rows of a step.
+        workers: Who they are dealt to.
+        parts: In which each of them takes its rows of a step.
     """
     import pyarrow as pa
 
-    count = len(rows["step"])
-    each = batch * max(1, -(-(count // batch) // MOST_BLOCKS))
-    return [pa.table({name: v[k : k + each] for name, v in rows.items()}) for k in range(0, count, each)]
+    steps, each = len(rows["step"]) // batch, parts * rows_at_once(batch, workers, parts)
+    width = workers * each
+    share = np.where(np.arange(width) < batch, width / batch, 0).astype(np.float32)
+    together = max(1, -(-steps * workers // MOST_BLOCKS))
+    blocks = []
+    for first in range(0, steps, together):
+        some = np.arange(first, min(first + together, steps))
+        for worker in range(workers):
+            own = np.arange(worker * each, (worker + 1) * each)
+            at = (some[:, None] * batch + np.minimum(own, batch - 1)).ravel()
+            columns = {name: values[at] for name, values in rows.items()}
+            blocks.append(pa.table({**columns, "share": np.tile(share[own], len(some))}))
+    return blocks
+
+
+def rows_at_once(batch: int, workers: int, parts: int) -> int:
+    """Rows that one worker takes at a time."""
+    return -(-batch // (workers * parts))
 
 
 def patch_dataset(
@@ -92,24 +111,26 @@ def patch_dataset(
     shape_px: tuple[int, int],
     batch: int,
     workers: int,
+    parts: int = 1,
 ) -> Any:
-    """A Ray Dataset of patches in the order of ``rows``.
+    """A Ray Dataset of patches, step by step, to be dealt out in turn.
 
     Args:
         rows: From `deepfere.tiling.patches.draw`.
         sources: The sections.
         patch_px: Patch side in measured pixels.
         shape_px: Fixed plane window, from `deepfere.tiling.patches.plane_shape`.
-        batch: Rows that one worker takes at a time.
+        batch: Rows of a step.
         workers: Training workers: as many loaders serve them at most.
+        parts: In which each of them takes its rows of a step.
     """
     import ray
 
     # Not `from_arrow`: it asks a task of Ray's what is in them, for which there is no CPU where training has them all.
-    patches = ray.data.from_blocks(blocks_of(rows, batch)).map_batches(
+    patches = ray.data.from_blocks(blocks_of(rows, batch, workers, parts)).map_batches(
         LoadPatches,
         fn_constructor_args=([asdict(s) for s in sources], patch_px, shape_px),
-        batch_size=batch,
+        batch_size=rows_at_once(batch, workers, parts),
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
         # They ask for no CPU: where training has taken them all, its own input would wait for ever.
         num_cpus=0,

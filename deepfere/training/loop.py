@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from deepfere.cores import side_by_side
 from deepfere.frame import Alignment
 from deepfere.measured.operator import cell_means, expand
 from deepfere.model.guide import Cells, GuideSpec
@@ -148,7 +149,8 @@ class JointModel(nn.Module):
 
         Args:
             batch: From `on_device`: tensors ``planes`` (N, h, w, 7) uint8, ``pooled`` (N, F, p, p) footprint means
-                of the features at the starting alignment, ``target`` (N, K, p, p) factors, ``weight`` (N, p, p);
+                of the features at the starting alignment, ``target`` (N, K, p, p) factors, ``weight`` (N, p, p),
+                ``share`` (N,) by which a patch counts (1, where a step is dealt evenly to all workers);
                 lists ``origin`` (N, 2), ``cell`` (N, 2), ``section`` (N,), ``flip`` (N, 2).
 
         Returns:
@@ -156,7 +158,7 @@ class JointModel(nn.Module):
         """
         c, p, r = self.settings.context_px, self.settings.patch_px, self.network.radius_px
         core = slice(c, p - c)
-        target, weight = batch["target"], batch["weight"][:, None]
+        target, weight, share = batch["target"], batch["weight"][:, None], batch["share"]
         pooled_core, covered_core, mapping, correlation = [], [], [], []
         for n in range(len(target)):
             stain, covered, spec, section = self.features(batch, n)
@@ -180,9 +182,9 @@ class JointModel(nn.Module):
             return torch.where(flip_x[:, None, None, None], x.flip(-1), x)
 
         out = {
-            "mapping": torch.stack(mapping).mean(),
-            "reconstruction": self._reduced_scale(flipped(pooled), flipped(target), flipped(weight)),
-            "correlation": torch.stack(correlation).mean(),
+            "mapping": (torch.stack(mapping) * share).mean(),
+            "reconstruction": self._reduced_scale(flipped(pooled), flipped(target), flipped(weight), share),
+            "correlation": (torch.stack(correlation) * share).mean(),
             "smoothness": self._smoothness(),
         }
         out["total"] = (
@@ -193,7 +195,7 @@ class JointModel(nn.Module):
         )
         return out
 
-    def _reduced_scale(self, pooled: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    def _reduced_scale(self, pooled: Tensor, target: Tensor, weight: Tensor, share: Tensor) -> Tensor:
         r0 = self.network.radius_px
         losses = []
         for ratio in RATIOS:
@@ -208,7 +210,7 @@ class JointModel(nn.Module):
             error = project(raw, ratio) - (z - upsampled)[..., inner, inner]
             # A target counts only if its whole coarse cell was measured.
             whole = (cell_means(w, ratio) > 0.999).float().repeat_interleave(ratio, -1).repeat_interleave(ratio, -2)
-            losses.append(huber(error, whole[..., inner, inner]))
+            losses.append(huber(error, whole[..., inner, inner] * share[:, None, None, None]))
         return torch.stack(losses).mean()
 
     def _correlation(self, stain: Tensor, target: Tensor, factor: int, section: int) -> Tensor:
@@ -269,13 +271,48 @@ def train_step(
         group["lr"] = schedule(group["initial_lr"], step, settings.steps)
     optimiser.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
+    ddp = model if isinstance(model, DistributedDataParallel) else None
+    by_patch = ddp is None and next(model.parameters()).device.type == "cpu"
     for k, part in enumerate(parts):
-        last = k + 1 == len(parts)
-        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
-            losses = model(part)
-            (losses["total"] / len(parts)).backward()
+        if by_patch:
+            losses = _patch_by_patch(model, part, len(parts))
+        else:
+            with ddp.no_sync() if ddp is not None and k + 1 < len(parts) else nullcontext():
+                losses = model(part)
+                (losses["total"] / len(parts)).backward()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0) + value.detach() / len(parts)
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.dtype == torch.float32], 1.0)
     optimiser.step()
+    return sums
+
+
+def _patch_by_patch(model: nn.Module, part: Batch, parts: int) -> dict[str, Tensor]:
+    """Adds the gradients of the mean loss over a part's patches, a thread per patch, summed in the patches' order.
+
+    The mean over patches is the mean of what each gives by itself, so the sum is the same to the bit however many
+    threads there are.
+
+    Args:
+        model: On the host.
+        part: Of the batch.
+        parts: Of the step, over which the mean is taken as well.
+
+    Returns:
+        The mean losses, detached.
+    """
+    parameters, count = list(model.parameters()), len(part["target"])
+
+    def one(n: int) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
+        losses: dict[str, Tensor] = model({name: values[n : n + 1] for name, values in part.items()})
+        gradients = torch.autograd.grad(losses["total"] / (parts * count), parameters, allow_unused=True)
+        return {name: value.detach() for name, value in losses.items()}, gradients
+
+    sums: dict[str, Tensor] = {}
+    for losses, gradients in side_by_side(one, range(count)):
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0) + value / count
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
     return sums

@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from deepfere.cluster import keep_signals, last_line, quiet_ray_data
+from deepfere.cluster import keep_signals, last_line
 from deepfere.config import TrainSettings
 from deepfere.errors import DeepfereError, InputError, StorageError
 from deepfere.places import Place
 from deepfere.stopping import Stopped, current, saving
-from deepfere.tiling.dataset import LoadPatches, patch_dataset
+from deepfere.tiling.dataset import LoadPatches
 from deepfere.tiling.patches import PatchSource, draw, plane_shape
 from deepfere.training.alone import train_alone
 from deepfere.training.checkpoint import CHECKPOINT, HISTORY, begin_at, note_begin, read_folder, read_state
@@ -27,6 +27,9 @@ from deepfere.training.live import Live, Recording
 from deepfere.training.loop import LoopSettings, SectionTask
 from deepfere.training.storage import run_storage
 from deepfere.training.worker import TELL_EVERY_S, work
+
+if TYPE_CHECKING:
+    from ray.train import DataConfig
 
 LATEST_POINTS_S = 60.0
 """So long may points be on their way to MLflow when training ends in this process, which then sends the rest."""
@@ -139,7 +142,6 @@ def train_joint(
     folder.mkdir(parents=True, exist_ok=True)
     patches = [(s, p) for s, source in enumerate(sources) for p in range(len(source.cells))]
     shape = plane_shape(sources, settings.patch_px)
-    each = settings.batch // (train.count * train.accumulate)
 
     def left(done: int) -> dict[str, Any]:
         """Rows of the patches of all steps but the first ``done``."""
@@ -148,6 +150,7 @@ def train_joint(
 
     def load(done: int) -> Iterator[dict[str, Any]]:
         loader, rows = LoadPatches([asdict(s) for s in sources], settings.patch_px, shape), left(done)
+        each = settings.batch // train.accumulate
         for k in range(0, len(rows["step"]), each):
             yield loader({column: values[k : k + each] for column, values in rows.items()})
 
@@ -182,19 +185,21 @@ def train_joint(
     if kept is not None and kept["digest"] == digest and kept["step"] == settings.steps:
         return Trained(kept["model"], kept["history"], {"workers": 1.0, **kept.get("timing", {})})
 
-    def input_left() -> Any:
+    def rows_left() -> Any:
         """What a group of workers is given, each time that one is begun: what is done is not loaded again."""
-        quiet_ray_data()  # in the process that calls it, which is Ray Train's
-        rows = left(min(begin_at(folder / name, digest), settings.steps - 1))
-        return patch_dataset(rows, sources, settings.patch_px, shape, each, train.count)
+        return left(min(begin_at(folder / name, digest), settings.steps - 1))
 
-    return _on_ray(settings, sections, input_left, train, folder, name, digest, on_step, recording)
+    from deepfere.training.deal import Deal
+
+    deal = Deal(sources, settings.patch_px, shape, settings.batch, train.accumulate)
+    return _on_ray(settings, sections, rows_left, deal, train, folder, name, digest, on_step, recording)
 
 
 def _on_ray(
     settings: LoopSettings,
     sections: list[SectionTask],
-    input_left: Callable[[], Any],
+    rows_left: Callable[[], Any],
+    deal: DataConfig,
     train: TrainSettings,
     folder: Place,
     name: str,
@@ -202,7 +207,7 @@ def _on_ray(
     on_step: Callable[[int], None] | None,
     recording: Recording | None,
 ) -> Trained:
-    """See `train_joint`; ``input_left`` gives the dataset of what is not done yet."""
+    """See `train_joint`; ``rows_left`` gives the rows of what is not done yet, ``deal`` what workers get of them."""
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -246,7 +251,8 @@ def _on_ray(
                     max_failures=MOST_FAILURES, controller_failure_limit=3
                 ),
             ),
-            datasets={"train": input_left},
+            datasets={"train": rows_left},
+            dataset_config=deal,
         )
 
     reached, result = _Reached(on_step), None
@@ -305,8 +311,17 @@ def _watch(file: Place, on_step: Callable[[int], None] | None) -> Iterator[None]
         return
     stop, lost = threading.Event(), list[Stopped]()
     waiting = threading.current_thread() is threading.main_thread()
+    ours = signal.getsignal(signal.SIGINT)
+
+    def leave(number: int, frame: Any) -> None:
+        # Ray's own handler of Ctrl-C, if it is there by now, ends its workers: in a session that lives on they would
+        # train to the end.
+        if callable(handler := signal.getsignal(signal.SIGINT)) and handler is not ours:
+            handler(signal.SIGINT, frame)
+        raise KeyboardInterrupt
+
     # SIGINT may be ignored: in what a shell has put into the background it is.
-    before = signal.signal(signal.SIGUSR2, signal.default_int_handler) if waiting else None
+    before = signal.signal(signal.SIGUSR2, leave) if waiting else None
 
     def poll() -> None:
         while not stop.wait(1.0 if isinstance(file, Path) else TELL_EVERY_S):

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepfere import cores
 from deepfere.errors import DeepfereError
 from deepfere.places import Place, place
+from deepfere.tiling.dataset import rows_at_once
 from deepfere.training.checkpoint import (
     CHECKPOINT,
     Reached,
@@ -44,6 +46,7 @@ def work(config: dict[str, Any]) -> None:
     settings = LoopSettings(**config["settings"])
     digest, run = config["digest"], place(config["run"])
     torch.set_num_threads(config["threads"])
+    cores.limit(config["threads"])
     device = get_device()
     model = JointModel(settings, [SectionTask(**s) for s in config["sections"]])
     optimiser = model.optimiser()
@@ -54,7 +57,10 @@ def work(config: dict[str, Any]) -> None:
     wrapped = prepare_model(model, move_to_device=False, parallel_strategy_kwargs={"find_unused_parameters": True})
     world, rank = train.get_context().get_world_size(), train.get_context().get_world_rank()
     batches = train.get_dataset_shard("train").iter_torch_batches(
-        batch_size=max(1, settings.batch // world // config["parts"]), drop_last=True, prefetch_batches=2, device="cpu"
+        batch_size=rows_at_once(settings.batch, world, config["parts"]),
+        drop_last=True,
+        prefetch_batches=2,
+        device="cpu",
     )
     upload = uploader(config["run"])
     clock, kept = Clock(), reached.step
