@@ -12,7 +12,7 @@ import pytest
 
 import deepfere
 from deepfere.errors import InputError
-from deepfere.measured.operator import cell_means
+from deepfere.measured.operator import cell_means, fill_missing
 from deepfere.measured.writer import write_measured
 from deepfere.model.inferred import contrast, energy_root, footprint
 from deepfere.reconstruction import inferred as blocks
@@ -161,7 +161,7 @@ def test_shares_of_the_section(tmp_path, monkeypatch):
     planes = np.asarray(result._group["detail"]["0"][:], np.float64)[:, fine_mask]
     sums = np.zeros(2)
     for m in range(4):
-        y = np.asarray(result.measured(MZ[m]), np.float64)
+        y = fill_missing(np.asarray(result.measured(MZ[m]), np.float64), result.mask)
         local, variance = contrast(y, result.mask)
         basis = result._basis
         added = (gate[m] * basis["loadings"][m] * basis["detail_scale"]) @ planes
@@ -212,7 +212,7 @@ def test_a_whole_run_says_what_it_inferred(fused):
 
     whole = Cells(0, fused.mask.shape[0], 0, fused.mask.shape[1])
     added = (decoder.window(whole, fused.detail) - decoder.window(whole, None))[mask]
-    local, _ = contrast(fused.measured(mz), fused.mask)
+    local, _ = contrast(fill_missing(fused.measured(mz).astype(np.float64), fused.mask), fused.mask)
     energy = (added**2).mean()
     assert energy / (energy + local[fused.mask].mean()) == pytest.approx(share, rel=0.2) and f > 1
     assert deepfere.open(fused.path).inferred_share == fused.inferred_share

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from deepfere.evaluation.report_alignment import joint_words
-from deepfere.evaluation.report_modes import denoised_section, inferred_section, noisy_ions, percent
+from deepfere.evaluation.report_modes import (
+    denoised_section,
+    inferred_section,
+    load_denoised,
+    load_inferred,
+    noisy_ions,
+    percent,
+)
 from deepfere.evaluation.report_pictures import pick_ions
 from tests.reports import FakeResult, assert_self_contained, pictures, report
 
@@ -24,15 +31,18 @@ def test_what_was_inferred_is_shown_in_numbers_and_pictures(small, tmp_path):
     assert "10 % of the contrast of all ions" in page.text and "in 2 of 6 ions nothing was" in page.text
     for words in ("all ions · 10 %", "m/z 700.0000 · 25 %", "m/z 710.1235 · 5 %"):
         assert words in page.text, words
-    section = inferred_section(result, [], (40, 50))
-    assert section is not None and len(section["pictures"]) == 1
+    maps = load_inferred(result, [], (80, 100))
+    assert maps is not None
+    section = inferred_section(maps, (40, 50))
+    assert len(section["pictures"]) == 1
 
 
 def test_the_maps_share_one_range(tmp_path):
     result = FakeResult(ions=3)
     rows = result.ions.to_dict("records")
-    section = inferred_section(result, rows, (40, 50))
-    assert section is not None
+    maps = load_inferred(result, rows, (80, 100))
+    assert maps is not None
+    section = inferred_section(maps, (40, 50))
     ranges = {picture["range"] for picture in section["pictures"]}
     assert len(section["pictures"]) == 3 and len(ranges) == 1
     (top, name), share = next(iter(ranges)), float(result.ions["inferred_share"].max())
@@ -41,7 +51,7 @@ def test_the_maps_share_one_range(tmp_path):
 
 def test_nothing_inferred_is_no_section(small, tmp_path):
     result = FakeResult(ions=3, kinds=["smooth"] * 3)
-    assert inferred_section(result, result.ions.to_dict("records"), (40, 50)) is None
+    assert load_inferred(result, result.ions.to_dict("records"), (40, 50)) is None
     _, page = report(result, tmp_path)
     assert "inferred from the stain" not in page.text.lower().replace("comes from the stain", "")
 
@@ -52,8 +62,7 @@ def test_exact_beside_denoised_where_there_is_noise(small, tmp_path):
     assert_self_contained(text, page)
     for words in ("60 % of the noise taken out, reduced chi-square 1.02", "denoised=True", "4 of 6 ions lose 20 %"):
         assert words in page.text, words
-    section = denoised_section(result, (40, 50))
-    assert section is not None
+    section = denoised_section(result, load_denoised(result, (80, 100)), (40, 50))
     assert [[p["label"] for p in row["pictures"]] for row in section["ions"]] == [["measured", "exact", "denoised"]] * 3
     # One range for the three pictures of an ion.
     assert all(len({p["range"] for p in row["pictures"]}) == 1 for row in section["ions"])

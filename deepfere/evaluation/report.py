@@ -24,7 +24,7 @@ from deepfere.evaluation import figures
 from deepfere.evaluation import report_pictures as pictures
 from deepfere.evaluation import report_tables as tables
 from deepfere.evaluation.report_alignment import alignment_section
-from deepfere.evaluation.report_modes import denoised_section, inferred_section
+from deepfere.evaluation.report_modes import denoised_section, inferred_section, load_denoised, load_inferred
 from deepfere.places import Place, UrlPath, beside, check_outside_stores, place, reading
 
 PANEL_SIDES_PX = (640, 440, 300)
@@ -144,8 +144,10 @@ def render_report(
     loaded = {row: pictures.load_ion(result, rows[row], shape, truth) for row in (*most, *least)}
     stain = _stain(result)
     context = _context(result, rows, evaluation)
-    context["zoom"] = pictures.zoom(result, rows[most[0]])
+    context["zoom"] = pictures.zoom(result, loaded[most[0]])
     context["page"] = scores_page
+    inferred = load_inferred(result, [rows[row] for row in most], shape) if stain is not None else None
+    denoised = load_denoised(result, shape)
     page = ""
     for side in PANEL_SIDES_PX:
         # Noisy pictures hardly compress: a smaller side keeps the file one that can be mailed.
@@ -156,8 +158,8 @@ def render_report(
             "frame": pictures.frame_of(result.grid.extent_um, shape),
             "most": [pictures.ion_row(loaded[row], shape) for row in most],
             "least": [pictures.ion_row(loaded[row], shape) for row in least],
-            "inferred": inferred_section(result, [rows[row] for row in most], shape) if stain is not None else None,
-            "denoised": denoised_section(result, shape),
+            "inferred": inferred and inferred_section(inferred, shape),
+            "denoised": denoised_section(result, denoised, shape) if denoised else None,
             "alignment": alignment_section(result, stain, side) if stain is not None else None,
         }
         page = template.render(context)

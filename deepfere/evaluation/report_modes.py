@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from deepfere.evaluation import figures
 from deepfere.evaluation.report_pictures import data_uri, page_level, thin
@@ -23,8 +25,17 @@ def percent(value: Any) -> str:
     return text if text == "–" else f"{text} %"
 
 
-def inferred_section(result: Any, rows: list[Mapping[str, Any]], shape_px: tuple[int, int]) -> dict[str, Any] | None:
-    """Maps of the share that was inferred: of all ions and of the given ones, on one range; None if it is nowhere.
+@dataclass(frozen=True)
+class Inferred:
+    """Maps of the share that was inferred: its share in words, how many ions have any, (name, share, map) of some."""
+
+    share: str
+    ions: int
+    maps: list[tuple[str, str, NDArray[np.float64]]]
+
+
+def load_inferred(result: Any, rows: list[Mapping[str, Any]], shape_px: tuple[int, int]) -> Inferred | None:
+    """The maps of all ions together and of the given ones; None if nothing is inferred anywhere.
 
     Args:
         result: The result.
@@ -36,15 +47,24 @@ def inferred_section(result: Any, rows: list[Mapping[str, Any]], shape_px: tuple
     ny, nx = result.grid.shape_px
     level = page_level((ny * result.factor, nx * result.factor), result.levels)
     shown = [row for row in rows if row["inferred_share"] > 0][:SHOWN_IONS]
-    maps: list[tuple[str, str, Any]] = [("all ions", percent(result.inferred_share), result.inferred(level=level))]
+    lazy: list[tuple[str, str, Any]] = [("all ions", percent(result.inferred_share), result.inferred(level=level))]
     for row in shown:
         image = result.inferred(float(row["mz"]), level=level)
-        maps.append((f"m/z {row['mz']:.4f}", percent(row["inferred_share"]), image))
-    images = [figures.area_resample(np.asarray(thin(image), np.float64), shape_px) for _, _, image in maps]
+        lazy.append((f"m/z {row['mz']:.4f}", percent(row["inferred_share"]), image))
+    maps = [
+        (name, share, figures.area_resample(np.asarray(thin(image), np.float64), shape_px))
+        for name, share, image in lazy
+    ]
+    return Inferred(percent(result.inferred_share), sum(value > 0 for value in result.ions["inferred_share"]), maps)
+
+
+def inferred_section(inferred: Inferred, shape_px: tuple[int, int]) -> dict[str, Any]:
+    """What the template shows of the maps, on one range, with rows and columns of the pictures."""
+    images = [figures.area_resample(image, shape_px) for _, _, image in inferred.maps]
     top = min(1.0, figures.robust_top(*images))
     return {
-        "share": percent(result.inferred_share),
-        "ions": sum(value > 0 for value in result.ions["inferred_share"]),
+        "share": inferred.share,
+        "ions": inferred.ions,
         "pictures": [
             {
                 "src": data_uri(figures.ion_png(image, top, figures.SHARE_MAP), "png"),
@@ -52,7 +72,7 @@ def inferred_section(result: Any, rows: list[Mapping[str, Any]], shape_px: tuple
                 "label": f"{name} · {share}",
                 "range": (percent(top), "share"),
             }
-            for (name, share, _), image in zip(maps, images, strict=True)
+            for (name, share, _), image in zip(inferred.maps, images, strict=True)
         ],
     }
 
@@ -68,27 +88,47 @@ def noisy_ions(ions: pd.DataFrame, count: int = SHOWN_IONS) -> list[int]:
     return (first + [row for row in order if row not in first])[:count]
 
 
-def denoised_section(result: Any, shape_px: tuple[int, int]) -> dict[str, Any] | None:
-    """The noisiest ions as they are and denoised, on one range each; None where there is no noise worth taking out.
+@dataclass(frozen=True)
+class Denoised:
+    """One ion's pictures, (label, image), as measured, exact and denoised."""
+
+    row: dict[str, Any]
+    images: list[tuple[str, NDArray[np.float64]]]
+
+
+def load_denoised(result: Any, shape_px: tuple[int, int]) -> list[Denoised]:
+    """The noisiest ions; none where there is no noise worth taking out.
 
     Args:
         result: The result.
         shape_px: Rows and columns of the pictures.
     """
-    chosen = noisy_ions(result.ions)
-    if not chosen:
-        return None
     ny, nx = result.grid.shape_px
     level = page_level((ny * result.factor, nx * result.factor), result.levels)
-    shown = []
-    for row in result.ions.iloc[chosen].to_dict("records"):
+    loaded = []
+    for row in result.ions.iloc[noisy_ions(result.ions)].to_dict("records"):
         mz = float(row["mz"])
         images = [("measured", figures.area_resample(result.measured(mz), shape_px))]
         for label, denoised in (("exact", False), ("denoised", True)):
             image = np.asarray(thin(result.ion(mz, level=level, denoised=denoised)), np.float64)
             images.append((label, figures.area_resample(image, shape_px)))
+        loaded.append(Denoised(row, images))
+    return loaded
+
+
+def denoised_section(result: Any, loaded: list[Denoised], shape_px: tuple[int, int]) -> dict[str, Any]:
+    """What the template shows of the ions, each on a range of its own.
+
+    Args:
+        result: The result.
+        loaded: From `load_denoised`; some.
+        shape_px: Rows and columns of the pictures.
+    """
+    shown = []
+    for one in loaded:
+        row, images = one.row, [(label, figures.area_resample(image, shape_px)) for label, image in one.images]
         top = figures.robust_top(*(image for _, image in images))
-        name = f"m/z {mz:.4f}"
+        name = f"m/z {row['mz']:.4f}"
         shown.append(
             {
                 "name": name,
@@ -109,5 +149,5 @@ def denoised_section(result: Any, shape_px: tuple[int, int]) -> dict[str, Any] |
         "ions": shown,
         "count": int((result.ions["noise_share"] >= WORTH_TAKING).sum()),
         "least": percent(WORTH_TAKING),
-        "best_mz": f"{result.ions['mz'].iloc[chosen[0]]:.4f}",
+        "best_mz": f"{loaded[0].row['mz']:.4f}",
     }

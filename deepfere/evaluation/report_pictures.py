@@ -49,9 +49,10 @@ def pick_ions(ions: pd.DataFrame, count: int = 3) -> tuple[list[int], list[int]]
 
 @dataclass(frozen=True)
 class IonImages:
-    """One ion's pictures, resampled to the page."""
+    """One ion's pictures, resampled to the page, and the reconstructed one (`fine`) as it was loaded."""
 
     row: dict[str, Any]
+    fine: NDArray[np.float64]
     top: float
     images: list[tuple[str, NDArray[np.float64]]]
     uncertainty: NDArray[np.float64]
@@ -82,6 +83,7 @@ def load_ion(
     spread = np.asarray(thin(result.uncertainty(mz, level=level)), dtype=np.float64)
     return IonImages(
         row,
+        fine,
         figures.robust_top(*tops),
         images,
         figures.area_resample(spread, shape_px),
@@ -116,17 +118,15 @@ def ion_row(ion: IonImages, shape_px: tuple[int, int]) -> dict[str, Any]:
     return {"name": name, "ion": table_row(ion.row), "pictures": pictures, "note": ion.scores}
 
 
-def zoom_window(result: Any, mz: float) -> tuple[int, int, int, int] | None:
+def zoom_window(result: Any, fine: NDArray[np.float64]) -> tuple[int, int, int, int] | None:
     """The most structured window of an ion, measured pixels (i, j, rows, columns); None if all is shown.
 
-    Structure is the squared gradient of the reconstruction: where there is most to see.
+    Structure is the squared gradient of the reconstruction ``fine`` (h, w): where there is most to see.
     """
     ny, nx = result.grid.shape_px
     side = min(max(6, round(min(ny, nx) / 4)), max(2, 800 // result.factor), ny, nx)
     if side * side > 0.5 * ny * nx:
         return None
-    level = page_level((ny * result.factor, nx * result.factor), result.levels)
-    fine = np.asarray(thin(result.ion(mz, level=level)), dtype=np.float64)
     if not np.isfinite(fine).any() or min(fine.shape) < 2:
         return None
     slope_y, slope_x = np.gradient(metrics.fill_nearest(fine))
@@ -139,10 +139,10 @@ def zoom_window(result: Any, mz: float) -> tuple[int, int, int, int] | None:
     return i, j, side, side
 
 
-def zoom(result: Any, row: dict[str, Any]) -> dict[str, Any] | None:
+def zoom(result: Any, ion: IonImages) -> dict[str, Any] | None:
     """The most structured window of one ion at full resolution."""
-    mz, f = float(row["mz"]), int(result.factor)
-    window = zoom_window(result, mz)
+    mz, f = float(ion.row["mz"]), int(result.factor)
+    window = zoom_window(result, ion.fine)
     if window is None:
         return None
     i, j, h, w = window
@@ -156,7 +156,7 @@ def zoom(result: Any, row: dict[str, Any]) -> dict[str, Any] | None:
     stain = result.stain(level=0)
     tops = figures.robust_top(measured, sharp), figures.robust_top(spread)
     images = [("measured", measured), ("reconstructed", sharp)]
-    shown = IonImages(row, tops[0], images, spread, tops[1], "")
+    shown = IonImages(ion.row, sharp, tops[0], images, spread, tops[1], "")
     ny, nx = result.grid.shape_px
     panel = ion_row(shown, shape)
     if stain is not None:

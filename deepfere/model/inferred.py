@@ -21,7 +21,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from deepfere.measured.operator import expand, fill_missing, pad_edge
+from deepfere.measured.operator import expand, pad_edge
 from deepfere.model.guide import Cells
 from deepfere.model.uncertainty import local_variance
 
@@ -78,14 +78,13 @@ def detail_energy(detail: NDArray[np.floating], root: Array, inside: NDArray[np.
     return total / np.maximum(weight, 1e-12)
 
 
-def contrast(image: NDArray[np.floating], mask: NDArray[np.bool_]) -> tuple[Array, float]:
+def contrast(cells: Array, mask: NDArray[np.bool_]) -> tuple[Array, float]:
     """Variance (ny, nx) of 3 x 3 measured pixels around each, floor included, and that of the whole section.
 
     Args:
-        image: (ny, nx) one ion as measured.
+        cells: (ny, nx) one ion as measured, filled where it was not (`deepfere.measured.operator.fill_missing`).
         mask: (ny, nx) True where measured.
     """
-    cells = fill_missing(np.asarray(image, np.float64), mask)
     variance = float(cells[mask].var())
     return local_variance(cells) + FLOOR * variance, variance
 

@@ -55,10 +55,15 @@ def _decoder(path: str, stamp: object, ion: int, denoised: bool = False) -> IonD
 
 def measured_image(path: str, ion: int) -> NDArray[np.float32]:
     """An ion (ny, nx) as measured, in the result's normalisation; NaN = not measured."""
+    return measured_images(path, slice(ion, ion + 1))[0]
+
+
+def measured_images(path: str, ions: slice) -> NDArray[np.float32]:
+    """Ions (n, ny, nx) as measured, in the result's normalisation; NaN = not measured."""
     measured = at(path)._measured
-    image = np.asarray(measured.ions[ion], np.float64)
+    images = np.asarray(measured.ions[ions], np.float64)
     factor = measured.factor(at(path).normalisation)  # type: ignore[arg-type]
-    return (image if factor is None else image * factor).astype(np.float32)
+    return (images if factor is None else images * factor).astype(np.float32)
 
 
 def forget() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from threading import Lock
 from typing import Any
@@ -9,15 +10,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deepfere.measured.operator import fill_missing
 from deepfere.model.guide import Cells
 from deepfere.model.inferred import contrast, detail_energy, energy_root, inferred_share
-from deepfere.reconstruction.blocks import at, hide, measured_image, stamp_of, window
+from deepfere.reconstruction.blocks import at, hide, measured_images, stamp_of, window
 from deepfere.reconstruction.result import Result
 
 Array = NDArray[np.float64]
 
 MOST_BLOCKS = 512
 """Blocks of detail that the shares over the section are taken from; beyond that, so many spread over it."""
+
+READ_BYTES = 2**27
+"""Of measured images that are held at a time."""
 
 _one_at_a_time = Lock()
 
@@ -26,14 +31,22 @@ _one_at_a_time = Lock()
 def _parts(path: str, stamp: object, ion: int | None) -> tuple[Array, Array]:
     """Measured contrast (ny, nx) and `energy_root` of one ion, or summed over all."""
     result = at(path)
-    rows = range(len(result.ions)) if ion is None else [ion]
-    loadings = _loadings(result)[list(rows)]
+    rows = range(len(result.ions)) if ion is None else range(ion, ion + 1)
     around, variance = np.zeros(result.grid.shape_px), np.zeros(len(rows))
-    for n, row in enumerate(rows):
-        local, variance[n] = contrast(measured_image(path, row), result.mask)
-        if variance[n] > 0:
-            around += local / variance[n]
-    return around, energy_root(loadings, variance)
+    for n, (local, spread) in enumerate(_contrasts(result, rows)):
+        variance[n] = spread
+        if spread > 0:
+            around += local / spread
+    return around, energy_root(_loadings(result)[rows.start : rows.stop], variance)
+
+
+def _contrasts(result: Result, rows: range) -> Iterator[tuple[Array, float]]:
+    """`contrast` of some ions. As many are read at a time as there is memory for: their chunks hold several."""
+    at_once = max(1, READ_BYTES // (8 * result.mask.size))
+    for first in range(rows.start, rows.stop, at_once):
+        images = measured_images(result.path, slice(first, min(first + at_once, rows.stop)))
+        for cells in fill_missing(images.astype(np.float64), result.mask):
+            yield contrast(cells, result.mask)
 
 
 def _loadings(result: Result) -> Array:
@@ -93,8 +106,8 @@ def section_shares(result: Result, chunk_px: int) -> tuple[Array, float]:
         power = detail_power(result, chunk_px)
         energy = np.maximum(np.einsum("mk,kl,ml->m", loadings, power, loadings), 0.0)
     around, variance = np.zeros(len(loadings)), np.zeros(len(loadings))
-    for m in range(len(loadings)):
-        local, variance[m] = contrast(measured_image(result.path, m), result.mask)
+    for m, (local, spread) in enumerate(_contrasts(result, range(len(loadings)))):
+        variance[m] = spread
         around[m] = local[result.mask].mean()
     total, scale = energy + around, np.where(variance > 0, variance, np.inf)
     shares = np.where(total > 0, energy / np.where(total > 0, total, 1.0), 0.0)

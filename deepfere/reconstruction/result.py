@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     import pandas
 
 FORMAT, FORMAT_VERSION = "deepfere-result", 3
+WHOLE_PX = 512
+"""Side of the blocks, in finest pixels, in which coarser levels are computed, or that of a stored chunk."""
 
 _SEALING: set[str] = set()
 
@@ -278,6 +280,8 @@ class Result:
 
         self._level(level)
         chunk = int(self._attrs["chunk_px"])
+        if level:  # of the whole section: what blocks need around them is decoded less often with larger ones
+            chunk *= max(1, WHOLE_PX // chunk)
         shape = [n * self.factor for n in self.grid.shape_px]
         chunks = tuple(tuple(min(chunk, n - k) for k in range(0, n, chunk)) for n in shape)
         full = da.map_blocks(decode, chunks=chunks, dtype=dtype, meta=np.empty((0, 0), dtype), path=self.path, ion=ion)
