@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
+from deepfere import cores
 from deepfere.alignment.score import spatial_blocks
 from deepfere.measured.operator import cell_means
 from deepfere.model.features import FEATURES
@@ -59,6 +60,15 @@ def test_a_misplaced_stain_is_smoothed_more():
     right, wrong = choose(*section(0.2)), choose(*section(0.2, shift_pitch=0.5))
     assert wrong.smoothing_pitch > right.smoothing_pitch
     assert wrong.transferred_r2 < right.transferred_r2
+
+
+@pytest.mark.parametrize("threads", [2, 7])
+def test_threads_do_not_change_the_choice(monkeypatch, threads):
+    pooled, images = section(0.4)
+    with cores.limited(1):
+        one = choose(pooled, images)
+    monkeypatch.setattr(cores, "usable_cores", lambda: threads)
+    assert choose(pooled, images) == one
 
 
 def test_few_pixels_get_the_default():

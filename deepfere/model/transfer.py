@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from deepfere.cores import side_by_side
 from deepfere.measured.operator import cell_means, fill_missing
 from deepfere.model.ridge import FEATURE_SETS, RIDGES, detail_rows, target_rows
 
@@ -26,6 +27,8 @@ DEFAULT_SMOOTHING_PITCH = 0.25
 LEAST_PX = 200
 """Measured pixels below which two octaves cannot be told apart: then the default smoothing."""
 OCTAVE = 2
+SMALL_BYTES = 64 * 2**20
+"""Features of so many bytes, all smoothings together, are looked at side by side."""
 
 
 @dataclass(frozen=True)
@@ -93,16 +96,17 @@ def transferred(
     scale = np.sqrt((x[:, columns] ** 2).mean(0))
     scale = np.where(scale > 1e-9, scale, np.inf)
     x, x_fine = x[:, columns] / scale, x_fine[:, columns] / scale
-    names = np.unique(block_fine)
     gram, cross = x.T @ x, x.T @ y
+    left = []
+    for name in np.unique(block_fine):
+        out, out_fine = np.flatnonzero(block == name), np.flatnonzero(block_fine == name)
+        left.append((out, out_fine, x[out], x_fine[out_fine], gram - x[out].T @ x[out], cross - x[out].T @ y[out]))
     eye, best, predicted = np.eye(x.shape[1]), np.full(y.shape[1], np.inf), np.zeros_like(y_fine)
+    own, other = np.zeros_like(y), np.zeros_like(y_fine)
     for ridge in RIDGES:
-        own, other = np.zeros_like(y), np.zeros_like(y_fine)
-        for name in names:
-            out, out_fine = block == name, block_fine == name
-            lhs = gram - x[out].T @ x[out] + ridge * len(x) * eye
-            beta = np.linalg.solve(lhs, cross - x[out].T @ y[out])
-            own[out], other[out_fine] = x[out] @ beta, x_fine[out_fine] @ beta
+        for out, out_fine, x_out, x_out_fine, lhs, rhs in left:
+            beta = np.linalg.solve(lhs + ridge * len(x) * eye, rhs)
+            own[out], other[out_fine] = x_out @ beta, x_out_fine @ beta
         error = ((y - own) ** 2).sum(0)
         better = error < best
         best = np.where(better, error, best)
@@ -152,19 +156,25 @@ def choose_smoothing(
     fallback = SmoothingChoice(default, float("nan"), float("nan"))
     if mask.sum() < LEAST_PX:
         return fallback
-    gains, r2 = [], []
-    for features in pooled:
+
+    def tried(features: Array) -> tuple[float, float] | None:
         filled = fill_missing(features, mask)
         coarse, fine = (octave_rows(filled, images, mask, blocks, block) for block in (2, 1))
         if not len(coarse[0]) or not len(fine[0]):
-            return fallback
+            return None
         predicted = np.mean([transferred(coarse, fine, used) for used in FEATURE_SETS.values()], axis=0)
         gain, explained = gain_and_r2(fine[1], predicted)
         power = weight * (fine[1] ** 2).sum(0)
         # Factors that the stain says nothing about have a gain of noise.
         told = power * np.clip(explained, 0.0, None)
-        gains.append(float((gain * told).sum() / told.sum()) if told.sum() > 0 else 0.0)
-        r2.append(float((explained * power).sum() / power.sum()))
+        gained = float((gain * told).sum() / told.sum()) if told.sum() > 0 else 0.0
+        return gained, float((explained * power).sum() / power.sum())
+
+    found = side_by_side(tried, pooled, at_once=max(1, SMALL_BYTES // max(1, pooled[0].nbytes)))
+    told = [one for one in found if one is not None]
+    if len(told) < len(found):
+        return fallback
+    gains, r2 = zip(*told, strict=True)
     wanted = crossing(np.asarray(smoothings), np.asarray(gains))
     at = int(np.abs(np.asarray(smoothings) - wanted).argmin())
     return SmoothingChoice(smoothings[at], r2[at], gains[at])
