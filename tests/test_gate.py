@@ -261,6 +261,15 @@ def test_tier_error_ranks_predictions():
     assert tier_error(problem, weight, fit.predicted, everywhere) < 0.95
 
 
+def test_positivity_and_uncertainty_are_the_same_however_many_threads_judge_them(monkeypatch):
+    cube, mask = np.random.default_rng(1).random((9, *SHAPE)), np.ones(SHAPE, bool)
+    with cores.limited(1):
+        one = select_positivity(cube, mask, None, np.zeros((9, 2)))
+    monkeypatch.setattr(cores, "usable_cores", lambda: 4)
+    many = select_positivity(cube, mask, None, np.zeros((9, 2)))
+    assert all(np.array_equal(a, b) for a, b in zip(one, many, strict=True))
+
+
 def test_null_guides_are_the_same_however_many_threads_fit_them(monkeypatch):
     monkeypatch.setattr(cores, "usable_cores", lambda: 3)
     rng, mask = np.random.default_rng(1), np.ones(SHAPE, bool)

@@ -38,8 +38,9 @@ from deepfere.model.uncertainty import NoiseModel, common_scale, local_variance,
 Array = NDArray[np.float64]
 RATIO = 2
 IONS_AT_ONCE = 32
-SMALL_BYTES = 64 * 2**20
-"""Of the regressors of all fits that are in the memory at a time; each takes several times as much."""
+SMALL_BYTES = 128 * 2**20
+"""Of the regressors of all fits, or of the images of ions, that are in the memory at a time; each takes several times
+as much."""
 POSITIVITY = (3, 4, 5)
 """Steps tried. None is no choice: below zero an intensity means nothing, and the fewest never cost accuracy."""
 
@@ -294,8 +295,8 @@ def select_positivity(
             uncertainty[m] = NoiseModel.of(np.array([sd**2, 0.0, 1.0]), cell, mask).row()
         return steps_out, uncertainty
     detail = detail_at(RATIO) if detail_at is not None and loadings.any() else None
-    needed, present = np.ones(count), np.zeros(count)
-    for m in range(count):
+
+    def judged(m: int) -> tuple[int, Array, float, float]:
         cell = np.asarray(cube[m], np.float64)
         fine = fill_missing(cell, mask)[:ny, :nx]
         coarse = cell_means(fine, RATIO)
@@ -309,11 +310,13 @@ def select_positivity(
             errors.append(float(((image - fine)[inside] ** 2).mean()))
         # A step must pay: positivity is taken where it is not worse, fewer steps where equal.
         best = int(np.argmin(np.array(errors) * (1 + 1e-3 * np.arange(len(POSITIVITY)))))
-        steps_out[m] = POSITIVITY[best]
         spread = np.repeat(np.repeat(local_variance(coarse), RATIO, 0), RATIO, 1)
         image, truth, around = images[best][inside], fine[inside], spread[inside]
         coefficients = variance_model(image, truth, around)
         variance = coefficients @ np.stack([np.ones_like(image), np.maximum(image, 0), around])
-        needed[m], present[m] = scale_needed(image, truth, variance), (truth > 0).mean()
-        uncertainty[m] = NoiseModel.of(coefficients, cell, mask).row()
-    return steps_out, uncertainty * common_scale(needed, present) ** 2
+        row = NoiseModel.of(coefficients, cell, mask).row()
+        return POSITIVITY[best], row, scale_needed(image, truth, variance), float((truth > 0).mean())
+
+    found = side_by_side(judged, range(count), at_once=max(1, SMALL_BYTES // (8 * mask.size)))
+    steps_out, rows, needed, present = (np.array(column) for column in zip(*found, strict=True))
+    return steps_out, rows * common_scale(needed, present) ** 2
