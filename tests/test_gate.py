@@ -262,11 +262,13 @@ def test_tier_error_ranks_predictions():
 
 
 def test_positivity_and_uncertainty_are_the_same_however_many_threads_judge_them(monkeypatch):
-    cube, mask = np.random.default_rng(1).random((9, *SHAPE)), np.ones(SHAPE, bool)
+    rng, mask = np.random.default_rng(1), np.ones(SHAPE, bool)
+    mask[3:6, 4:9] = False
+    cube, detail, loadings = rng.random((9, *SHAPE)), rng.normal(size=(2, 36, 34)), rng.normal(size=(9, 2)) / 4
     with cores.limited(1):
-        one = select_positivity(cube, mask, None, np.zeros((9, 2)))
+        one = select_positivity(cube, mask, lambda ratio: detail, loadings)
     monkeypatch.setattr(cores, "usable_cores", lambda: 4)
-    many = select_positivity(cube, mask, None, np.zeros((9, 2)))
+    many = select_positivity(cube, mask, lambda ratio: detail, loadings)
     assert all(np.array_equal(a, b) for a, b in zip(one, many, strict=True))
 
 

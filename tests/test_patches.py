@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,29 +89,66 @@ def test_loaders_hold_few_sections(source, monkeypatch):
     assert load._reader.cache_info().currsize == 2 * MIXED_GROUPS
 
 
-@pytest.mark.parametrize("most", [1000, 20, 1])
-@pytest.mark.parametrize(
-    ("batch", "workers", "parts"), [(4, 1, 1), (4, 2, 2), (4, 3, 1), (6, 4, 1), (8, 3, 2), (5, 5, 1)]
-)
-def test_every_worker_gets_its_own_patches_of_every_step(monkeypatch, most, batch, workers, parts):
-    """In step with the others however long a training is, and whether or not they divide the patches of a step."""
+DEALT = [(4, 1, 4), (4, 1, 1), (4, 2, 1), (4, 3, 2), (6, 4, 2), (8, 3, 1), (5, 5, 1), (27, 2, 9)]
+
+
+@pytest.mark.parametrize("most_blocks", [1000, 20, 1])
+@pytest.mark.parametrize(("batch", "workers", "most"), DEALT)
+def test_every_step_is_dealt_whole(monkeypatch, most_blocks, batch, workers, most):
+    """Whether or not its patches can be divided by the workers, and however long a training is."""
     from deepfere.tiling import dataset
 
-    monkeypatch.setattr(dataset, "MOST_BLOCKS", most)
-    steps = 7
+    monkeypatch.setattr(dataset, "MOST_BLOCKS", most_blocks)
+    steps, dealing = 7, dataset.Dealing.of(batch, workers, most)
+    assert dealing.rows <= most and dealing.width >= batch > dealing.width - dealing.workers * dealing.parts
     rows = {"step": np.repeat(np.arange(3, 3 + steps), batch), "patch": np.arange(steps * batch)}
-    blocks = dataset.blocks_of(rows, batch, workers, parts)
-    assert len(blocks) <= max(most, workers) + workers
-    each, counted = dataset.rows_at_once(batch, workers, parts), np.zeros(steps * batch)
-    for worker in range(workers):
-        dealt = [row for block in blocks[worker::workers] for row in block.to_pylist()]
-        for n, start in enumerate(range(0, len(dealt), each)):
-            assert {row["step"] for row in dealt[start : start + each]} == {3 + n // parts}
-        assert len(dealt) == steps * parts * each
-        for row in dealt:
-            counted[row["patch"]] += row["share"]
+    blocks = dataset.blocks_of(rows, dealing)
+    assert len(blocks) <= max(most_blocks, steps if most_blocks > 1 else 1)
+    assert all(len(block) % dealing.rows == 0 for block in blocks)
+    dealt = [row for block in blocks for row in block.to_pylist()]
+    assert [row["step"] for row in dealt] == np.repeat(np.arange(3, 3 + steps), dealing.width).tolist()
     # The mean over what all workers load is that over the step's patches.
-    assert np.allclose(counted / (workers * parts * each), 1 / batch, rtol=1e-6)
+    counted = np.zeros(steps * batch)
+    for row in dealt:
+        counted[row["patch"]] += row["share"]
+    assert np.allclose(counted / dealing.width, 1 / batch, rtol=1e-6)
+
+
+@pytest.mark.long
+@pytest.mark.ray
+@pytest.mark.parametrize(("most_blocks", "batch", "workers", "most"), [(1000, 4, 2, 1), (2, 5, 3, 2)])
+def test_ray_gives_every_worker_its_own_turns(ray_session, source, monkeypatch, most_blocks, batch, workers, most):
+    """In the order of the rows, turn by turn, also where many steps lie in one block."""
+    from deepfere.tiling import dataset
+    from deepfere.training.deal import Deal
+
+    monkeypatch.setattr(dataset, "MOST_BLOCKS", most_blocks)
+    patches, _, _ = source
+    steps, count = 9, len(patches.cells)
+
+    def rows_after(done):
+        rows = draw([(0, n) for n in range(count)], steps, batch, seed=2)
+        return {name: values[done * batch :] for name, values in rows.items()}
+
+    settings: Any = SimpleNamespace(batch=batch, patch_px=5, network={"features": 4, "factors": 3})
+    deal = Deal(rows_after, [patches], plane_shape([patches], 5), settings, most)
+    dealing, wanted = dataset.Dealing.of(batch, workers, most), rows_after(2)
+    dealt = deal.configure({"train": 2}, workers)
+    # All at once: none gets a turn before the others have taken theirs.
+    taking = [iter(one["train"].iter_batches(batch_size=dealing.rows, drop_last=True)) for one in dealt]
+    with ThreadPoolExecutor(workers) as pool:
+        for step in range(2, steps):
+            got = [row for _ in range(dealing.parts) for batch_ in pool.map(next, taking) for row in rows_of(batch_)]
+            own = slice((step - 2) * batch, (step - 1) * batch)
+            assert {n for n, _, _ in got} == {step} and len(got) == dealing.width
+            cells = [patches.cells[n] for n in wanted["patch"][own]]
+            assert [cell for _, cell, share in got if share] == cells
+    assert [next(one, None) for one in taking] == [None] * workers
+
+
+def rows_of(batch):
+    """Step, cell and share of every row of a batch."""
+    return list(zip(batch["step"].tolist(), batch["cell"].tolist(), batch["share"].tolist(), strict=True))
 
 
 @pytest.mark.ray
@@ -125,7 +163,7 @@ def test_the_executor_of_the_patches_rests_between_steps(ray_session, source):
     rows["step"] = np.arange(4, dtype=np.int32)
     shape = plane_shape([patches], 5)
     for _ in range(2):
-        made = dataset.patch_dataset(rows, [patches], 5, shape, 2, 1)
+        made = dataset.patch_dataset(rows, [patches], 5, shape, dataset.Dealing.of(2, 1, 2), 3000)
         assert len(made.context.custom_execution_callback_classes) == 1
         assert not ray.data.DataContext.get_current().custom_execution_callback_classes
     batches = list(made.iter_batches(batch_size=2))
@@ -140,7 +178,7 @@ def test_patches_ask_for_no_processor(taken_cpus, source):
 
     patches, _, _ = source
     rows = {name: np.zeros(4, np.int32) for name in ("section", "patch", "flip_y", "flip_x", "step")}
-    made = dataset.patch_dataset(rows, [patches], 5, plane_shape([patches], 5), 2, 1)
+    made = dataset.patch_dataset(rows, [patches], 5, plane_shape([patches], 5), dataset.Dealing.of(2, 1, 2), 3000)
     assert len(list(made.iter_batches(batch_size=2))) == 2
 
 

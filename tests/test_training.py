@@ -21,7 +21,7 @@ from deepfere.frame import Alignment, SectionGrid
 from deepfere.model.features import FEATURES, PLANES
 from deepfere.model.guide import GuideSpec
 from deepfere.store import create_array, open_group
-from deepfere.tiling.dataset import blocks_of
+from deepfere.tiling.dataset import Dealing, blocks_of
 from deepfere.tiling.patches import PatchReader, PatchSource, core_window
 from deepfere.training.alone import train_alone
 from deepfere.training.checkpoint import CHECKPOINT, read_state
@@ -98,9 +98,10 @@ def test_the_same_steps_give_the_same_bits(setting):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("threads", [2, 4])
-def test_threads_do_not_change_a_bit(setting, monkeypatch, threads):
+@pytest.mark.parametrize(("threads", "precision"), [(2, "float32"), (4, "float32"), (4, "bfloat16")])
+def test_threads_do_not_change_a_bit(setting, monkeypatch, threads, precision):
     settings, sections, batch = setting
+    settings = replace(settings, precision=precision)
     monkeypatch.setattr(cores, "usable_cores", lambda: threads)
     many, losses = learnt(settings, sections, [[on_device(batch, "cpu")]] * 2)
     with cores.limited(1):
@@ -111,21 +112,25 @@ def test_threads_do_not_change_a_bit(setting, monkeypatch, threads):
 
 @pytest.mark.parametrize("workers", [3, 4, 5])
 def test_a_step_that_cannot_be_dealt_evenly_is_the_step(setting, workers):
-    """The mean over what each of them makes of its patches, one of which counts for nothing."""
+    """The mean over what each of them makes of all its patches at once, of which the last ones count for nothing."""
     settings, sections, batch = setting
     rows = {"step": np.zeros(4, np.int64), "patch": np.arange(4)}
-    dealt = [block.to_pydict() for block in blocks_of(rows, 4, workers, 1)]
-    parts = []
-    for block in dealt:
-        part = {name: values[block["patch"]] for name, values in batch.items()}
-        parts.append(on_device({**part, "share": torch.tensor(block["share"])}, "cpu"))
-    assert len(parts) == workers
-    whole, losses = learnt(settings, sections, [[on_device(batch, "cpu")]] * 3)
-    split, theirs = learnt(settings, sections, [parts] * 3)
-    for ours, other in zip(losses, theirs, strict=True):
-        assert ours == pytest.approx(other, rel=1e-5)
-    for name, value in whole.items():
-        assert float((value - split[name]).abs().max()) <= 1e-4, name
+    model = JointModel(settings, sections)
+    whole = model(on_device(batch, "cpu"))
+    whole["total"].backward()
+    gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+    model.zero_grad()
+    sums = dict.fromkeys(whole, 0.0)
+    for block in blocks_of(rows, Dealing.of(4, workers, 4)):
+        dealt = block.to_pydict()
+        part = {name: values[dealt["patch"]] for name, values in batch.items()}
+        losses = model(on_device({**part, "share": torch.tensor(dealt["share"])}, "cpu"))
+        (losses["total"] / workers).backward()
+        sums = {name: sums[name] + value.item() / workers for name, value in losses.items()}
+    assert sums == pytest.approx({name: value.item() for name, value in whole.items()}, rel=1e-5)
+    for name, value in model.named_parameters():
+        if value.grad is not None:
+            assert float((value.grad - gradients[name]).abs().max()) <= 1e-4 * float(gradients[name].abs().max()), name
 
 
 def test_half_precision_is_near_and_leaves_the_registration_in_double(setting):

@@ -39,8 +39,9 @@ Array = NDArray[np.float64]
 RATIO = 2
 IONS_AT_ONCE = 32
 SMALL_BYTES = 128 * 2**20
-"""Of the regressors of all fits, or of the images of ions, that are in the memory at a time; each takes several times
-as much."""
+"""Of the regressors of all fits that are in the memory at a time; each takes several times as much."""
+IMAGE_BYTES = 64 * 2**20
+"""Of the images of ions that are looked at at a time; each takes ten times as much."""
 POSITIVITY = (3, 4, 5)
 """Steps tried. None is no choice: below zero an intensity means nothing, and the fewest never cost accuracy."""
 
@@ -288,7 +289,7 @@ def select_positivity(
     count = len(loadings)
     steps_out, uncertainty = np.full(count, POSITIVITY[0]), np.zeros((count, 5))
     inside = usable(mask, RATIO, (0, 0)) if min(ny, nx) >= 2 * RATIO else np.zeros((0, 0), bool)
-    if inside.sum() < 8:
+    if inside.sum() < 8 or not count:
         # Nothing to judge by: the measurement's own noise, and all that varies between neighbours.
         for m, sd in enumerate(noise_sd(np.asarray(cube), mask)):
             cell = np.asarray(cube[m], np.float64)
@@ -317,6 +318,6 @@ def select_positivity(
         row = NoiseModel.of(coefficients, cell, mask).row()
         return POSITIVITY[best], row, scale_needed(image, truth, variance), float((truth > 0).mean())
 
-    found = side_by_side(judged, range(count), at_once=max(1, SMALL_BYTES // (8 * mask.size)))
+    found = side_by_side(judged, range(count), at_once=max(1, IMAGE_BYTES // (8 * mask.size)))
     steps_out, rows, needed, present = (np.array(column) for column in zip(*found, strict=True))
     return steps_out, rows * common_scale(needed, present) ** 2

@@ -21,8 +21,8 @@ Array = NDArray[np.float64]
 MOST_BLOCKS = 512
 """Blocks of detail that the shares over the section are taken from; beyond that, so many spread over it."""
 
-READ_BYTES = 2**27
-"""Of measured images that are held at a time."""
+READ_BYTES = 2**25
+"""Of measured images that are read at a time, in float64; several copies of them are made."""
 
 _one_at_a_time = Lock()
 

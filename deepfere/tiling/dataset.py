@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from deepfere.model.features import PLANES
 
 if TYPE_CHECKING:
     from deepfere.tiling.patches import PatchSource
@@ -43,6 +45,11 @@ def _rest() -> Any:
     return Rest
 
 
+def bytes_of_patch(patch_px: int, shape_px: tuple[int, int], features: int, factors: int) -> int:
+    """Of a loaded patch, but for a few numbers."""
+    return shape_px[0] * shape_px[1] * len(PLANES) + 4 * patch_px**2 * (features + factors + 1)
+
+
 class LoadPatches:
     """Callable of ``map_batches``: reads the patches of a batch of rows from the caches."""
 
@@ -70,38 +77,65 @@ class LoadPatches:
         return out
 
 
-def blocks_of(rows: dict[str, NDArray[Any]], batch: int, workers: int, parts: int) -> list[Any]:
-    """The rows as Arrow tables, to be dealt out in turn: each holds what one worker takes in one step, or in several.
+@dataclass(frozen=True)
+class Dealing:
+    """How the patches of a step are dealt to a group of workers.
 
-    Where a step cannot be dealt evenly, its last patch comes again and does not count (``share``); those that count
-    do so for more, as the mean is taken over all of them.
+    In ``parts`` turns each worker takes ``rows``, one worker after the other. Where that is more than a step has, its
+    last patch comes again and does not count, and those that count do so for more: the mean is taken over all.
+
+    Attributes:
+        batch: Patches of a step.
+        workers: Of the group.
+        rows: That a worker takes at a time.
+        parts: Of which its share of a step consists.
+    """
+
+    batch: int
+    workers: int
+    rows: int
+    parts: int
+
+    @classmethod
+    def of(cls, batch: int, workers: int, most: int) -> Dealing:
+        """Among so many workers, of which none takes more than ``most`` at a time: a smaller group, more turns."""
+        parts = -(-batch // (workers * most))
+        return cls(batch, workers, -(-batch // (workers * parts)), parts)
+
+    @property
+    def width(self) -> int:
+        """Rows of a step, with those that do not count."""
+        return self.workers * self.parts * self.rows
+
+    def shares(self) -> NDArray[np.float32]:
+        """By how much each row of a step counts (width,)."""
+        return np.where(np.arange(self.width) < self.batch, self.width / self.batch, 0).astype(np.float32)
+
+
+def blocks_of(rows: dict[str, NDArray[Any]], dealing: Dealing) -> list[Any]:
+    """The rows as Arrow tables, each of whole steps or of one turn of one worker.
 
     Args:
         rows: Columns (n,) of whole steps, from `deepfere.tiling.patches.draw`.
-        batch: Rows of a step.
-        workers: Who they are dealt to.
-        parts: In which each of them takes its rows of a step.
+        dealing: How they are dealt.
     """
     import pyarrow as pa
 
-    steps, each = len(rows["step"]) // batch, parts * rows_at_once(batch, workers, parts)
-    width = workers * each
-    share = np.where(np.arange(width) < batch, width / batch, 0).astype(np.float32)
-    together = max(1, -(-steps * workers // MOST_BLOCKS))
+    steps, width = len(rows["step"]) // dealing.batch, dealing.width
+    turns = width // dealing.rows
+    if steps * turns <= MOST_BLOCKS:
+        each, pieces = 1, turns
+    else:
+        each, pieces = -(-steps // max(1, MOST_BLOCKS)), 1
+    of_step, share = np.minimum(np.arange(width), dealing.batch - 1), dealing.shares()
     blocks = []
-    for first in range(0, steps, together):
-        some = np.arange(first, min(first + together, steps))
-        for worker in range(workers):
-            own = np.arange(worker * each, (worker + 1) * each)
-            at = (some[:, None] * batch + np.minimum(own, batch - 1)).ravel()
-            columns = {name: values[at] for name, values in rows.items()}
-            blocks.append(pa.table({**columns, "share": np.tile(share[own], len(some))}))
+    for first in range(0, steps, each):
+        some = np.arange(first, min(first + each, steps))
+        at = (some[:, None] * dealing.batch + of_step).ravel()
+        columns = {**{name: values[at] for name, values in rows.items()}, "share": np.tile(share, len(some))}
+        dealt = np.split(np.arange(len(at)), pieces)
+        blocks += [pa.table({name: values[piece] for name, values in columns.items()}) for piece in dealt]
     return blocks
-
-
-def rows_at_once(batch: int, workers: int, parts: int) -> int:
-    """Rows that one worker takes at a time."""
-    return -(-batch // (workers * parts))
 
 
 def patch_dataset(
@@ -109,32 +143,33 @@ def patch_dataset(
     sources: list[PatchSource],
     patch_px: int,
     shape_px: tuple[int, int],
-    batch: int,
-    workers: int,
-    parts: int = 1,
+    dealing: Dealing,
+    patch_bytes: int,
 ) -> Any:
-    """A Ray Dataset of patches, step by step, to be dealt out in turn.
+    """A Ray Dataset of patches, step by step: its blocks dealt out in turn, every worker gets its share of each step.
 
     Args:
         rows: From `deepfere.tiling.patches.draw`.
         sources: The sections.
         patch_px: Patch side in measured pixels.
         shape_px: Fixed plane window, from `deepfere.tiling.patches.plane_shape`.
-        batch: Rows of a step.
-        workers: Training workers: as many loaders serve them at most.
-        parts: In which each of them takes its rows of a step.
+        dealing: How they are dealt: there are as many loaders as workers at most.
+        patch_bytes: Of a loaded patch (`bytes_of_patch`).
     """
     import ray
 
     # Not `from_arrow`: it asks a task of Ray's what is in them, for which there is no CPU where training has them all.
-    patches = ray.data.from_blocks(blocks_of(rows, batch, workers, parts)).map_batches(
+    patches = ray.data.from_blocks(blocks_of(rows, dealing)).map_batches(
         LoadPatches,
         fn_constructor_args=([asdict(s) for s in sources], patch_px, shape_px),
-        batch_size=rows_at_once(batch, workers, parts),
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
+        batch_size=dealing.rows,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=dealing.workers),
         # They ask for no CPU: where training has taken them all, its own input would wait for ever.
         num_cpus=0,
     )
+    # What is loaded for a turn is a block, and goes to the next worker as it is: Ray joins blocks that are smaller than
+    # this, and cuts those that are half as large again.
+    patches.context.target_max_block_size = max(1, int(0.8 * dealing.rows * patch_bytes))
     # A new list: the one that is there may be that of all datasets of this process.
     patches.context.custom_execution_callback_classes = [_rest()]
     return patches

@@ -115,7 +115,7 @@ class JointModel(nn.Module):
     def _low(self, device: torch.device) -> Any:
         """Where the network runs in half precision; registration, sampling and losses never do."""
         low = self.settings.precision == "bfloat16"
-        return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if low else nullcontext()
 
     def _mapped(self, stain: Tensor) -> Tensor:
         with self._low(stain.device):

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 LATEST_POINTS_S = 60.0
 """So long may points be on their way to MLflow when training ends in this process, which then sends the rest."""
+ABORT_S = 20.0
+"""So long may Ray Train take to end its workers when another process has taken the run over."""
 MOST_FAILURES = 2
 """Workers that may be lost before it counts whether training got any further."""
 
@@ -87,7 +89,7 @@ def preflight(settings: TrainSettings) -> None:
             where="train.workers",
             remedy=f"give at most {most}" if most else "have its workers up first, or leave ray.address out",
         )
-    # Rounded up, the same settings would mean another training with more workers.
+    # Some of them would compute for nothing.
     slots = settings.count * settings.accumulate
     if settings.batch % slots:
         of = f"{settings.count} workers" + f", {settings.accumulate} parts each" * (settings.accumulate > 1)
@@ -185,20 +187,20 @@ def train_joint(
     if kept is not None and kept["digest"] == digest and kept["step"] == settings.steps:
         return Trained(kept["model"], kept["history"], {"workers": 1.0, **kept.get("timing", {})})
 
-    def rows_left() -> Any:
-        """What a group of workers is given, each time that one is begun: what is done is not loaded again."""
-        return left(min(begin_at(folder / name, digest), settings.steps - 1))
+    def begin() -> int:
+        """Steps that are not loaded again, whenever a group of workers is begun."""
+        return min(begin_at(folder / name, digest), settings.steps - 1)
 
     from deepfere.training.deal import Deal
 
-    deal = Deal(sources, settings.patch_px, shape, settings.batch, train.accumulate)
-    return _on_ray(settings, sections, rows_left, deal, train, folder, name, digest, on_step, recording)
+    deal = Deal(left, sources, shape, settings, settings.batch // (train.count * train.accumulate))
+    return _on_ray(settings, sections, begin, deal, train, folder, name, digest, on_step, recording)
 
 
 def _on_ray(
     settings: LoopSettings,
     sections: list[SectionTask],
-    rows_left: Callable[[], Any],
+    begin: Callable[[], int],
     deal: DataConfig,
     train: TrainSettings,
     folder: Place,
@@ -207,7 +209,7 @@ def _on_ray(
     on_step: Callable[[int], None] | None,
     recording: Recording | None,
 ) -> Trained:
-    """See `train_joint`; ``rows_left`` gives the rows of what is not done yet, ``deal`` what workers get of them."""
+    """See `train_joint`; ``begin`` gives the steps that are not loaded again, ``deal`` what workers get of the rest."""
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -226,7 +228,7 @@ def _on_ray(
                 "settings": asdict(settings),
                 "sections": [asdict(s) for s in sections],
                 "digest": digest,
-                "parts": train.accumulate,
+                "most": settings.batch // (train.count * train.accumulate),
                 "report_every": train.report_every,
                 "threads": 1,
                 "progress": str(progress) if on_step else None,
@@ -251,7 +253,8 @@ def _on_ray(
                     max_failures=MOST_FAILURES, controller_failure_limit=3
                 ),
             ),
-            datasets={"train": rows_left},
+            # Not the rows: Ray would hold them for as long as it trains.
+            datasets={"train": begin},  # type: ignore[dict-item]
             dataset_config=deal,
         )
 
@@ -317,7 +320,9 @@ def _watch(file: Place, on_step: Callable[[int], None] | None) -> Iterator[None]
         # Ray's own handler of Ctrl-C, if it is there by now, ends its workers: in a session that lives on they would
         # train to the end.
         if callable(handler := signal.getsignal(signal.SIGINT)) and handler is not ours:
-            handler(signal.SIGINT, frame)
+            ending = threading.Thread(target=handler, args=(signal.SIGINT, frame), daemon=True)
+            ending.start()
+            ending.join(ABORT_S)  # of a cluster that is out of reach nothing comes back
         raise KeyboardInterrupt
 
     # SIGINT may be ignored: in what a shell has put into the background it is.

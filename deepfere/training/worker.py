@@ -16,7 +16,7 @@ from torch import Tensor
 from deepfere import cores
 from deepfere.errors import DeepfereError
 from deepfere.places import Place, place
-from deepfere.tiling.dataset import rows_at_once
+from deepfere.tiling.dataset import Dealing
 from deepfere.training.checkpoint import (
     CHECKPOINT,
     Reached,
@@ -56,11 +56,9 @@ def work(config: dict[str, Any]) -> None:
     _to_device(optimiser, device)
     wrapped = prepare_model(model, move_to_device=False, parallel_strategy_kwargs={"find_unused_parameters": True})
     world, rank = train.get_context().get_world_size(), train.get_context().get_world_rank()
+    dealing = Dealing.of(settings.batch, world, config["most"])
     batches = train.get_dataset_shard("train").iter_torch_batches(
-        batch_size=rows_at_once(settings.batch, world, config["parts"]),
-        drop_last=True,
-        prefetch_batches=2,
-        device="cpu",
+        batch_size=dealing.rows, drop_last=True, prefetch_batches=2, device="cpu"
     )
     upload = uploader(config["run"])
     clock, kept = Clock(), reached.step
@@ -86,7 +84,7 @@ def work(config: dict[str, Any]) -> None:
             note_begin(run, digest, 0)
 
     live, load = _recorders(config["recording"], config["node"])
-    loaded = clock.steps(batches, config["parts"])
+    loaded = clock.steps(batches, dealing.parts)
     take_steps(
         wrapped,
         optimiser,
@@ -137,7 +135,8 @@ def _to_come(
     awaited = None
     for loaded in steps:
         step = int(loaded[0]["step"][0])
-        if (step > first) if awaited is None else (step != awaited):
+        mixed = any(bool((part["step"] != step).any()) for part in loaded)
+        if mixed or (step > first) if awaited is None else (step != awaited):
             lost()
             raise DeepfereError(f"patches of step {step + 1} came, not those of step {(awaited or first) + 1}")
         awaited = step + 1
