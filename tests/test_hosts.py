@@ -123,8 +123,12 @@ def test_a_group_shrinks_to_what_is_left_and_grows_again(hosts, study, command, 
         killed_s = time.time()
         until(lambda: step_of(work, killed_s) >= 20)
         hosts.rejoin(2)
-        # Ray looks a minute after a group has begun whether there is room for more; too quick a machine is done then.
-        until(lambda: hosts.holds(2, "ray::RayTrainWorker"))
+        # Ray looks a minute after a group has begun whether there is room for more.
+        while not hosts.holds(2, "ray::RayTrainWorker"):
+            if running.poll() == 0 and time.time() - killed_s < 90:
+                pytest.skip("too quick a machine: training was done before its group could grow")
+            assert running.poll() is None, log.read_text()
+            time.sleep(0.1)
         assert running.wait(timeout=900) == 0, log.read_text()
     finally:
         running.kill()
