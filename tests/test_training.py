@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from deepfere import cores
 from deepfere.config import TrainSettings
-from deepfere.errors import InputError
+from deepfere.errors import DeepfereError, InputError
 from deepfere.frame import Alignment, SectionGrid
 from deepfere.model.features import FEATURES, PLANES
 from deepfere.model.guide import GuideSpec
@@ -28,6 +28,7 @@ from deepfere.training.checkpoint import CHECKPOINT, read_state
 from deepfere.training.loop import INDICES, JointModel, LoopSettings, SectionTask, on_device, train_step
 from deepfere.training.steps import Clock
 from deepfere.training.trainer import preflight
+from deepfere.training.worker import _to_come
 from tests.conftest import FACTOR, SETTINGS, write_study
 
 K, PATCH, CONTEXT, DEPTH = 2, 20, 5, 1
@@ -131,6 +132,30 @@ def test_a_step_that_cannot_be_dealt_evenly_is_the_step(setting, workers):
     for name, value in model.named_parameters():
         if value.grad is not None:
             assert float((value.grad - gradients[name]).abs().max()) <= 1e-4 * float(gradients[name].abs().max()), name
+
+
+@pytest.mark.parametrize(
+    ("first", "came", "told"),
+    [
+        (0, [[[0, 0], [0, 0]], [[1, 1], [1, 1]]], None),
+        (1, [[[0, 0], [0, 0]], [[1, 1], [1, 1]]], None),
+        (0, [[[1, 1], [1, 1]]], "patches of step 2 came, not those of step 1"),
+        (0, [[[0, 0], [0, 0]], [[2, 2], [2, 2]]], "patches of step 3 came, not those of step 2"),
+        (0, [[[0, 0], [0, 1]]], "patches of other steps came with those of step 1"),
+        (0, [[[0, 0], [0, 0]], [[1, 1], [2, 2]]], "patches of other steps came with those of step 2"),
+    ],
+)
+def test_patches_of_other_steps_are_refused(first, came, told):
+    """Also in a later step, and in any of its parts."""
+    lost = []
+    steps = [[{"step": torch.tensor(part)} for part in parts] for parts in came]
+    taken = _to_come(steps, first, Clock(), lambda: lost.append(1), lambda step: False)
+    if told is None:
+        assert [int(parts[0]["step"][0]) for parts in taken] == list(range(first, len(came))) and not lost
+        return
+    with pytest.raises(DeepfereError, match=told):
+        list(taken)
+    assert lost == [1]
 
 
 def test_half_precision_is_near_and_leaves_the_registration_in_double(setting):

@@ -135,8 +135,10 @@ def _to_come(
     awaited = None
     for loaded in steps:
         step = int(loaded[0]["step"][0])
-        mixed = any(bool((part["step"] != step).any()) for part in loaded)
-        if mixed or (step > first) if awaited is None else (step != awaited):
+        if any(bool((part["step"] != step).any()) for part in loaded):
+            lost()
+            raise DeepfereError(f"patches of other steps came with those of step {step + 1}")
+        if (step > first) if awaited is None else (step != awaited):
             lost()
             raise DeepfereError(f"patches of step {step + 1} came, not those of step {(awaited or first) + 1}")
         awaited = step + 1
