@@ -328,7 +328,7 @@ def test_a_run_that_was_stopped_twice_ends_with_the_same_bytes(
 @pytest.mark.timeout(1800)
 def test_training_that_is_out_of_time_saves_first_and_goes_on(phantom, tmp_path):
     study, work = write_study(tmp_path, phantom), tmp_path / "work"
-    more = ("train.steps=20000", "train.report_every=100000", "tracking.uri=none")
+    more = ("train.steps=100000", "train.report_every=100000", "tracking.uri=none")
     tiled = Run("tile", study, work, tmp_path / "log", FACTOR, *more)
     assert tiled.end() == 0, tiled.log.read_text()
 
