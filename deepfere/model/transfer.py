@@ -27,8 +27,8 @@ DEFAULT_SMOOTHING_PITCH = 0.25
 LEAST_PX = 200
 """Measured pixels below which two octaves cannot be told apart: then the default smoothing."""
 OCTAVE = 2
-SMALL_BYTES = 64 * 2**20
-"""Features of so many bytes, all smoothings together, are looked at side by side."""
+FEATURE_BYTES = 64 * 2**20
+"""Of the features of all smoothings that are looked at at a time; each takes several times as much."""
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,11 @@ def choose_smoothing(
         gained = float((gain * told).sum() / told.sum()) if told.sum() > 0 else 0.0
         return gained, float((explained * power).sum() / power.sum())
 
-    found = side_by_side(tried, pooled, at_once=max(1, SMALL_BYTES // max(1, pooled[0].nbytes)))
-    told = [one for one in found if one is not None]
-    if len(told) < len(found):
+    found = side_by_side(tried, pooled, at_once=max(1, FEATURE_BYTES // max(1, pooled[0].nbytes)))
+    scores = [one for one in found if one is not None]
+    if len(scores) < len(found):
         return fallback
-    gains, r2 = zip(*told, strict=True)
+    gains, r2 = zip(*scores, strict=True)
     wanted = crossing(np.asarray(smoothings), np.asarray(gains))
     at = int(np.abs(np.asarray(smoothings) - wanted).argmin())
     return SmoothingChoice(smoothings[at], r2[at], gains[at])

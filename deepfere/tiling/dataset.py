@@ -126,7 +126,7 @@ def blocks_of(rows: dict[str, NDArray[Any]], dealing: Dealing) -> list[Any]:
     if steps * turns <= MOST_BLOCKS:
         each, pieces = 1, turns
     else:
-        each, pieces = -(-steps // max(1, MOST_BLOCKS)), 1
+        each, pieces = -(-steps // MOST_BLOCKS), 1
     of_step, share = np.minimum(np.arange(width), dealing.batch - 1), dealing.shares()
     blocks = []
     for first in range(0, steps, each):
