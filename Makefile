@@ -17,8 +17,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/deepfere demo -o demo
 
+# Two processes, each with a Ray session of its own: starting things is mostly waiting.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Whole studies stage by stage, and runs one after another.
 test-long: $(VENV)/.installed
