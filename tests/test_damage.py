@@ -13,7 +13,8 @@ from deepfere.alignment.overview import MeasuredOverview, StainOverview
 from deepfere.alignment.witness import Verdict, decide, expected_tissue, judge, masked_areas
 from deepfere.frame import Alignment, SectionGrid
 from deepfere.measured.operator import cell_means, expand, pad_edge
-from deepfere.model.damage import find_candidates
+from deepfere.model.artefacts import ARTEFACTS
+from deepfere.model.damage import find_candidates, with_small
 from deepfere.model.detail import expand_seen
 from deepfere.model.features import StainReference, base_planes
 
@@ -105,6 +106,25 @@ def test_a_fold_is_masked_and_the_dense_layer_is_not(clean, angle, layers):
     y, x = np.indices(fold.shape) / BLOCK - SIDE / 2
     layer = (np.abs(y + 8) < 0.8) & (np.abs(x) < 7) & ~stripe(angle, 13, 4.5)
     assert not found[layer].any()
+
+
+def test_the_end_of_a_fold_behind_a_lumen_goes_with_the_fold(clean):
+    """Too small to be judged by itself; the same picture without a proven fold, and what lies far from it, stays."""
+    y, x = np.indices(clean[0].shape) / BLOCK - SIDE / 2
+    lumen = (np.abs(x - 3.5) < 0.25) & (np.abs(y - 2) < 3)
+    tissue = np.where(lumen, 0, clean)
+    fold = (np.abs(y - 2) < 0.75) & (x > -4) & (x < 4.8) & (tissue[0] > 0)
+    far = (np.abs(y - 10) < 0.4) & (np.abs(x - 3) < 0.4)
+    end = fold & (x > 3.9)
+    stain = overview(np.where(fold | far, 2.2 * tissue, tissue))
+    found, candidates, _ = masked(stain, measurement(tissue))
+    assert (found[fold & ~end] == 2).mean() > 0.85 and (found[end] == 2).mean() < 0.5
+    proven = np.where(found == 2, ARTEFACTS.index("fold"), 0).astype(np.uint8)
+    assert (candidates.small[far] > 0).any()
+    more = with_small(proven, candidates, SPACING_UM, PITCH_UM)
+    assert (more[end] > 0).mean() > 0.95
+    assert (more >= proven).all() and not more[far].any()
+    assert not with_small(np.zeros_like(proven), candidates, SPACING_UM, PITCH_UM).any()
 
 
 def test_a_measurement_that_says_nothing_masks_nothing(clean):

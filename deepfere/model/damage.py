@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from deepfere.model.artefacts import colour_distance
+from deepfere.model.artefacts import ARTEFACTS, colour_distance
 from deepfere.model.features import StainReference, optical_density
 
 CLOSING_PITCH = 4.0
@@ -28,7 +28,11 @@ CLOSING_PITCH = 4.0
 OUTLINE_PITCH = 1.0
 """How wide glass has to be where the measurement shows tissue, in measured pixels."""
 LEAST_AREA_PITCH2 = 1.5
-"""Smaller candidates, in squared measured pixels, cannot be judged and are left in."""
+"""Smaller candidates, in squared measured pixels, cannot be judged; they are left in but beside damage."""
+BESIDE_PITCH = 1.0
+"""How near to proven damage of its kind what is small and no candidate by itself goes with it, in measured pixels."""
+SMALL_PITCH2 = 3.0
+"""Area of what is small, in squared measured pixels."""
 DENSER = 1.3
 """Density of a band over that around: two layers have 2, less where one of them is thinner."""
 LESS_DENSE = 1.15
@@ -68,12 +72,14 @@ class Candidates:
         kinds: "tear", "fold" or "ink", one per part: what is large is judged in parts.
         whole: Number of the candidate that each part belongs to.
         denser: (h, w) how many times its surroundings' density a band has (median); 1 elsewhere.
+        small: (h, w) uint8, kind (index into `ARTEFACTS`) of what has the look but is small and no candidate by itself.
     """
 
     labels: NDArray[np.int32]
     kinds: list[str]
     whole: list[int]
     denser: NDArray[np.float32]
+    small: NDArray[np.uint8]
 
 
 def find_candidates(
@@ -96,8 +102,9 @@ def find_candidates(
     kinds: list[str] = []
     whole: list[int] = []
     denser = np.ones(planes.shape[1:], np.float32)
+    small = np.zeros(planes.shape[1:], np.uint8)
     if max(spacing_um) > COARSEST_PITCH * pitch_um:
-        return Candidates(labels, kinds, whole, denser)
+        return Candidates(labels, kinds, whole, denser, small)
     rgb, shown = np.moveaxis(planes[:3], 0, -1), planes[6] > 250
     step = (spacing_um[0] / pitch_um, spacing_um[1] / pitch_um)
     density = optical_density(rgb, _glass(reference))
@@ -109,12 +116,15 @@ def find_candidates(
     for kind, mask in (("tear", _gaps(tissue, shown, step, expected)), ("ink", ink), ("fold", bands)):
         pieces, count = ndimage.label(mask, np.ones((3, 3), bool))
         area = np.bincount(pieces.ravel(), minlength=count + 1) * step[0] * step[1]
+        small[(area[pieces] < LEAST_AREA_PITCH2) & (pieces > 0)] = ARTEFACTS.index(kind)
         for number, window in enumerate(ndimage.find_objects(pieces), 1):
             if window is None or area[number] < LEAST_AREA_PITCH2:
                 continue
             piece = pieces[window] == number
             if kind == "fold":
                 if _elongation(piece, step) < ELONGATED:
+                    if area[number] < SMALL_PITCH2:
+                        small[window][piece] = ARTEFACTS.index(kind)
                     continue
                 denser[window][piece] = np.median(ratio[window][piece])
             wide, inner = _grown(window, piece, labels.shape, step)
@@ -124,7 +134,35 @@ def find_candidates(
             target[inner] = len(kinds) + parts[inner]
             whole += [len(set(whole))] * int(parts.max())
             kinds += [kind] * int(parts.max())
-    return Candidates(labels, kinds, whole, denser)
+    return Candidates(labels, kinds, whole, denser, small)
+
+
+def with_small(
+    damage: NDArray[np.uint8], candidates: Candidates, spacing_um: tuple[float, float], pitch_um: float
+) -> NDArray[np.uint8]:
+    """Proven damage (h, w), index into `ARTEFACTS`, and what is small, has its look and lies beside it.
+
+    A fold goes on behind a lumen, as a piece too small to judge or not longer than wide. Where nothing is proven,
+    nothing is added.
+
+    Args:
+        damage: (h, w) kinds of what is proven.
+        candidates: What it was chosen from.
+        spacing_um: Overview pixel size (y, x).
+        pitch_um: Measured pixel size.
+    """
+    step = (spacing_um[0] / pitch_um, spacing_um[1] / pitch_um)
+    out = damage.copy()
+    for kind in np.unique(damage[damage > 0]):
+        pieces, count = ndimage.label(candidates.small == kind, np.ones((3, 3), bool))
+        distance = ndimage.distance_transform_edt(damage != kind, sampling=step)
+        beside = np.zeros(count + 1, bool)
+        beside[np.unique(pieces[distance <= BESIDE_PITCH])] = True
+        beside[0] = False
+        if beside.any():
+            grown = ndimage.distance_transform_edt(~beside[pieces], sampling=step) <= RIM_PITCH
+            out[grown & (out == 0)] = kind
+    return out
 
 
 def _parts(piece: NDArray[np.bool_], step: tuple[float, float]) -> NDArray[np.int32]:

@@ -30,7 +30,7 @@ from deepfere.measured.store import Measured, open_measured, sign
 from deepfere.measured.tolerance import Targets, Tolerance
 from deepfere.measured.treatment import Treatment
 from deepfere.model.artefacts import ARTEFACTS
-from deepfere.model.damage import find_candidates
+from deepfere.model.damage import find_candidates, with_small
 from deepfere.model.paper import check_size
 from deepfere.pipeline.overview import (
     ask_which,
@@ -349,7 +349,7 @@ def _artefacts(
     candidates = find_candidates(stain.planes, stain.reference, stain.spacing_um, pitch, expected)
     verdicts = judge(measured, stain, alignment, candidates)
     value = np.array([0, *[ARTEFACTS.index(v.kind) if v.masked else 0 for v in verdicts]], np.uint8)
-    damage = value[candidates.labels]
+    damage = with_small(value[candidates.labels], candidates, stain.spacing_um, pitch)
     kinds[damage > 0] = damage[damage > 0]
     found = masked_areas(verdicts)
     if stain.artefacts.mask.any():
