@@ -190,7 +190,10 @@ def _touching(labels: NDArray[np.int32], whole: NDArray[np.int64]) -> NDArray[np
 
 
 def masked_areas(verdicts: list[Verdict]) -> list[dict[str, Any]]:
-    """What is masked, one entry per candidate: kind, area (um2 on the slide), measured pixels and evidence (nats)."""
+    """What is masked, one entry per candidate: kind, area (um2 on the slide), measured pixels and evidence (nats).
+
+    The area is that which was judged, without small pieces beside it (`deepfere.model.damage.with_small`).
+    """
     out: dict[int, dict[str, Any]] = {}
     for v in verdicts:
         if v.masked:

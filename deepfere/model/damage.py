@@ -10,6 +10,8 @@ candidates, drawn generously; `deepfere.alignment.witness` lets the measurement 
 * **Odd colour**: far from the slide's other colours, but not so far that it can only be ink
   (`deepfere.model.artefacts`).
 * **Flat**: without the texture that tissue has everywhere, as under ink of the stain's own colour.
+
+What is too small to be a candidate goes with the damage beside it, once that is proven (`with_small`).
 """
 
 from __future__ import annotations
@@ -150,6 +152,9 @@ def with_small(
         candidates: What it was chosen from.
         spacing_um: Overview pixel size (y, x).
         pitch_um: Measured pixel size.
+
+    Returns:
+        (h, w) uint8, the kinds of all that is not to be used.
     """
     step = (spacing_um[0] / pitch_um, spacing_um[1] / pitch_um)
     out = damage.copy()
