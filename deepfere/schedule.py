@@ -163,12 +163,13 @@ class Pool:
                 if not stopping and self._few:
                     self._carry_out_few(stream, stop)
                     stopping = requested(stop)
+                awaited = bool(self._starting)
                 if not stopping:
                     self._grow(stream)
                     self._hand_out(stream, stop)
                 if not self._calls and (stopping or not stream.open):
                     return
-                if not self._starting or any(actor.ready for actor in self._actors):
+                if not awaited or any(actor.ready for actor in self._actors):
                     alone_s = time.monotonic()
                 elif time.monotonic() - alone_s >= PATIENCE_S:
                     # Once, until there are workers again.

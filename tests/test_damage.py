@@ -13,7 +13,6 @@ from deepfere.alignment.overview import MeasuredOverview, StainOverview
 from deepfere.alignment.witness import Verdict, decide, expected_tissue, judge, masked_areas
 from deepfere.frame import Alignment, SectionGrid
 from deepfere.measured.operator import cell_means, expand, pad_edge
-from deepfere.model.artefacts import ARTEFACTS
 from deepfere.model.damage import find_candidates, with_small
 from deepfere.model.detail import expand_seen
 from deepfere.model.features import StainReference, base_planes
@@ -88,12 +87,12 @@ def test_anatomy_that_the_measurement_shows_too_stays(clean):
 @pytest.mark.parametrize(("angle", "width"), [(0.3, 1.3), (1.2, 2.5), (2.4, 1.0)])
 def test_a_tear_is_masked_and_the_lumen_is_not(clean, angle, width):
     tear = stripe(angle, 11, width) & (clean[0] > 0)
-    found, _, verdicts = masked(overview(np.where(tear, 0, clean)), measurement(clean))
+    found, candidates, verdicts = masked(overview(np.where(tear, 0, clean)), measurement(clean))
     assert (found[tear] == 1).mean() > 0.95
     assert found[~tear].astype(bool).sum() < 0.8 * tear.sum(), "its rim, no more"
     y, x = np.indices(tear.shape) / BLOCK - SIDE / 2
     assert not found[np.hypot(y - 3, x + 6) < 2.2].any()
-    told = masked_areas(verdicts)
+    told = masked_areas(verdicts, np.where(found > 0, candidates.labels, 0), SPACING_UM)
     assert [entry["kind"] for entry in told] == ["tear"]
     assert told[0]["area_um2"] == pytest.approx((found > 0).sum() * np.prod(SPACING_UM))
 
@@ -117,13 +116,16 @@ def test_the_end_of_a_fold_behind_a_lumen_goes_with_the_fold(clean):
     far = (np.abs(y - 10) < 0.4) & (np.abs(x - 3) < 0.4)
     end = fold & (x > 3.9)
     stain = overview(np.where(fold | far, 2.2 * tissue, tissue))
-    found, candidates, _ = masked(stain, measurement(tissue))
+    found, candidates, verdicts = masked(stain, measurement(tissue))
     assert (found[fold & ~end] == 2).mean() > 0.85 and (found[end] == 2).mean() < 0.5
-    proven = np.where(found == 2, ARTEFACTS.index("fold"), 0).astype(np.uint8)
+    proven = np.where(found == 2, candidates.labels, 0)
     assert (candidates.small[far] > 0).any()
     more = with_small(proven, candidates, SPACING_UM, PITCH_UM)
     assert (more[end] > 0).mean() > 0.95
-    assert (more >= proven).all() and not more[far].any()
+    assert (more == proven)[proven > 0].all() and not more[far].any()
+    assert set(np.unique(more[end])) <= {0, *np.unique(proven)}, "what is small goes with the nearest part"
+    told = masked_areas(verdicts, more, SPACING_UM)
+    assert sum(entry["area_um2"] for entry in told) == pytest.approx((more > 0).sum() * np.prod(SPACING_UM))
     assert not with_small(np.zeros_like(proven), candidates, SPACING_UM, PITCH_UM).any()
 
 
@@ -145,7 +147,7 @@ def test_too_coarse_an_overview_shows_no_candidates(clean):
 
 def chain(*evidence, kind="tear"):
     """Whether parts side by side, with this evidence, are damage."""
-    found = [Verdict(kind, 0, 1.0, 4, e, False) for e in evidence]
+    found = [Verdict(kind, 0, 4, e, False) for e in evidence]
     return decide(found, np.array([(n, n + 1) for n in range(len(found) - 1)], int).reshape(-1, 2)).tolist()
 
 

@@ -186,6 +186,25 @@ def test_who_waits_for_room_on_the_cluster_is_told(made, taken_cpus, monkeypatch
 
 
 @pytest.mark.ray
+def test_waiting_for_workers_begins_when_they_are_asked_for(made, ray_session, monkeypatch):
+    """Not with a long row that this process carried out before."""
+    monkeypatch.setattr(schedule, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(schedule, "START_S", 0.5)
+    asked, told = [], []
+    grow = schedule.Pool._grow
+
+    def growing(self, stream):
+        asked.append(time.monotonic())
+        grow(self, stream)
+
+    monkeypatch.setattr(schedule.Pool, "_grow", growing)
+    monkeypatch.setattr(schedule.Pool, "_tell_what_is_awaited", lambda self: told.append(time.monotonic()))
+    run_jobs([("a", made.phases("a", first=3, second=1, seconds=1.5))], title="test", few=3)
+    assert len(made.done("a")) == 4 and asked
+    assert not told or told[0] - asked[0] >= 1.0
+
+
+@pytest.mark.ray
 def test_a_row_that_kills_its_actors_is_named(ray_session, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MOST_LOSSES", 3)
     (tmp_path / "deadly").touch()

@@ -61,7 +61,6 @@ class Verdict:
     Attributes:
         kind: "tear", "fold" or "ink".
         whole: Number of the candidate.
-        area_um2: On the slide.
         measured_px: Measured pixels that bore witness.
         evidence: Log likelihood beside the repaired picture less that beside the picture; None = not judged.
         masked: Whether it is taken for damage.
@@ -69,7 +68,6 @@ class Verdict:
 
     kind: str
     whole: int
-    area_um2: float
     measured_px: int
     evidence: float | None
     masked: bool
@@ -113,8 +111,7 @@ def judge(
         candidates: What may be damage on it.
     """
     kinds, whole = candidates.kinds, np.array(candidates.whole)
-    area = np.bincount(candidates.labels.ravel(), minlength=len(kinds) + 1)[1:] * np.prod(stain.spacing_um)
-    found = [Verdict(*what, 0, None, False) for what in zip(kinds, candidates.whole, area.tolist(), strict=True)]
+    found = [Verdict(*what, 0, None, False) for what in zip(kinds, candidates.whole, strict=True)]
     slide = torch.from_numpy(alignment.map(footprint_points(measured, SUPERSAMPLE).numpy()))
     shown = pool(stain.planes[6] > 250, stain.spacing_um, slide).ravel()
     covered = measured.mask.ravel() & (shown >= 1 - CLEAR)
@@ -189,16 +186,22 @@ def _touching(labels: NDArray[np.int32], whole: NDArray[np.int64]) -> NDArray[np
     return found[whole[found[:, 0]] == whole[found[:, 1]]] if len(found) else found
 
 
-def masked_areas(verdicts: list[Verdict]) -> list[dict[str, Any]]:
+def masked_areas(
+    verdicts: list[Verdict], masked: NDArray[np.int32], spacing_um: tuple[float, float]
+) -> list[dict[str, Any]]:
     """What is masked, one entry per candidate: kind, area (um2 on the slide), measured pixels and evidence (nats).
 
-    The area is that which was judged, without small pieces beside it (`deepfere.model.damage.with_small`).
+    Args:
+        verdicts: On all parts.
+        masked: (h, w) the part that each pixel of the overview is masked with, plus one; 0 elsewhere.
+        spacing_um: Overview pixel size (y, x).
     """
+    area = np.bincount(masked.ravel(), minlength=len(verdicts) + 1)[1:] * np.prod(spacing_um)
     out: dict[int, dict[str, Any]] = {}
-    for v in verdicts:
+    for v, area_um2 in zip(verdicts, area.tolist(), strict=True):
         if v.masked:
             entry = out.setdefault(v.whole, {"kind": v.kind, "area_um2": 0.0, "measured_px": 0, "evidence": 0.0})
-            entry["area_um2"] += v.area_um2
+            entry["area_um2"] += area_um2
             entry["measured_px"] += v.measured_px
             entry["evidence"] += v.evidence or 0.0
     return [entry | {"decided_by": "measurement"} for entry in out.values()]

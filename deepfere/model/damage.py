@@ -140,33 +140,35 @@ def find_candidates(
 
 
 def with_small(
-    damage: NDArray[np.uint8], candidates: Candidates, spacing_um: tuple[float, float], pitch_um: float
-) -> NDArray[np.uint8]:
-    """Proven damage (h, w), index into `ARTEFACTS`, and what is small, has its look and lies beside it.
+    proven: NDArray[np.int32], candidates: Candidates, spacing_um: tuple[float, float], pitch_um: float
+) -> NDArray[np.int32]:
+    """Parts that are proven damage, and what is small, has the look of one and lies beside it.
 
     A fold goes on behind a lumen, as a piece too small to judge or not longer than wide. Where nothing is proven,
     nothing is added.
 
     Args:
-        damage: (h, w) kinds of what is proven.
+        proven: (h, w) the labels of what is proven, 0 elsewhere.
         candidates: What it was chosen from.
         spacing_um: Overview pixel size (y, x).
         pitch_um: Measured pixel size.
 
     Returns:
-        (h, w) uint8, the kinds of all that is not to be used.
+        (h, w) int32, the same labels; what is small has that of the nearest part of its kind.
     """
     step = (spacing_um[0] / pitch_um, spacing_um[1] / pitch_um)
-    out = damage.copy()
-    for kind in np.unique(damage[damage > 0]):
+    kinds = np.array([0, *[ARTEFACTS.index(kind) for kind in candidates.kinds]])[proven]
+    out = proven.copy()
+    for kind in np.unique(kinds[kinds > 0]):
         pieces, count = ndimage.label(candidates.small == kind, np.ones((3, 3), bool))
-        distance = ndimage.distance_transform_edt(damage != kind, sampling=step)
+        distance, (y, x) = ndimage.distance_transform_edt(kinds != kind, sampling=step, return_indices=True)
         beside = np.zeros(count + 1, bool)
         beside[np.unique(pieces[distance <= BESIDE_PITCH])] = True
         beside[0] = False
         if beside.any():
             grown = ndimage.distance_transform_edt(~beside[pieces], sampling=step) <= RIM_PITCH
-            out[grown & (out == 0)] = kind
+            added = grown & (out == 0)
+            out[added] = proven[y[added], x[added]]
     return out
 
 

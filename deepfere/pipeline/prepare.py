@@ -348,10 +348,12 @@ def _artefacts(
     expected = expected_tissue(measured, stain, alignment)
     candidates = find_candidates(stain.planes, stain.reference, stain.spacing_um, pitch, expected)
     verdicts = judge(measured, stain, alignment, candidates)
-    value = np.array([0, *[ARTEFACTS.index(v.kind) if v.masked else 0 for v in verdicts]], np.uint8)
-    damage = with_small(value[candidates.labels], candidates, stain.spacing_um, pitch)
-    kinds[damage > 0] = damage[damage > 0]
-    found = masked_areas(verdicts)
+    masked = np.array([False, *[v.masked for v in verdicts]])
+    proven = np.where(masked[candidates.labels], candidates.labels, 0)
+    damage = with_small(proven, candidates, stain.spacing_um, pitch)
+    value = np.array([0, *[ARTEFACTS.index(v.kind) for v in verdicts]], np.uint8)
+    kinds[damage > 0] = value[damage[damage > 0]]
+    found = masked_areas(verdicts, damage, stain.spacing_um)
     if stain.artefacts.mask.any():
         area = float(stain.artefacts.mask.sum() * np.prod(stain.spacing_um))
         found.insert(0, {"kind": "ink", "area_um2": area, "decided_by": "colour"})
