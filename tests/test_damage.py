@@ -13,7 +13,7 @@ from deepfere.alignment.overview import MeasuredOverview, StainOverview
 from deepfere.alignment.witness import Verdict, decide, expected_tissue, judge, masked_areas
 from deepfere.frame import Alignment, SectionGrid
 from deepfere.measured.operator import cell_means, expand, pad_edge
-from deepfere.model.damage import find_candidates, with_small
+from deepfere.model.damage import find_candidates, finer, with_small
 from deepfere.model.detail import expand_seen
 from deepfere.model.features import StainReference, base_planes
 
@@ -65,7 +65,7 @@ def stripe(angle, length, width):
 def masked(stain, measured):
     expected = expected_tissue(measured, stain, Alignment.identity())
     candidates = find_candidates(stain.planes, stain.reference, stain.spacing_um, PITCH_UM, expected)
-    verdicts = judge(measured, stain, Alignment.identity(), candidates)
+    candidates, verdicts = judge(measured, stain, Alignment.identity(), candidates)
     assert len(verdicts) == len(candidates.kinds)
     found = np.array([0, *[KINDS.index(v.kind) + 1 if v.masked else 0 for v in verdicts]])
     return found[candidates.labels], candidates, verdicts
@@ -95,6 +95,30 @@ def test_a_tear_is_masked_and_the_lumen_is_not(clean, angle, width):
     told = masked_areas(verdicts, np.where(found > 0, candidates.labels, 0), SPACING_UM)
     assert [entry["kind"] for entry in told] == ["tear"]
     assert told[0]["area_um2"] == pytest.approx((found > 0).sum() * np.prod(SPACING_UM))
+
+
+@pytest.mark.parametrize("angle", [0.5, 1.0, 1.6])
+def test_a_tear_is_masked_up_to_the_lumen_that_it_runs_into(clean, angle):
+    """Its last bit shares a part with some of the lumen; smaller parts tell them apart."""
+    y, x = np.indices(clean[0].shape) / BLOCK - SIDE / 2
+    along, across = (x + 6) * np.cos(angle) + (y - 3) * np.sin(angle), (y - 3) * np.cos(angle) - (x + 6) * np.sin(angle)
+    tear = (along > 0) & (along < 9.2) & (np.abs(across) < 0.75) & (clean[0] > 0)
+    stain, measured = overview(np.where(tear, 0, clean)), measurement(clean)
+    found, _, _ = masked(stain, measured)
+    assert (found[tear] == 1).mean() > 0.98
+    assert (found[np.hypot(y - 3, x + 6) < 2.2] > 0).mean() < 0.2
+
+    coarse = find_candidates(stain.planes, REFERENCE, SPACING_UM, PITCH_UM)
+    proven = np.array([False, True] + [False] * (len(coarse.kinds) - 2))
+    closer = finer(coarse, proven, SPACING_UM, PITCH_UM)
+    assert len(closer.kinds) == len(closer.whole) > len(coarse.kinds)
+    assert ((closer.labels > 0) == (coarse.labels > 0)).all()
+    part = closer.labels
+    kept = np.unique(part[coarse.labels == 2])
+    assert len(kept) == 1 and (part == kept[0]).sum() == (coarse.labels == 2).sum(), "what is proven stays one part"
+    for was in range(1, len(coarse.kinds) + 1):
+        for now in np.unique(part[coarse.labels == was]):
+            assert (closer.kinds[now - 1], closer.whole[now - 1]) == (coarse.kinds[was - 1], coarse.whole[was - 1])
 
 
 @pytest.mark.parametrize(("angle", "layers"), [(0.2, 2.0), (1.4, 1.7), (2.6, 2.4)])
@@ -129,6 +153,20 @@ def test_the_end_of_a_fold_behind_a_lumen_goes_with_the_fold(clean):
     assert not with_small(np.zeros_like(proven), candidates, SPACING_UM, PITCH_UM).any()
 
 
+def test_where_a_fold_ends_at_a_lumen_it_is_a_fold(clean):
+    """A lumen's rim, which is as wide as what is blurred there, does not take the end of the fold."""
+    y, x = np.indices(clean[0].shape) / BLOCK - SIDE / 2
+    from_lumen = np.hypot(y - 3, x + 6) - 2.2
+    fold = (np.abs(y - 3) < 0.75) & (x > -6) & (x < 6) & (clean[0] > 0)
+    stain = overview(np.where(fold, 2.2 * clean, clean))
+    candidates = find_candidates(stain.planes, REFERENCE, SPACING_UM, PITCH_UM)
+    kinds = np.array(["none", *candidates.kinds])[candidates.labels]
+    assert (kinds[fold] == "fold").mean() > 0.95
+    rim = (from_lumen > 0) & (from_lumen < 0.2)
+    assert (kinds[fold & rim] == "fold").mean() > 0.8
+    assert (kinds[rim & (np.abs(y - 3) > 1.2)] == "tear").mean() > 0.9
+
+
 def test_a_measurement_that_says_nothing_masks_nothing(clean):
     tear = stripe(0.3, 11, 1.5)
     measured = measurement(clean)
@@ -142,7 +180,7 @@ def test_too_coarse_an_overview_shows_no_candidates(clean):
     assert find_candidates(stain.planes, REFERENCE, SPACING_UM, PITCH_UM).kinds
     coarse = find_candidates(stain.planes, REFERENCE, SPACING_UM, 2 * SPACING_UM[0])
     assert not coarse.kinds and not coarse.labels.any()
-    assert judge(measurement(clean), stain, Alignment.identity(), coarse) == []
+    assert judge(measurement(clean), stain, Alignment.identity(), coarse) == (coarse, [])
 
 
 def chain(*evidence, kind="tear"):

@@ -9,6 +9,7 @@ others are judged again.
 
 Large candidates are judged in parts: a tear may run into a lumen. Parts that touch are decided together. Ink and folds
 are one thing each: what is proven of one as a whole holds for all parts that speak for it, and for those between them.
+What is left of a candidate that is proven in part is judged in smaller parts then.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from deepfere.alignment.overview import MeasuredOverview, StainOverview
 from deepfere.alignment.refine import footprint_points
 from deepfere.alignment.repair import SUPERSAMPLE, pool, pooled_both, touched
 from deepfere.frame import Alignment
-from deepfere.model.damage import Candidates
+from deepfere.model.damage import Candidates, finer
 
 TOUCHED = 0.2
 """Share of a measured pixel that a part has to cover for the pixel to bear witness."""
@@ -101,15 +102,37 @@ def expected_tissue(measured: MeasuredOverview, stain: StainOverview, alignment:
 
 def judge(
     measured: MeasuredOverview, stain: StainOverview, alignment: Alignment, candidates: Candidates
-) -> list[Verdict]:
-    """A verdict on each part of each candidate, in the order of their numbers.
+) -> tuple[Candidates, list[Verdict]]:
+    """What of the candidates is damage.
+
+    What is left of a candidate that is proven in part is judged once more, in smaller parts.
 
     Args:
         measured: The section's leading factors.
         stain: The slide's overview.
         alignment: Section to slide.
         candidates: What may be damage on it.
+
+    Returns:
+        The candidates, some with smaller parts, and a verdict on each of their parts, in the order of their numbers.
     """
+    found = _verdicts(measured, stain, alignment, candidates)
+    proven = np.array([v.masked for v in found], bool)
+    if not proven.any():
+        return candidates, found
+    judged = sum(v.evidence is not None for v in found)
+    closer = finer(candidates, proven, stain.spacing_um, float(np.mean(measured.grid.pitch_um)))
+    return closer, _verdicts(measured, stain, alignment, closer, judged)
+
+
+def _verdicts(
+    measured: MeasuredOverview,
+    stain: StainOverview,
+    alignment: Alignment,
+    candidates: Candidates,
+    judged: int | None = None,
+) -> list[Verdict]:
+    """A verdict on each part; `judged`: see `decide`."""
     kinds, whole = candidates.kinds, np.array(candidates.whole)
     found = [Verdict(*what, 0, None, False) for what in zip(kinds, candidates.whole, strict=True)]
     slide = torch.from_numpy(alignment.map(footprint_points(measured, SUPERSAMPLE).numpy()))
@@ -119,9 +142,12 @@ def judge(
         return found
     painted, repaired = pooled_both(measured, stain, slide, candidates)
     pixel, part, share = touched(candidates.labels, stain.spacing_um, slide, measured.mask)
+    # A measured pixel that several candidates cover speaks of the one that covers most of it.
+    covers = coo_array((share, (pixel, whole[part])), (measured.mask.size, len(kinds))).tocsr()
+    bears = (share >= TOUCHED) & (covers[pixel, whole[part]] >= covers.max(1).toarray().ravel()[pixel] - 1e-9)
     order = np.argsort(part, kind="stable")
     starts = np.searchsorted(part[order], np.arange(1, len(kinds)))
-    pixels, shares = (np.split(values[order], starts) for values in (pixel, share))
+    pixels, shares, witness = (np.split(values[order], starts) for values in (pixel, share, bears))
     regression = StainRegression(measured.images, painted)
     touching = _touching(candidates.labels, whole)
     damaged = np.zeros(len(kinds), bool)
@@ -132,10 +158,10 @@ def judge(
         for parts in np.split(np.arange(len(kinds)), np.flatnonzero(np.diff(whole)) + 1):
             prediction = regression.without(np.unique(np.concatenate([pixels[n][shares[n] > CLEAR] for n in parts])))
             for one in parts:
-                witnesses = pixels[one][shares[one] >= TOUCHED]
+                witnesses = pixels[one][witness[one]]
                 evidence = prediction.log_ratio(witnesses, repaired) if len(witnesses) >= LEAST_PX else None
                 found[one] = replace(found[one], measured_px=len(witnesses), evidence=evidence)
-        before, damaged = damaged, decide(found, touching)
+        before, damaged = damaged, decide(found, touching, judged)
         if (before == damaged).all():
             break
     if sum(v.measured_px for v, is_damage in zip(found, damaged, strict=True) if is_damage) > (
@@ -145,7 +171,7 @@ def judge(
     return [replace(v, masked=bool(is_damage)) for v, is_damage in zip(found, damaged, strict=True)]
 
 
-def decide(found: list[Verdict], touching: NDArray[np.int64]) -> NDArray[np.bool_]:
+def decide(found: list[Verdict], touching: NDArray[np.int64], judged: int | None = None) -> NDArray[np.bool_]:
     """Which parts (n,) are damage.
 
     Parts that touch and have some evidence each (`EACH`) are decided together, by the sum of what exceeds that; ink and
@@ -155,9 +181,10 @@ def decide(found: list[Verdict], touching: NDArray[np.int64]) -> NDArray[np.bool
     Args:
         found: The evidence.
         touching: (p, 2) numbers of parts of one candidate that touch.
+        judged: Number of parts that could have been wrong; None = of those that were judged.
     """
     evidence = np.array([np.nan if v.evidence is None else v.evidence for v in found])
-    margin = MARGIN + float(np.log(max(1, np.isfinite(evidence).sum())))
+    margin = MARGIN + float(np.log(max(1, np.isfinite(evidence).sum() if judged is None else judged)))
     able = evidence > EACH
     a, b = touching[able[touching].all(1)].T
     _, group = connected_components(coo_array((np.ones(len(a)), (a, b)), (len(found), len(found))), directed=False)

@@ -16,7 +16,7 @@ What is too small to be a candidate goes with the damage beside it, once that is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,8 @@ RIM_PITCH = 0.25
 """What is blurred at the border of a gap or a band belongs to it: so far, in measured pixels."""
 PART_PITCH = 2.0
 """Reach of the parts that a candidate is judged in, in measured pixels."""
+FINER_PITCH = 1.0
+"""The same for what is left of one that is proven in part."""
 COARSEST_PITCH = 0.4
 """An overview with larger pixels (in measured pixels) shows too little."""
 
@@ -115,6 +117,8 @@ def find_candidates(
     bands = _hysteresis((hue < HUE) & tissue, ratio, step)
     odd = colour_distance(rgb, planes[6] / 255, reference, spacing_um, pitch_um) > ODD
     ink = (odd | _flat(density.sum(2), tissue, step)) & tissue
+    found: list[tuple[str, tuple[slice, ...], NDArray[np.bool_]]] = []
+    core = np.zeros(labels.shape, np.int32)
     for kind, mask in (("tear", _gaps(tissue, shown, step, expected)), ("ink", ink), ("fold", bands)):
         pieces, count = ndimage.label(mask, np.ones((3, 3), bool))
         area = np.bincount(pieces.ravel(), minlength=count + 1) * step[0] * step[1]
@@ -123,19 +127,23 @@ def find_candidates(
             if window is None or area[number] < LEAST_AREA_PITCH2:
                 continue
             piece = pieces[window] == number
-            if kind == "fold":
-                if _elongation(piece, step) < ELONGATED:
-                    if area[number] < SMALL_PITCH2:
-                        small[window][piece] = ARTEFACTS.index(kind)
-                    continue
-                denser[window][piece] = np.median(ratio[window][piece])
-            wide, inner = _grown(window, piece, labels.shape, step)
-            target = labels[wide]
-            inner &= (target == 0) & shown[wide]
-            parts = _parts(inner, step)
-            target[inner] = len(kinds) + parts[inner]
-            whole += [len(set(whole))] * int(parts.max())
-            kinds += [kind] * int(parts.max())
+            if kind == "fold" and _elongation(piece, step) < ELONGATED:
+                if area[number] < SMALL_PITCH2:
+                    small[window][piece] = ARTEFACTS.index(kind)
+                continue
+            found.append((kind, window, piece))
+            core[window][piece & (core[window] == 0)] = len(found)
+    for number, (kind, window, piece) in enumerate(found, 1):
+        if kind == "fold":
+            denser[window][piece] = np.median(ratio[window][piece])
+        wide, inner = _grown(window, piece, labels.shape, step)
+        target = labels[wide]
+        # A fold's end at a lumen is not of the lumen's rim.
+        inner &= (target == 0) & shown[wide] & np.isin(core[wide], (0, number))
+        parts = _parts(inner, step)
+        target[inner] = len(kinds) + parts[inner]
+        whole += [len(set(whole))] * int(parts.max())
+        kinds += [kind] * int(parts.max())
     return Candidates(labels, kinds, whole, denser, small)
 
 
@@ -172,15 +180,43 @@ def with_small(
     return out
 
 
-def _parts(piece: NDArray[np.bool_], step: tuple[float, float]) -> NDArray[np.int32]:
-    """A piece divided into parts 1, 2, ... (h, w) about twice `PART_PITCH` wide, around points far from each other."""
+def finer(
+    candidates: Candidates, proven: NDArray[np.bool_], spacing_um: tuple[float, float], pitch_um: float
+) -> Candidates:
+    """The candidates with smaller parts where a candidate is proven in part: a tear may run into a lumen.
+
+    Args:
+        candidates: As found.
+        proven: (n,) which of their parts are damage; these stay as they are.
+        spacing_um: Overview pixel size (y, x).
+        pitch_um: Measured pixel size.
+    """
+    step = (spacing_um[0] / pitch_um, spacing_um[1] / pitch_um)
+    whole_of = np.asarray(candidates.whole)
+    divided = np.isin(whole_of, whole_of[proven]) & ~proven
+    labels = np.zeros_like(candidates.labels)
+    kinds: list[str] = []
+    whole: list[int] = []
+    for number, window in enumerate(ndimage.find_objects(candidates.labels)):
+        if window is None:
+            continue
+        piece = candidates.labels[window] == number + 1
+        parts = _parts(piece, step, FINER_PITCH) if divided[number] else piece.astype(np.int32)
+        labels[window][piece] = len(kinds) + parts[piece]
+        kinds += [candidates.kinds[number]] * int(parts.max())
+        whole += [candidates.whole[number]] * int(parts.max())
+    return replace(candidates, labels=labels, kinds=kinds, whole=whole)
+
+
+def _parts(piece: NDArray[np.bool_], step: tuple[float, float], reach_pitch: float = PART_PITCH) -> NDArray[np.int32]:
+    """A piece divided into parts 1, 2, ... (h, w) of such a reach, around points far from each other."""
     out = np.zeros(piece.shape, np.int32)
     at = np.argwhere(piece) * np.asarray(step)
     if len(at) == 0:
         return out
     nearest, owner = np.full(len(at), np.inf), np.zeros(len(at), np.int32)
     centre, count = int(((at - at.mean(0)) ** 2).sum(1).argmax()), 0
-    while nearest[centre] > PART_PITCH:
+    while nearest[centre] > reach_pitch:
         count += 1
         distance = np.linalg.norm(at - at[centre], axis=1)
         owner[distance < nearest] = count

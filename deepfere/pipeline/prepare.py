@@ -347,7 +347,7 @@ def _artefacts(
     kinds[stain.artefacts.mask] = ARTEFACTS.index("ink")
     expected = expected_tissue(measured, stain, alignment)
     candidates = find_candidates(stain.planes, stain.reference, stain.spacing_um, pitch, expected)
-    verdicts = judge(measured, stain, alignment, candidates)
+    candidates, verdicts = judge(measured, stain, alignment, candidates)
     masked = np.array([False, *[v.masked for v in verdicts]])
     proven = np.where(masked[candidates.labels], candidates.labels, 0)
     damage = with_small(proven, candidates, stain.spacing_um, pitch)
