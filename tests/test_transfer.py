@@ -17,8 +17,10 @@ from deepfere.model.transfer import (
     LEAST_PX,
     SMOOTHINGS_PITCH,
     choose_smoothing,
+    common_gain,
     crossing,
     gain_and_r2,
+    moments,
     octave_rows,
     transferred,
 )
@@ -120,12 +122,12 @@ def test_a_linear_relation_transfers_whole():
     x, fine = rng.standard_normal((400, 3)), rng.standard_normal((300, 3))
     weights = np.array([[1.0, 0.0], [0.5, -1.0], [0.0, 2.0]])
     coarse, finer = (x, x @ weights, np.arange(400) % 8), (fine, 0.5 * fine @ weights, np.arange(300) % 8)
-    gain, r2 = gain_and_r2(finer[1], transferred(coarse, finer, (0, 1, 2)))
+    gain, r2 = gain_and_r2(moments(finer[1], transferred(coarse, finer, (0, 1, 2))))
     np.testing.assert_allclose(gain, 0.5, rtol=1e-2)
     # Predicting twice the truth leaves as much as there was.
     np.testing.assert_allclose(r2, 0.0, atol=0.02)
     # A feature that may not be used predicts nothing.
-    assert gain_and_r2(finer[1], transferred(coarse, finer, (0,)))[1][1] < 0.05
+    assert gain_and_r2(moments(finer[1], transferred(coarse, finer, (0,))))[1][1] < 0.05
 
 
 @pytest.mark.parametrize(
@@ -134,3 +136,18 @@ def test_a_linear_relation_transfers_whole():
 )
 def test_crossing(gains, expected):
     assert crossing(np.array([0.2, 0.3, 0.4]), np.array(gains)) == pytest.approx(expected)
+
+
+def test_the_error_of_a_gain_is_that_of_many_draws():
+    """Blocks whose gain differs, as where the alignment is not everywhere as good."""
+    rng = np.random.default_rng(4)
+
+    def drawn():
+        predicted = rng.standard_normal((16, 40, 3))
+        truth = predicted * rng.normal(0.9, 0.2, (16, 1, 1)) + 0.5 * rng.standard_normal((16, 40, 3))
+        return common_gain(truth.reshape(-1, 3), predicted.reshape(-1, 3), np.repeat(np.arange(16), 40), np.ones(3))
+
+    gains, errors, r2 = zip(*[drawn() for _ in range(300)], strict=True)
+    assert np.mean(gains) == pytest.approx(0.9, abs=0.01)
+    assert np.mean(errors) == pytest.approx(np.std(gains), rel=0.15)
+    assert 0.5 < np.mean(r2) < 0.9
