@@ -163,7 +163,7 @@ class Pool:
                 if not stopping and self._few:
                     self._carry_out_few(stream, stop)
                     stopping = requested(stop)
-                awaited = bool(self._starting)
+                awaited = bool(self._starting or self._broken)
                 if not stopping:
                     self._grow(stream)
                     self._hand_out(stream, stop)

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 from deepfere.alignment.likelihood import correlation
 from deepfere.alignment.overview import MeasuredOverview, StainOverview
-from deepfere.alignment.witness import Verdict, decide, expected_tissue, judge, masked_areas
+from deepfere.alignment.witness import Verdict, _bears, decide, expected_tissue, judge, masked_areas
 from deepfere.frame import Alignment, SectionGrid
 from deepfere.measured.operator import cell_means, expand, pad_edge
 from deepfere.model.damage import find_candidates, finer, with_small
@@ -108,17 +108,40 @@ def test_a_tear_is_masked_up_to_the_lumen_that_it_runs_into(clean, angle):
     assert (found[tear] == 1).mean() > 0.98
     assert (found[np.hypot(y - 3, x + 6) < 2.2] > 0).mean() < 0.2
 
+
+def test_parts_are_divided_as_asked(clean):
+    stain = overview(clean)
     coarse = find_candidates(stain.planes, REFERENCE, SPACING_UM, PITCH_UM)
-    proven = np.array([False, True] + [False] * (len(coarse.kinds) - 2))
-    closer = finer(coarse, proven, SPACING_UM, PITCH_UM)
-    assert len(closer.kinds) == len(closer.whole) > len(coarse.kinds)
-    assert ((closer.labels > 0) == (coarse.labels > 0)).all()
-    part = closer.labels
-    kept = np.unique(part[coarse.labels == 2])
-    assert len(kept) == 1 and (part == kept[0]).sum() == (coarse.labels == 2).sum(), "what is proven stays one part"
-    for was in range(1, len(coarse.kinds) + 1):
-        for now in np.unique(part[coarse.labels == was]):
-            assert (closer.kinds[now - 1], closer.whole[now - 1]) == (coarse.kinds[was - 1], coarse.whole[was - 1])
+    divided = np.arange(len(coarse.kinds)) % 2 == 0
+    closer, was = finer(coarse, divided, SPACING_UM, PITCH_UM)
+    assert len(closer.kinds) == len(closer.whole) == len(was) > len(coarse.kinds)
+    assert (np.array([0, *was + 1])[closer.labels] == coarse.labels).all()
+    assert closer.kinds == [coarse.kinds[n] for n in was] and closer.whole == [coarse.whole[n] for n in was]
+    assert (np.bincount(was)[~divided] == 1).all() and (np.bincount(was)[divided] > 1).any()
+    assert set(np.unique(closer.labels)) == set(range(len(was) + 1)), "no part is empty"
+
+
+def test_a_pixel_speaks_of_the_candidate_that_covers_most_of_it():
+    pixel = np.array([0, 0, 0, 1, 1, 1, 1, 2, 2])
+    whole = np.array([0, 0, 1, 0, 0, 0, 1, 0, 1])
+    share = np.array([0.3, 0.3, 0.4, 0.15, 0.15, 0.15, 0.3, 0.1, 0.15])
+    # Of the second pixel, candidate 0 covers more, but no part of it enough to be judged by; of the third, none does.
+    assert _bears(pixel, whole, share).tolist() == [True, True, False, False, False, False, True, False, False]
+    assert _bears(pixel[:0], whole[:0], share[:0]).size == 0
+
+
+@pytest.mark.parametrize("kind", ["tear", "fold"])
+def test_what_is_proven_stays_so_at_a_closer_look(kind):
+    def look(*evidence, proven=()):
+        found = [Verdict(kind, 0, 4, e, False) for e in evidence]
+        pairs = np.array([(n, n + 1) for n in range(len(found) - 1)], int).reshape(-1, 2)
+        return decide(found, pairs, np.isin(np.arange(len(found)), proven)).tolist()
+
+    # Smaller parts that speak against a fold, all of them, do not undo it, nor does evidence that is weaker now.
+    assert look(10.5, -3.0, 10.5, -9.0, -9.0, -9.0, proven=(0, 1, 2)) == [True, True, True, False, False, False]
+    assert look(1.0, 5.0, -5.0, proven=(0,)) == [True, True, False]
+    assert look(1.0, -1.0, -1.0, proven=(0,)) == [True, False, False], "what joined before takes in no more"
+    assert look(5.0, -1.0, -1.0, proven=(0,)) == [True, True, False]
 
 
 @pytest.mark.parametrize(("angle", "layers"), [(0.2, 2.0), (1.4, 1.7), (2.6, 2.4)])
@@ -147,7 +170,9 @@ def test_the_end_of_a_fold_behind_a_lumen_goes_with_the_fold(clean):
     more = with_small(proven, candidates, SPACING_UM, PITCH_UM)
     assert (more[end] > 0).mean() > 0.95
     assert (more == proven)[proven > 0].all() and not more[far].any()
-    assert set(np.unique(more[end])) <= {0, *np.unique(proven)}, "what is small goes with the nearest part"
+    rows, columns = distance_transform_edt(proven == 0, return_indices=True)[1]
+    added = (more > 0) & (proven == 0)
+    assert added.any() and (more == proven[rows, columns])[added].all(), "what is small goes with the nearest part"
     told = masked_areas(verdicts, more, SPACING_UM)
     assert sum(entry["area_um2"] for entry in told) == pytest.approx((more > 0).sum() * np.prod(SPACING_UM))
     assert not with_small(np.zeros_like(proven), candidates, SPACING_UM, PITCH_UM).any()

@@ -11,6 +11,7 @@ from scipy.ndimage import gaussian_filter
 from deepfere import cores
 from deepfere.alignment.score import spatial_blocks
 from deepfere.measured.operator import cell_means
+from deepfere.model import transfer
 from deepfere.model.features import FEATURES
 from deepfere.model.ridge import FEATURE_SETS, detail_rows, fit_average, fit_ridge, target_rows
 from deepfere.model.transfer import (
@@ -151,3 +152,19 @@ def test_the_error_of_a_gain_is_that_of_many_draws():
     assert np.mean(gains) == pytest.approx(0.9, abs=0.01)
     assert np.mean(errors) == pytest.approx(np.std(gains), rel=0.15)
     assert 0.5 < np.mean(r2) < 0.9
+
+
+def test_a_single_block_and_a_silent_stain_have_no_error():
+    truth = np.random.default_rng(5).standard_normal((50, 2))
+    gain, error, _ = common_gain(truth, 0.5 * truth, np.zeros(50, int), np.ones(2))
+    assert gain == pytest.approx(2.0) and error == 0.0
+    assert common_gain(truth, np.zeros_like(truth), np.arange(50) // 5, np.ones(2)) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(("error", "expected"), [(0.0, 0.4), (0.06, 0.25), (0.01, 0.3), (5.0, 0.2)])
+def test_a_gain_is_held_against_the_stain_beyond_its_error_alone(monkeypatch, error, expected):
+    gains = dict(zip(SMOOTHINGS_PITCH, (0.91, 0.945, 0.98, 1.0, 1.1, 1.2, 1.3), strict=True))
+    asked = iter(SMOOTHINGS_PITCH)
+    monkeypatch.setattr(transfer, "common_gain", lambda *_: (gains[next(asked)], error, 0.4))
+    with cores.limited(1):
+        assert choose(*section(0.4)).smoothing_pitch == expected

@@ -9,11 +9,12 @@ others are judged again.
 
 Large candidates are judged in parts: a tear may run into a lumen. Parts that touch are decided together. Ink and folds
 are one thing each: what is proven of one as a whole holds for all parts that speak for it, and for those between them.
-What is left of a candidate that is proven in part is judged in smaller parts then.
+What lies beside what is proven is judged in smaller parts then.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +37,7 @@ TOUCHED = 0.2
 CLEAR = 0.05
 """Share of it that candidates or the slide's outside may cover for it to count as free of them."""
 LEAST_PX = 2
-"""Measured pixels that a part needs to be judged on."""
+"""Measured pixels that a part needs to be judged on; one is enough beside what is proven."""
 MARGIN = 8.0
 """Evidence, in nats, that damage needs, besides the logarithm of the number of parts (Bonferroni). Regressions are
 never quite right: of ten undamaged sections, generated and real, some parts reach 4 to 7 nats, one of two pixels 10.
@@ -62,7 +63,7 @@ class Verdict:
     Attributes:
         kind: "tear", "fold" or "ink".
         whole: Number of the candidate.
-        measured_px: Measured pixels that bore witness.
+        measured_px: Measured pixels that bore witness and that it covers more of than its candidate's other parts.
         evidence: Log likelihood beside the repaired picture less that beside the picture; None = not judged.
         masked: Whether it is taken for damage.
     """
@@ -105,7 +106,7 @@ def judge(
 ) -> tuple[Candidates, list[Verdict]]:
     """What of the candidates is damage.
 
-    What is left of a candidate that is proven in part is judged once more, in smaller parts.
+    Parts beside what is proven of their candidate are judged once more, in smaller parts; what is proven stays so.
 
     Args:
         measured: The section's leading factors.
@@ -116,62 +117,120 @@ def judge(
     Returns:
         The candidates, some with smaller parts, and a verdict on each of their parts, in the order of their numbers.
     """
-    found = _verdicts(measured, stain, alignment, candidates)
-    proven = np.array([v.masked for v in found], bool)
-    if not proven.any():
-        return candidates, found
-    judged = sum(v.evidence is not None for v in found)
-    closer = finer(candidates, proven, stain.spacing_um, float(np.mean(measured.grid.pitch_um)))
-    return closer, _verdicts(measured, stain, alignment, closer, judged)
-
-
-def _verdicts(
-    measured: MeasuredOverview,
-    stain: StainOverview,
-    alignment: Alignment,
-    candidates: Candidates,
-    judged: int | None = None,
-) -> list[Verdict]:
-    """A verdict on each part; `judged`: see `decide`."""
-    kinds, whole = candidates.kinds, np.array(candidates.whole)
-    found = [Verdict(*what, 0, None, False) for what in zip(kinds, candidates.whole, strict=True)]
     slide = torch.from_numpy(alignment.map(footprint_points(measured, SUPERSAMPLE).numpy()))
     shown = pool(stain.planes[6] > 250, stain.spacing_um, slide).ravel()
     covered = measured.mask.ravel() & (shown >= 1 - CLEAR)
-    if not kinds or covered.sum() < LEAST_ROWS:
-        return found
+    count = len(candidates.kinds)
+    if not count or covered.sum() < LEAST_ROWS:
+        return candidates, [Verdict(*what, 0, None, False) for what in _what(candidates)]
     painted, repaired = pooled_both(measured, stain, slide, candidates)
-    pixel, part, share = touched(candidates.labels, stain.spacing_um, slide, measured.mask)
-    # A measured pixel that several candidates cover speaks of the one that covers most of it.
-    covers = coo_array((share, (pixel, whole[part])), (measured.mask.size, len(kinds))).tocsr()
-    bears = (share >= TOUCHED) & (covers[pixel, whole[part]] >= covers.max(1).toarray().ravel()[pixel] - 1e-9)
-    order = np.argsort(part, kind="stable")
-    starts = np.searchsorted(part[order], np.arange(1, len(kinds)))
-    pixels, shares, witness = (np.split(values[order], starts) for values in (pixel, share, bears))
-    regression = StainRegression(measured.images, painted)
-    touching = _touching(candidates.labels, whole)
-    damaged = np.zeros(len(kinds), bool)
-    for _ in range(ROUNDS):
-        rows = covered.copy()
-        rows[pixel[(share > CLEAR) & damaged[part]]] = False
-        regression.fit(rows)
-        for parts in np.split(np.arange(len(kinds)), np.flatnonzero(np.diff(whole)) + 1):
-            prediction = regression.without(np.unique(np.concatenate([pixels[n][shares[n] > CLEAR] for n in parts])))
-            for one in parts:
-                witnesses = pixels[one][witness[one]]
-                evidence = prediction.log_ratio(witnesses, repaired) if len(witnesses) >= LEAST_PX else None
-                found[one] = replace(found[one], measured_px=len(witnesses), evidence=evidence)
-        before, damaged = damaged, decide(found, touching, judged)
-        if (before == damaged).all():
-            break
-    if sum(v.measured_px for v, is_damage in zip(found, damaged, strict=True) if is_damage) > (
-        MOST_DAMAGE * measured.mask.sum()
-    ):
-        return found
-    return [replace(v, masked=bool(is_damage)) for v, is_damage in zip(found, damaged, strict=True)]
+    court = _Court(measured.mask, covered, StainRegression(measured.images, painted), repaired)
+    spacing_um = stain.spacing_um
+    first = court.verdicts(candidates, touched(candidates.labels, spacing_um, slide, measured.mask))
+    proven = np.array([v.masked for v in first], bool)
+    beside = np.zeros(count, bool)
+    pairs = _touching(candidates.labels, np.array(candidates.whole))
+    beside[pairs[proven[pairs].any(1)]] = True
+    divided = beside & ~proven
+    if not divided.any():
+        return candidates, first
+    closer, was = finer(candidates, divided, spacing_um, float(np.mean(measured.grid.pitch_um)))
+    known = [first[n] for n in was]
+    again = court.verdicts(closer, touched(closer.labels, spacing_um, slide, measured.mask), known)
+    return (closer, again) if any(v.masked for v in again) else (candidates, first)
 
 
-def decide(found: list[Verdict], touching: NDArray[np.int64], judged: int | None = None) -> NDArray[np.bool_]:
+def _what(candidates: Candidates) -> Iterator[tuple[str, int]]:
+    return zip(candidates.kinds, candidates.whole, strict=True)
+
+
+@dataclass(frozen=True)
+class _Court:
+    """What does not depend on how candidates are divided.
+
+    Attributes:
+        mask: (ny, nx) measured pixels.
+        covered: (ny nx,) those that the slide shows.
+        regression: Of the measurement on the stain as it is.
+        repaired: (F, ny nx) footprint means of the repaired stain.
+    """
+
+    mask: NDArray[np.bool_]
+    covered: NDArray[np.bool_]
+    regression: StainRegression
+    repaired: NDArray[np.float64]
+
+    def verdicts(
+        self,
+        candidates: Candidates,
+        seen: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]],
+        known: list[Verdict] | None = None,
+    ) -> list[Verdict]:
+        """A verdict on each part.
+
+        Args:
+            candidates: What may be damage.
+            seen: Measured pixels, parts and shares, see `touched`.
+            known: For each part, the verdict on what it is or was part of, of an earlier look.
+        """
+        kinds, whole = candidates.kinds, np.array(candidates.whole)
+        found = [Verdict(*what, 0, None, False) for what in _what(candidates)]
+        before = np.array([v.masked for v in known] if known else np.zeros(len(kinds)), bool)
+        pixel, part, share = seen
+        bears = _bears(pixel, whole[part], share)
+        # Of the parts of a candidate on a measured pixel, the one that covers most of it counts it.
+        largest = np.lexsort((part, -share, pixel))
+        largest = largest[bears[largest]]
+        _, one_each = np.unique(pixel[largest], return_index=True)
+        counts = np.bincount(part[largest[one_each]], minlength=len(kinds)).tolist()
+        order = np.argsort(part, kind="stable")
+        starts = np.searchsorted(part[order], np.arange(1, len(kinds)))
+        pixels, shares, witness = (np.split(values[order], starts) for values in (pixel, share, bears))
+        touching = _touching(candidates.labels, whole)
+        damaged, least = before, 1 if known else LEAST_PX
+        for _ in range(ROUNDS):
+            rows = self.covered.copy()
+            rows[pixel[(share > CLEAR) & damaged[part]]] = False
+            self.regression.fit(rows)
+            for parts in np.split(np.arange(len(kinds)), np.flatnonzero(np.diff(whole)) + 1):
+                near = np.unique(np.concatenate([pixels[n][shares[n] > CLEAR] for n in parts]))
+                prediction = self.regression.without(near)
+                for one in parts:
+                    witnesses = pixels[one][witness[one]]
+                    evidence = prediction.log_ratio(witnesses, self.repaired) if len(witnesses) >= least else None
+                    if evidence is None and known and known[one].evidence is not None:
+                        # A crumb of what was judged: it speaks for nothing, and against what that spoke against.
+                        evidence = min(known[one].evidence or 0.0, 0.0)
+                    found[one] = replace(found[one], measured_px=counts[one], evidence=evidence)
+            last, damaged = damaged, decide(found, touching, before)
+            if (last == damaged).all():
+                break
+        if sum(np.array(counts)[damaged]) > MOST_DAMAGE * self.mask.sum():
+            return found
+        return [replace(v, masked=bool(is_damage)) for v, is_damage in zip(found, damaged, strict=True)]
+
+
+def _bears(pixel: NDArray[np.int64], whole: NDArray[np.int64], share: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which (measured pixel, part) pairs (n,) bear witness: a pixel speaks of the candidate that covers most of it.
+
+    Args:
+        pixel: (n,) measured pixels.
+        whole: (n,) candidates of the parts.
+        share: (n,) of the pixel, covered by the part.
+    """
+    keys, of = np.unique(np.stack([pixel, whole]), axis=1, return_inverse=True)
+    of = of.ravel()
+    able = share >= TOUCHED
+    total = np.bincount(of, share, keys.shape[1])
+    total[np.bincount(of, able, keys.shape[1]) == 0] = 0.0  # no part of it is judged by this pixel
+    most = np.zeros(int(pixel.max(initial=0)) + 1)
+    np.maximum.at(most, keys[0], total)
+    return able & (total[of] >= most[pixel] - 1e-9)
+
+
+def decide(
+    found: list[Verdict], touching: NDArray[np.int64], proven: NDArray[np.bool_] | None = None
+) -> NDArray[np.bool_]:
     """Which parts (n,) are damage.
 
     Parts that touch and have some evidence each (`EACH`) are decided together, by the sum of what exceeds that; ink and
@@ -181,24 +240,28 @@ def decide(found: list[Verdict], touching: NDArray[np.int64], judged: int | None
     Args:
         found: The evidence.
         touching: (p, 2) numbers of parts of one candidate that touch.
-        judged: Number of parts that could have been wrong; None = of those that were judged.
+        proven: (n,) parts that an earlier look has proven, and so their candidates.
     """
     evidence = np.array([np.nan if v.evidence is None else v.evidence for v in found])
-    margin = MARGIN + float(np.log(max(1, np.isfinite(evidence).sum() if judged is None else judged)))
-    able = evidence > EACH
+    margin = MARGIN + float(np.log(max(1, np.isfinite(evidence).sum())))
+    before = np.zeros(len(found), bool) if proven is None else proven
+    able = before | (evidence > EACH)
     a, b = touching[able[touching].all(1)].T
     _, group = connected_components(coo_array((np.ones(len(a)), (a, b)), (len(found), len(found))), directed=False)
-    total = np.bincount(group, np.where(able, evidence - EACH, 0.0))
-    damaged = able & (total[group] > margin)
+    exceeding = np.where(able, np.maximum(np.nan_to_num(evidence) - EACH, 0.0), 0.0)
+    total = np.bincount(group, exceeding)
+    holds = np.bincount(group, before) > 0
+    damaged = able & (holds | (total > margin))[group]
     whole, one = np.array([v.whole for v in found]), np.array([v.kind != "tear" for v in found])
-    in_all = np.bincount(whole, np.where(able, evidence - EACH, np.minimum(np.nan_to_num(evidence), 0.0)))
-    proven = one & (in_all[whole] > margin)
+    in_all = np.bincount(whole, np.where(able, exceeding, np.minimum(np.nan_to_num(evidence), 0.0)))
+    holds = np.bincount(whole, before) > 0
+    proven = one & (holds | (in_all > margin))[whole]
     damaged |= proven & able
     between = sum(np.bincount(k, damaged[other], len(found)) for k, other in (touching.T, touching.T[::-1])) >= 2
     damaged |= proven & between & ~(evidence < -margin)
     # One step only: a chain of parts that say little may lead all around the tissue.
-    joins = ~(evidence <= JOINS)
-    a, b = touching[damaged[touching].any(1) & joins[touching].all(1)].T
+    joins, seeds = ~(evidence <= JOINS), damaged & ~(before & ~(evidence > EACH))
+    a, b = touching[seeds[touching].any(1) & joins[touching].all(1)].T
     damaged[a] = damaged[b] = True
     return damaged
 

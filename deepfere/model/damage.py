@@ -17,6 +17,7 @@ What is too small to be a candidate goes with the damage beside it, once that is
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,7 +118,7 @@ def find_candidates(
     bands = _hysteresis((hue < HUE) & tissue, ratio, step)
     odd = colour_distance(rgb, planes[6] / 255, reference, spacing_um, pitch_um) > ODD
     ink = (odd | _flat(density.sum(2), tissue, step)) & tissue
-    found: list[tuple[str, tuple[slice, ...], NDArray[np.bool_]]] = []
+    found: list[tuple[str, NDArray[Any], int, tuple[slice, ...]]] = []
     core = np.zeros(labels.shape, np.int32)
     for kind, mask in (("tear", _gaps(tissue, shown, step, expected)), ("ink", ink), ("fold", bands)):
         pieces, count = ndimage.label(mask, np.ones((3, 3), bool))
@@ -131,15 +132,16 @@ def find_candidates(
                 if area[number] < SMALL_PITCH2:
                     small[window][piece] = ARTEFACTS.index(kind)
                 continue
-            found.append((kind, window, piece))
+            found.append((kind, pieces, number, window))
             core[window][piece & (core[window] == 0)] = len(found)
-    for number, (kind, window, piece) in enumerate(found, 1):
+    for order, (kind, pieces, number, window) in enumerate(found, 1):
+        piece = pieces[window] == number
         if kind == "fold":
             denser[window][piece] = np.median(ratio[window][piece])
         wide, inner = _grown(window, piece, labels.shape, step)
         target = labels[wide]
         # A fold's end at a lumen is not of the lumen's rim.
-        inner &= (target == 0) & shown[wide] & np.isin(core[wide], (0, number))
+        inner &= (target == 0) & shown[wide] & np.isin(core[wide], (0, order))
         parts = _parts(inner, step)
         target[inner] = len(kinds) + parts[inner]
         whole += [len(set(whole))] * int(parts.max())
@@ -181,31 +183,32 @@ def with_small(
 
 
 def finer(
-    candidates: Candidates, proven: NDArray[np.bool_], spacing_um: tuple[float, float], pitch_um: float
-) -> Candidates:
-    """The candidates with smaller parts where a candidate is proven in part: a tear may run into a lumen.
+    candidates: Candidates, divided: NDArray[np.bool_], spacing_um: tuple[float, float], pitch_um: float
+) -> tuple[Candidates, NDArray[np.int64]]:
+    """The candidates with some parts in smaller ones: a tear may run into a lumen.
 
     Args:
         candidates: As found.
-        proven: (n,) which of their parts are damage; these stay as they are.
+        divided: (n,) which of their parts to divide.
         spacing_um: Overview pixel size (y, x).
         pitch_um: Measured pixel size.
+
+    Returns:
+        The candidates, and for each of their parts the number (from 0) of the one that it was or was part of.
     """
     step = (spacing_um[0] / pitch_um, spacing_um[1] / pitch_um)
-    whole_of = np.asarray(candidates.whole)
-    divided = np.isin(whole_of, whole_of[proven]) & ~proven
     labels = np.zeros_like(candidates.labels)
-    kinds: list[str] = []
-    whole: list[int] = []
-    for number, window in enumerate(ndimage.find_objects(candidates.labels)):
+    was: list[int] = []
+    for number, window in enumerate(ndimage.find_objects(candidates.labels, len(divided))):
         if window is None:
+            was.append(number)
             continue
         piece = candidates.labels[window] == number + 1
         parts = _parts(piece, step, FINER_PITCH) if divided[number] else piece.astype(np.int32)
-        labels[window][piece] = len(kinds) + parts[piece]
-        kinds += [candidates.kinds[number]] * int(parts.max())
-        whole += [candidates.whole[number]] * int(parts.max())
-    return replace(candidates, labels=labels, kinds=kinds, whole=whole)
+        labels[window][piece] = len(was) + parts[piece]
+        was += [number] * int(parts.max())
+    kinds, whole = [candidates.kinds[n] for n in was], [candidates.whole[n] for n in was]
+    return replace(candidates, labels=labels, kinds=kinds, whole=whole), np.array(was, np.int64)
 
 
 def _parts(piece: NDArray[np.bool_], step: tuple[float, float], reach_pitch: float = PART_PITCH) -> NDArray[np.int32]:

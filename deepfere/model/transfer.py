@@ -7,8 +7,8 @@ octave holds less stain structure than the coarser one promised: the alignment i
 sharp, or the ions are smoother than the stain. Gaussian smoothing of the features takes away just that, more of the
 finer octave than of the coarser; the smoothing at which the gain is 1 makes both octaves obey the same weights, and
 is extrapolated. (A plain held-out R2 at one scale is blind to it.) The gain is known to some hundredths, on small
-sections to a tenth, and detail that is smoothed away is lost for certain: it is the least smoothing at which the gain
-is not below 1 by more than its standard error.
+sections to a tenth, and detail that is smoothed away is lost for certain: it is the smoothing nearest to where the gain
+is 1 to its standard error.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ SMOOTHINGS_PITCH = (0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8)
 DEFAULT_SMOOTHING_PITCH = 0.25
 LEAST_PX = 200
 """Measured pixels below which two octaves cannot be told apart: then the default smoothing."""
+MOST_DOUBT = 0.1
+"""A gain that is known less well than that is held against the stain all the same."""
 OCTAVE = 2
 FEATURE_BYTES = 64 * 2**20
 """Of the features of all smoothings that are looked at at a time; each takes several times as much."""
@@ -133,7 +135,7 @@ def common_gain(truth: Array, predicted: Array, block: NDArray[np.int64], weight
     """Mean gain over the targets by what the stain says of them, its standard error, and their mean R2.
 
     The error is the jackknife's over spatial blocks (Efron, *The Jackknife, the Bootstrap and Other Resampling Plans*,
-    1982, ch. 3).
+    1982, ch. 3), of the predictions and the targets' shares as they are: 0 where the stain says nothing of any.
 
     Args:
         truth: (R, K) detail.
@@ -142,18 +144,18 @@ def common_gain(truth: Array, predicted: Array, block: NDArray[np.int64], weight
         weight: (K,) importance of the targets.
     """
     sums = np.stack([moments(truth[block == name], predicted[block == name]) for name in np.unique(block)])
-
-    def gain(sums: Array) -> float:
-        gains, explained = gain_and_r2(sums)
-        # Factors that the stain says nothing about have a gain of noise.
-        told = weight * sums[2] * np.clip(explained, 0.0, None)
-        return float((gains * told).sum() / told.sum()) if told.sum() > 0 else 0.0
-
     total, count = sums.sum(0), len(sums)
-    without = np.array([gain(total - one) for one in sums])
-    error = np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum())
+    gains, explained = gain_and_r2(total)
     power = weight * total[2]
-    return gain(total), float(error), float((gain_and_r2(total)[1] * power).sum() / power.sum())
+    r2 = float((explained * power).sum() / power.sum())
+    # Targets that the stain says nothing about have a gain of noise.
+    told = power * np.clip(explained, 0.0, None)
+    if not told.sum() > 0:
+        return 0.0, 0.0, r2
+    told /= told.sum()
+    without = np.array([(gain_and_r2(total - one)[0] * told).sum() for one in sums])
+    error = np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum())
+    return float((gains * told).sum()), float(error), r2
 
 
 def crossing(smoothings: Array, gains: Array) -> float:
@@ -204,6 +206,6 @@ def choose_smoothing(
     if len(scores) < len(found):
         return fallback
     gains, errors, r2 = zip(*scores, strict=True)
-    wanted = crossing(np.asarray(smoothings), np.asarray(gains) + np.asarray(errors))
+    wanted = crossing(np.asarray(smoothings), np.asarray(gains) + np.minimum(errors, MOST_DOUBT))
     at = int(np.abs(np.asarray(smoothings) - wanted).argmin())
     return SmoothingChoice(smoothings[at], r2[at], gains[at])

@@ -351,6 +351,7 @@ def _artefacts(
     masked = np.array([False, *[v.masked for v in verdicts]])
     proven = np.where(masked[candidates.labels], candidates.labels, 0)
     damage = with_small(proven, candidates, stain.spacing_um, pitch)
+    damage[stain.artefacts.mask] = 0
     value = np.array([0, *[ARTEFACTS.index(v.kind) for v in verdicts]], np.uint8)
     kinds[damage > 0] = value[damage[damage > 0]]
     found = masked_areas(verdicts, damage, stain.spacing_um)
