@@ -10,7 +10,7 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 from deepfere.alignment.likelihood import correlation
 from deepfere.alignment.overview import MeasuredOverview, StainOverview
-from deepfere.alignment.witness import Verdict, _bears, decide, expected_tissue, judge, masked_areas
+from deepfere.alignment.witness import Earlier, Verdict, _bears, decide, expected_tissue, judge, masked_areas
 from deepfere.frame import Alignment, SectionGrid
 from deepfere.measured.operator import cell_means, expand, pad_edge
 from deepfere.model.damage import find_candidates, finer, with_small
@@ -130,18 +130,42 @@ def test_a_pixel_speaks_of_the_candidate_that_covers_most_of_it():
     assert _bears(pixel[:0], whole[:0], share[:0]).size == 0
 
 
-@pytest.mark.parametrize("kind", ["tear", "fold"])
-def test_what_is_proven_stays_so_at_a_closer_look(kind):
-    def look(*evidence, proven=()):
-        found = [Verdict(kind, 0, 4, e, False) for e in evidence]
-        pairs = np.array([(n, n + 1) for n in range(len(found) - 1)], int).reshape(-1, 2)
-        return decide(found, pairs, np.isin(np.arange(len(found)), proven)).tolist()
+def looks(*evidence, kind="tear", first, was=None, divided=()):
+    """Parts side by side that are masked after a second look; `first` and `divided` are of the parts before."""
+    was = np.arange(len(evidence)) if was is None else np.array(was)
+    before = [Verdict(kind, 0, 4, e, False) for e in first]
+    masked_first = decide(before, row(len(first)))
+    before = [replace(v, masked=bool(m)) for v, m in zip(before, masked_first, strict=True)]
+    earlier = Earlier.of(before, was, np.isin(np.arange(len(first)), divided))
+    return decide([Verdict(kind, 0, 4, e, False) for e in evidence], row(len(evidence)), earlier).astype(int).tolist()
 
-    # Smaller parts that speak against a fold, all of them, do not undo it, nor does evidence that is weaker now.
-    assert look(10.5, -3.0, 10.5, -9.0, -9.0, -9.0, proven=(0, 1, 2)) == [True, True, True, False, False, False]
-    assert look(1.0, 5.0, -5.0, proven=(0,)) == [True, True, False]
-    assert look(1.0, -1.0, -1.0, proven=(0,)) == [True, False, False], "what joined before takes in no more"
-    assert look(5.0, -1.0, -1.0, proven=(0,)) == [True, True, False]
+
+def row(count):
+    return np.array([(n, n + 1) for n in range(count - 1)], int).reshape(-1, 2)
+
+
+def test_what_is_proven_stays_so_at_a_closer_look():
+    # Smaller parts that speak against a fold, all of them, do not undo it.
+    fold = looks(
+        10.5, -3, 10.5, -3, -3, -3, kind="fold", first=(10.5, -3, 10.5, -4.5), was=(0, 1, 2, 3, 3, 3), divided=[3]
+    )
+    assert fold == [1, 1, 1, 0, 0, 0]
+    assert looks(3.0, 1.0, 1.0, first=(20.0, 1.0, -9.0)) == [1, 1, 0], "evidence that is weaker now"
+
+
+def test_what_joined_at_the_first_look_proves_nothing_at_the_second():
+    assert looks(20, -1, 3, -3.9, first=(20, -1, 3, -3.9)) == [1, 1, 0, 0]
+    assert looks(20, -1, 2.1, 2.1, 2.1, -3, first=(20, -1, 2.1, 2.1, 2.1, -3)) == [1, 1, 0, 0, 0, 0]
+    # A fold that was not proven as a whole is not now: one part of it is.
+    evidence = (15, -12, 4, -3, -50, 3, -50)
+    assert looks(*evidence, kind="fold", first=evidence) == [1, 0, 0, 0, 0, 0, 0]
+
+
+def test_smaller_parts_of_what_was_spoken_against_speak_for_themselves():
+    first = (20.0, -15.0)
+    assert looks(20, -3.8, -3.8, -3.7, -3.7, first=first, was=(0, 1, 1, 1, 1), divided=[1]) == [1, 0, 0, 0, 0]
+    assert looks(20, 1.0, -3.8, -12.0, first=first, was=(0, 1, 1, 1), divided=[1]) == [1, 1, 0, 0]
+    assert looks(20, None, -12.0, first=first, was=(0, 1, 1), divided=[1]) == [1, 0, 0], "a crumb says nothing"
 
 
 @pytest.mark.parametrize(("angle", "layers"), [(0.2, 2.0), (1.4, 1.7), (2.6, 2.4)])

@@ -63,7 +63,7 @@ class Verdict:
     Attributes:
         kind: "tear", "fold" or "ink".
         whole: Number of the candidate.
-        measured_px: Measured pixels that bore witness and that it covers more of than its candidate's other parts.
+        measured_px: Measured pixels that bore witness and that no other part covers more of.
         evidence: Log likelihood beside the repaired picture less that beside the picture; None = not judged.
         masked: Whether it is taken for damage.
     """
@@ -106,7 +106,8 @@ def judge(
 ) -> tuple[Candidates, list[Verdict]]:
     """What of the candidates is damage.
 
-    Parts beside what is proven of their candidate are judged once more, in smaller parts; what is proven stays so.
+    Where some parts are, all are judged once more, those beside them in smaller parts; what is masked stays so. Where
+    that would be more than `MOST_DAMAGE`, it is left at the first look.
 
     Args:
         measured: The section's leading factors.
@@ -135,9 +136,41 @@ def judge(
     if not divided.any():
         return candidates, first
     closer, was = finer(candidates, divided, spacing_um, float(np.mean(measured.grid.pitch_um)))
-    known = [first[n] for n in was]
-    again = court.verdicts(closer, touched(closer.labels, spacing_um, slide, measured.mask), known)
+    earlier = Earlier.of(first, was, divided)
+    again = court.verdicts(closer, touched(closer.labels, spacing_um, slide, measured.mask), earlier)
     return (closer, again) if any(v.masked for v in again) else (candidates, first)
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What a first look has found, for each part (n,) of a second one.
+
+    Attributes:
+        masked: It is damage.
+        core: It is, by evidence of its own.
+        whole: Its candidate was proven as a whole.
+        small: It is smaller now.
+        refuted: The first look spoke against what it is part of.
+    """
+
+    masked: NDArray[np.bool_]
+    core: NDArray[np.bool_]
+    whole: NDArray[np.bool_]
+    small: NDArray[np.bool_]
+    refuted: NDArray[np.bool_]
+
+    @classmethod
+    def none(cls, count: int) -> Earlier:
+        """Nothing."""
+        return cls(*(np.zeros(count, bool) for _ in range(5)))
+
+    @classmethod
+    def of(cls, first: list[Verdict], was: NDArray[np.int64], divided: NDArray[np.bool_]) -> Earlier:
+        """From the first look's verdicts, what they were of which the second's parts are, and which of them are divided."""
+        evidence, masked = _evidence(first), np.array([v.masked for v in first], bool)
+        whole = _as_a_whole(first, evidence > EACH, _margin(evidence))
+        found = (masked, masked & (evidence > EACH), whole, divided, divided & (evidence <= JOINS))
+        return cls(*(values[was] for values in found))
 
 
 def _what(candidates: Candidates) -> Iterator[tuple[str, int]]:
@@ -164,21 +197,21 @@ class _Court:
         self,
         candidates: Candidates,
         seen: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]],
-        known: list[Verdict] | None = None,
+        earlier: Earlier | None = None,
     ) -> list[Verdict]:
         """A verdict on each part.
 
         Args:
             candidates: What may be damage.
             seen: Measured pixels, parts and shares, see `touched`.
-            known: For each part, the verdict on what it is or was part of, of an earlier look.
+            earlier: What a first look has found; None = this is the first.
         """
         kinds, whole = candidates.kinds, np.array(candidates.whole)
         found = [Verdict(*what, 0, None, False) for what in _what(candidates)]
-        before = np.array([v.masked for v in known] if known else np.zeros(len(kinds)), bool)
+        earlier = earlier or Earlier.none(len(kinds))
         pixel, part, share = seen
         bears = _bears(pixel, whole[part], share)
-        # Of the parts of a candidate on a measured pixel, the one that covers most of it counts it.
+        # Of the parts on a measured pixel, the one that covers most of it counts it.
         largest = np.lexsort((part, -share, pixel))
         largest = largest[bears[largest]]
         _, one_each = np.unique(pixel[largest], return_index=True)
@@ -187,7 +220,7 @@ class _Court:
         starts = np.searchsorted(part[order], np.arange(1, len(kinds)))
         pixels, shares, witness = (np.split(values[order], starts) for values in (pixel, share, bears))
         touching = _touching(candidates.labels, whole)
-        damaged, least = before, 1 if known else LEAST_PX
+        damaged, least = earlier.masked, np.where(earlier.small, 1, LEAST_PX)
         for _ in range(ROUNDS):
             rows = self.covered.copy()
             rows[pixel[(share > CLEAR) & damaged[part]]] = False
@@ -197,15 +230,12 @@ class _Court:
                 prediction = self.regression.without(near)
                 for one in parts:
                     witnesses = pixels[one][witness[one]]
-                    evidence = prediction.log_ratio(witnesses, self.repaired) if len(witnesses) >= least else None
-                    if evidence is None and known and known[one].evidence is not None:
-                        # A crumb of what was judged: it speaks for nothing, and against what that spoke against.
-                        evidence = min(known[one].evidence or 0.0, 0.0)
+                    evidence = prediction.log_ratio(witnesses, self.repaired) if len(witnesses) >= least[one] else None
                     found[one] = replace(found[one], measured_px=counts[one], evidence=evidence)
-            last, damaged = damaged, decide(found, touching, before)
+            last, damaged = damaged, decide(found, touching, earlier)
             if (last == damaged).all():
                 break
-        if sum(np.array(counts)[damaged]) > MOST_DAMAGE * self.mask.sum():
+        if len(np.unique(pixel[bears & damaged[part]])) > MOST_DAMAGE * self.mask.sum():
             return found
         return [replace(v, masked=bool(is_damage)) for v, is_damage in zip(found, damaged, strict=True)]
 
@@ -228,42 +258,59 @@ def _bears(pixel: NDArray[np.int64], whole: NDArray[np.int64], share: NDArray[np
     return able & (total[of] >= most[pixel] - 1e-9)
 
 
-def decide(
-    found: list[Verdict], touching: NDArray[np.int64], proven: NDArray[np.bool_] | None = None
-) -> NDArray[np.bool_]:
+def decide(found: list[Verdict], touching: NDArray[np.int64], earlier: Earlier | None = None) -> NDArray[np.bool_]:
     """Which parts (n,) are damage.
 
     Parts that touch and have some evidence each (`EACH`) are decided together, by the sum of what exceeds that; ink and
     folds also as a whole, by that sum less what speaks against them, which takes in parts between two others. What is
-    damage takes in the parts beside it that were not judged or have little against it (`JOINS`).
+    damage takes in the parts beside it that were not judged or have little against it (`JOINS`). Smaller parts of what
+    was spoken against have to speak for themselves.
 
     Args:
         found: The evidence.
         touching: (p, 2) numbers of parts of one candidate that touch.
-        proven: (n,) parts that an earlier look has proven, and so their candidates.
+        earlier: What a first look has found.
     """
-    evidence = np.array([np.nan if v.evidence is None else v.evidence for v in found])
-    margin = MARGIN + float(np.log(max(1, np.isfinite(evidence).sum())))
-    before = np.zeros(len(found), bool) if proven is None else proven
-    able = before | (evidence > EACH)
+    evidence = _evidence(found)
+    margin = _margin(evidence)
+    earlier = earlier or Earlier.none(len(found))
+    able = earlier.core | (evidence > EACH)
     a, b = touching[able[touching].all(1)].T
     _, group = connected_components(coo_array((np.ones(len(a)), (a, b)), (len(found), len(found))), directed=False)
-    exceeding = np.where(able, np.maximum(np.nan_to_num(evidence) - EACH, 0.0), 0.0)
-    total = np.bincount(group, exceeding)
-    holds = np.bincount(group, before) > 0
-    damaged = able & (holds | (total > margin))[group]
-    whole, one = np.array([v.whole for v in found]), np.array([v.kind != "tear" for v in found])
-    in_all = np.bincount(whole, np.where(able, exceeding, np.minimum(np.nan_to_num(evidence), 0.0)))
-    holds = np.bincount(whole, before) > 0
-    proven = one & (holds | (in_all > margin))[whole]
+    total = np.bincount(group, np.where(able, np.maximum(np.nan_to_num(evidence) - EACH, 0.0), 0.0))
+    holds = np.bincount(group, earlier.core) > 0
+    damaged = earlier.masked | (able & (holds | (total > margin))[group])
+    proven = earlier.whole | _as_a_whole(found, able, margin)
     damaged |= proven & able
-    between = sum(np.bincount(k, damaged[other], len(found)) for k, other in (touching.T, touching.T[::-1])) >= 2
-    damaged |= proven & between & ~(evidence < -margin)
+    # What only joined at the first look takes in no more.
+    seeds = damaged & (able | ~earlier.masked)
+    open_to = ~earlier.refuted | (evidence > 0)
+    between = sum(np.bincount(k, seeds[other], len(found)) for k, other in (touching.T, touching.T[::-1])) >= 2
+    taken = proven & between & ~(evidence < -margin) & open_to
+    damaged |= taken
+    seeds |= taken
     # One step only: a chain of parts that say little may lead all around the tissue.
-    joins, seeds = ~(evidence <= JOINS), damaged & ~(before & ~(evidence > EACH))
+    joins = np.where(earlier.small, evidence > JOINS, ~(evidence <= JOINS)) & (open_to | damaged)
     a, b = touching[seeds[touching].any(1) & joins[touching].all(1)].T
     damaged[a] = damaged[b] = True
     return damaged
+
+
+def _evidence(found: list[Verdict]) -> NDArray[np.float64]:
+    """Of each part (n,), NaN where it was not judged."""
+    return np.array([np.nan if v.evidence is None else v.evidence for v in found])
+
+
+def _margin(evidence: NDArray[np.float64]) -> float:
+    return MARGIN + float(np.log(max(1, np.isfinite(evidence).sum())))
+
+
+def _as_a_whole(found: list[Verdict], able: NDArray[np.bool_], margin: float) -> NDArray[np.bool_]:
+    """Which parts (n,) are of ink or a fold that is proven by all of its parts."""
+    whole, one = np.array([v.whole for v in found]), np.array([v.kind != "tear" for v in found])
+    evidence = np.nan_to_num(_evidence(found))
+    speaks = np.where(able, np.maximum(evidence - EACH, 0.0), np.minimum(evidence, 0.0))
+    return np.asarray(one & (np.bincount(whole, speaks) > margin)[whole])
 
 
 def _touching(labels: NDArray[np.int32], whole: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -63,7 +63,7 @@ RIM_PITCH = 0.25
 PART_PITCH = 2.0
 """Reach of the parts that a candidate is judged in, in measured pixels."""
 FINER_PITCH = 1.0
-"""The same for what is left of one that is proven in part."""
+"""The same for what lies beside a proven part of one."""
 COARSEST_PITCH = 0.4
 """An overview with larger pixels (in measured pixels) shows too little."""
 
