@@ -166,7 +166,13 @@ class Earlier:
 
     @classmethod
     def of(cls, first: list[Verdict], was: NDArray[np.int64], divided: NDArray[np.bool_]) -> Earlier:
-        """From the first look's verdicts, what they were of which the second's parts are, and which of them are divided."""
+        """For the second look's parts.
+
+        Args:
+            first: Verdicts of the first look.
+            was: (n,) number of the first look's part that each is or was part of.
+            divided: Which of the first look's parts are divided.
+        """
         evidence, masked = _evidence(first), np.array([v.masked for v in first], bool)
         whole = _as_a_whole(first, evidence > EACH, _margin(evidence))
         found = (masked, masked & (evidence > EACH), whole, divided, divided & (evidence <= JOINS))
