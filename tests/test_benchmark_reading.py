@@ -165,7 +165,7 @@ def test_tiling_and_pyramid_write_their_parts_of_the_page(load, monkeypatch):
 
 def test_make_performance_hands_peers_on_where_they_are_given():
     if shutil.which("make") is None:
-        pytest.skip("needs make")
+        pytest.skip("the Makefile is tested with GNU make, which this machine does not have")
 
     def lines(*words):
         done = subprocess.run(
