@@ -29,7 +29,7 @@ DEFAULT_SMOOTHING_PITCH = 0.25
 LEAST_PX = 200
 """Measured pixels below which two octaves cannot be told apart: then the default smoothing."""
 MOST_DOUBT = 0.1
-"""A gain that is known less well than that is held against the stain all the same."""
+"""Standard error of the gain that counts, at most: where little is known, sharp features would else always pass."""
 OCTAVE = 2
 FEATURE_BYTES = 64 * 2**20
 """Of the features of all smoothings that are looked at at a time; each takes several times as much."""
@@ -142,6 +142,10 @@ def common_gain(truth: Array, predicted: Array, block: NDArray[np.int64], weight
         predicted: (R, K).
         block: (R,) number of the spatial block.
         weight: (K,) importance of the targets.
+
+    Returns:
+        Gain, its standard error, and R2: 1 less the share of the weighted variance that is left. The gain is 0 where
+        the stain says nothing.
     """
     sums = np.stack([moments(truth[block == name], predicted[block == name]) for name in np.unique(block)])
     total, count = sums.sum(0), len(sums)
