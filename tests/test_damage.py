@@ -106,7 +106,7 @@ def test_a_tear_is_masked_up_to_the_lumen_that_it_runs_into(clean, angle):
     stain, measured = overview(np.where(tear, 0, clean)), measurement(clean)
     found, _, _ = masked(stain, measured)
     assert (found[tear] == 1).mean() > 0.98
-    assert (found[np.hypot(y - 3, x + 6) < 2.2] > 0).mean() < 0.2
+    assert (found[np.hypot(y - 3, x + 6) < 2.2] > 0).mean() < 0.08
 
 
 def test_parts_are_divided_as_asked(clean):
