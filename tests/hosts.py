@@ -17,6 +17,8 @@ NETWORK = "10.231.77"
 OUTSIDE = f"{NETWORK}.254"
 """Where the hosts reach this machine itself."""
 PORT = 6399
+REST_S = 25.0
+"""When a host has joined, Ray Train reckons with it 20 s later at the latest."""
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
@@ -40,7 +42,7 @@ class Hosts:
     """
 
     def __init__(self, workers: int, hidden: Sequence[Path] = ()) -> None:
-        self.hidden = hidden
+        self.hidden, self._joined_s = hidden, time.monotonic()
         self.names = [f"deepfere{n}" for n in range(workers + 1)]
         self.folder = Path(tempfile.mkdtemp(prefix="dfh"))  # Ray's sockets need a short path
         self.address = f"{NETWORK}.1:{PORT}"
@@ -101,6 +103,11 @@ class Hosts:
             command = ["sh", "-c", f"{hide}{shlex.join(command)}"]
         done = self.run(n, command, environment)
         assert done.returncode == 0, done.stdout + done.stderr
+        self._joined_s = time.monotonic()
+
+    def rest(self) -> None:
+        """Wait until Ray Train reckons with every host; before that it begins a group with those that it knows."""
+        time.sleep(max(0.0, self._joined_s + REST_S - time.monotonic()))
 
     def run(self, n: int, command: list[str], environment: dict[str, str] | None = None):
         """Run a command on a host to its end."""

@@ -73,6 +73,7 @@ def test_a_host_is_lost_while_it_trains_and_comes_back(calm, hosts, study, comma
     """One worker a host: the other one goes on, to the same weights but for rounding; MLflow has each point once."""
     name = f"train-{lose.__name__}"
     work, log = study.parent / name, study.parent / f"{name}.log"
+    hosts.rest()
     running = hosts.begin(0, [*command("train", name), "train.workers=2"], log)
     while step_of(work) < 6:
         assert running.poll() is None, log.read_text()
@@ -110,6 +111,7 @@ def test_a_group_shrinks_to_what_is_left_and_grows_again(hosts, study, command, 
     """Three workers, then two, which do not divide the patches of a step, and three again: what one learns."""
     wide = ["train.batch=27", "train.steps=200", "train.report_every=10"]
     work, log = study.parent / "grow", study.parent / "grow.log"
+    hosts.rest()
     running = hosts.begin(0, [*command("train", "grow"), *wide, "train.workers=3"], log)
 
     def until(condition):
