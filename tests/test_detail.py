@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +21,8 @@ from deepfere.model.stain_types import StainTypes
 WHITE = (240.0, 238.0, 242.0)
 K = 3
 TYPES, PRODUCTS = 4, 6
+EACH = len(FEATURES) + TYPES + PRODUCTS
+"""Regressors of a smoothing."""
 CENTRE = np.array([0.2, 0.25, 0.3])
 
 
@@ -48,7 +53,7 @@ def random_network(seed=0):
     return network.eval()
 
 
-def make(shape=(11, 9), factor=3, tier="T1", bent=False, seed=0):
+def make(shape=(11, 9), factor=3, tier="T1", bent=False, seed=0, more_pitch=()):
     """A section that is turned by 25 degrees, a little larger than life, and hangs over the slide's edge."""
     rng = np.random.default_rng(seed)
     angle, scale = np.deg2rad(25), 1.07
@@ -60,14 +65,14 @@ def make(shape=(11, 9), factor=3, tier="T1", bent=False, seed=0):
     alignment = Alignment(matrix, np.array([90.0, -20.0]), displacement)
     spacing = (30.0 / factor / 2.2, 33.0 / factor / 2.2)
     types = StainTypes(3 * rng.standard_normal((TYPES, len(FEATURES))), rng.standard_normal(TYPES))
-    spec = GuideSpec(grid, factor, spacing, PLANES_OF_SLIDE.shape[1:], WHITE, 0.15, types)
+    spec = GuideSpec(grid, factor, spacing, PLANES_OF_SLIDE.shape[1:], WHITE, 0.15, types, more_pitch)
     mask = rng.random(shape) < 0.9
     factors = fill_missing(rng.standard_normal((K, *shape)), mask)
     network = random_network(seed) if tier == "T2" else None
     return DetailModel(
         spec,
         alignment,
-        rng.standard_normal((len(FEATURES) + TYPES + PRODUCTS + (network.regressors if network else 0), K)),
+        rng.standard_normal((EACH * len(spec.smoothings_pitch) + (network.regressors if network else 0), K)),
         CENTRE,
         network,
         np.array([1.0, 0.4, 0.0]),
@@ -81,11 +86,12 @@ def whole_of(model):
     return model.window(read, Cells(0, ny, 0, nx))
 
 
+@pytest.mark.parametrize("more_pitch", [(), (0.0, 0.6)])
 @pytest.mark.parametrize("tier", ["T1", "T2"])
 @pytest.mark.parametrize("bent", [False, True])
 @pytest.mark.parametrize(("shape", "factor"), [((11, 9), 3), ((7, 10), 4)])
-def test_tiles_equal_the_whole(tier, bent, shape, factor):
-    model = make(shape, factor, tier, bent)
+def test_tiles_equal_the_whole(tier, bent, shape, factor, more_pitch):
+    model = make(shape, factor, tier, bent, more_pitch=more_pitch)
     whole, cover = whole_of(model)
     sd = whole[:2].std()
     assert sd > 0.05
@@ -100,10 +106,28 @@ def test_tiles_equal_the_whole(tier, bent, shape, factor):
         np.testing.assert_allclose(tiled_cover, cover, atol=1e-6)
 
 
+def test_smoothings_are_those_of_models_that_have_one_each():
+    """Each factor's weights lie on one smoothing: its plane is that of the model with this one alone."""
+    both = make(more_pitch=(0.6,))
+    own = np.array([0, 1, 1])
+    weights = both.weights.copy()
+    for k, group in enumerate(own):
+        weights[(1 - group) * EACH : (2 - group) * EACH, k] = 0
+    together, _ = whole_of(replace(both, weights=weights))
+    for group, smoothing in enumerate((0.15, 0.6)):
+        spec = replace(both.spec, smoothing_pitch=smoothing, more_pitch=())
+        alone, _ = whole_of(replace(both, spec=spec, weights=both.weights[group * EACH : (group + 1) * EACH]))
+        np.testing.assert_allclose(together[own == group], alone[own == group], atol=2e-6)
+        assert np.abs(together[:2][own[:2] != group] - alone[:2][own[:2] != group]).max() > 0.01
+    kept = both.spec.to_dict()
+    assert GuideSpec.from_dict(json.loads(json.dumps(kept))).to_dict() == kept and kept["more_pitch"] == [0.6]
+
+
 @pytest.mark.parametrize("tier", ["T1", "T2"])
-def test_the_stain_comes_from_the_same_look(tier):
+@pytest.mark.parametrize("more_pitch", [(), (0.6,)])
+def test_the_stain_comes_from_the_same_look(tier, more_pitch):
     """As it is alone, whatever context the model needs."""
-    model = make(tier=tier)
+    model = make(tier=tier, more_pitch=more_pitch)
     for cells in (Cells(0, 11, 0, 9), Cells(3, 7, 4, 9)):
         detail, cover, stain = model.with_stain(read, cells)
         np.testing.assert_array_equal(detail, model.window(read, cells)[0])

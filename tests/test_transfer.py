@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,18 +13,28 @@ from scipy.ndimage import gaussian_filter
 from deepfere import cores
 from deepfere.alignment.score import spatial_blocks
 from deepfere.measured.operator import cell_means
-from deepfere.model import transfer
 from deepfere.model.features import FEATURES
-from deepfere.model.ridge import FEATURE_SETS, detail_rows, fit_average, fit_ridge, target_rows
+from deepfere.model.ridge import (
+    FEATURE_SETS,
+    Chemistry,
+    detail_rows,
+    fit_average,
+    fit_own,
+    fit_ridge,
+    target_rows,
+)
 from deepfere.model.transfer import (
     LEAST_PX,
+    LEAST_R2,
+    MOST_SMOOTHINGS,
     SMOOTHINGS_PITCH,
+    SmoothingChoice,
     choose_smoothing,
     common_gain,
-    crossing,
     gain_and_r2,
     moments,
     octave_rows,
+    own_smoothings,
     transferred,
 )
 
@@ -131,40 +143,78 @@ def test_a_linear_relation_transfers_whole():
     assert gain_and_r2(moments(finer[1], transferred(coarse, finer, (0,))))[1][1] < 0.05
 
 
-@pytest.mark.parametrize(
-    ("gains", "expected"),
-    [([1.2, 1.3, 1.4], 0.2), ([0.5, 0.6, 0.7], 0.4), ([0.8, 1.2, 1.1], 0.25), ([0.8, 0.7, 1.0], 0.4)],
-)
-def test_crossing(gains, expected):
-    assert crossing(np.array([0.2, 0.3, 0.4]), np.array(gains)) == pytest.approx(expected)
+def sums_of(product, power, total):
+    return np.array([product, power, total, np.subtract(np.add(total, power), np.multiply(2, product))])
 
 
-def test_the_error_of_a_gain_is_that_of_many_draws():
-    """Blocks whose gain differs, as where the alignment is not everywhere as good."""
-    rng = np.random.default_rng(4)
-
-    def drawn():
-        predicted = rng.standard_normal((16, 40, 3))
-        truth = predicted * rng.normal(0.9, 0.2, (16, 1, 1)) + 0.5 * rng.standard_normal((16, 40, 3))
-        return common_gain(truth.reshape(-1, 3), predicted.reshape(-1, 3), np.repeat(np.arange(16), 40), np.ones(3))
-
-    gains, errors, r2 = zip(*[drawn() for _ in range(300)], strict=True)
-    assert np.mean(gains) == pytest.approx(0.9, abs=0.01)
-    assert np.mean(errors) == pytest.approx(np.std(gains), rel=0.15)
-    assert 0.5 < np.mean(r2) < 0.9
+def test_the_common_gain_is_of_what_the_stain_explains():
+    sums = sums_of([0.5, 0.0, 0.9], [0.5, 0.1, 1.0], [1.0, 1.0, 1.0])
+    gain, r2 = common_gain(sums, np.array([1.0, 1.0, 2.0]))
+    told = np.array([0.5, 0.0, 2 * 0.8])
+    assert gain == pytest.approx((np.array([1.0, 0.0, 0.9]) * told).sum() / told.sum())
+    assert r2 == pytest.approx((0.5 - 0.1 + 2 * 0.8) / 4)
+    assert common_gain(sums_of([0.0], [0.0], [1.0]), np.ones(1)) == (0.0, 0.0)
 
 
-def test_a_single_block_and_a_silent_stain_have_no_error():
-    truth = np.random.default_rng(5).standard_normal((50, 2))
-    gain, error, _ = common_gain(truth, 0.5 * truth, np.zeros(50, int), np.ones(2))
-    assert gain == pytest.approx(2.0) and error == 0.0
-    assert common_gain(truth, np.zeros_like(truth), np.arange(50) // 5, np.ones(2)) == (0.0, 0.0, 0.0)
+def both(blurs, noise=0.05, seed=0):
+    """Factors that follow the same stain, each blurred by its own number of measured pixels."""
+    parts = [section(blur, seed=seed, noise=noise) for blur in blurs]
+    return parts[0][0], np.stack([images[k] for k, (_, images) in enumerate(parts)])
 
 
-@pytest.mark.parametrize(("error", "expected"), [(0.0, 0.4), (0.06, 0.25), (0.015, 0.3), (5.0, 0.2)])
-def test_a_gain_is_held_against_the_stain_beyond_its_error_alone(monkeypatch, error, expected):
-    gains = dict(zip(SMOOTHINGS_PITCH, (0.91, 0.945, 0.98, 1.0, 1.1, 1.2, 1.3), strict=True))
-    asked = iter(SMOOTHINGS_PITCH)
-    monkeypatch.setattr(transfer, "common_gain", lambda *_: (gains[next(asked)], error, 0.4))
-    with cores.limited(1):
-        assert choose(*section(0.4)).smoothing_pitch == expected
+@pytest.mark.parametrize("blurs", [(0.2, 0.6), (0.6, 0.2)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_factor_has_its_own_smoothing(blurs, seed):
+    choice = choose(*both(blurs, seed=seed))
+    steps = np.array(SMOOTHINGS_PITCH)
+    for own, blur in zip(choice.own_pitch, blurs, strict=True):
+        assert abs(np.argmin(abs(steps - own)) - np.argmin(abs(steps - blur))) <= 1
+
+
+def test_a_factor_that_the_stain_says_nothing_of_takes_the_common_one():
+    pooled, images = section(0.4)
+    noise = np.random.default_rng(3).standard_normal((1, *SHAPE))
+    mask = np.ones(SHAPE, bool)
+    weight = np.array([1.0, 1.0, 100.0])
+    choice = choose_smoothing(
+        pooled, SMOOTHINGS_PITCH, mask, spatial_blocks(mask), np.concatenate([images, noise]), weight
+    )
+    assert choice.groups(3)[2] == 0
+
+
+def test_few_smoothings_are_used_and_those_that_lose_least():
+    r2 = np.full((7, 9), 0.3)
+    r2[[0, 1, 2, 3, 4, 5, 6, 6, 6], range(9)] += [0.01, 0.02, 0.03, 0.2, 0.02, 0.01, 0.1, 0.1, 0.1]
+    own = own_smoothings(r2, 0)
+    assert set(own) == {0, 3, 6} and len(set(own)) == MOST_SMOOTHINGS
+    assert own[3] == 3 and (own[6:] == 6).all()
+    # What none of them is better for than the common one keeps that.
+    assert (own[[0, 1, 2, 4, 5]] == 0).all()
+    r2[:, 0] = LEAST_R2 / 2
+    r2[6, 0] = LEAST_R2 * 0.9
+    assert own_smoothings(r2, 0)[0] == 0
+    assert (own_smoothings(np.full((3, 4), 0.5), 1) == 1).all()
+
+
+def test_a_choice_tells_which_factor_takes_what_and_survives_json():
+    choice = SmoothingChoice(0.3, 0.5, 1.0, (0.2, 0.3, 0.5, 0.2))
+    assert choice.distinct == (0.3, 0.2, 0.5)
+    assert choice.groups(4).tolist() == [1, 0, 2, 1]
+    assert SmoothingChoice(**json.loads(json.dumps(asdict(choice)))) == choice
+    alone = SmoothingChoice(0.3, 0.5, 1.0)
+    assert alone.distinct == (0.3,) and alone.groups(3).tolist() == [0, 0, 0]
+
+
+def test_a_fit_at_own_smoothings_is_that_of_each_group():
+    pooled, images = both((0.2, 0.6))
+    mask = np.ones(SHAPE, bool)
+    blocks, targets = spatial_blocks(mask), target_rows(images, mask, 2)
+    chemistry = Chemistry(images[:1], np.zeros(3), 2)
+    together = detail_rows(np.concatenate([pooled[0], pooled[5]]), mask, blocks, 2, chemistry)
+    fit = fit_own(together, targets, np.array([0, 1]))
+    for k, features in enumerate((pooled[0], pooled[5])):
+        rows = detail_rows(features, mask, blocks, 2, replace(chemistry, groups=1))
+        one = fit_average(rows, targets[:, [k]])
+        np.testing.assert_allclose(fit.weights[together.columns(k), k], one.weights[:, 0], rtol=1e-9)
+        np.testing.assert_allclose(fit.predicted[:, k], one.predicted[:, 0], rtol=1e-7, atol=1e-12)
+        assert not fit.weights[together.columns(1 - k), k].any()

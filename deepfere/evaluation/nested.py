@@ -24,13 +24,14 @@ from deepfere.alignment.score import spatial_blocks
 from deepfere.config import Config
 from deepfere.frame import Alignment, apart_px
 from deepfere.measured.factors import Factors, factor_weight, factorise
+from deepfere.measured.operator import fill_missing
 from deepfere.model import gate as gates
 from deepfere.model.detail import COVERED, pooled_window
 from deepfere.model.fit import Evidence, evidence
 from deepfere.model.guide import GuideSpec
-from deepfere.model.ridge import fit_average
+from deepfere.model.ridge import fit_own
 from deepfere.model.stain_types import StainTypes
-from deepfere.model.transfer import DEFAULT_SMOOTHING_PITCH, SmoothingChoice
+from deepfere.model.transfer import DEFAULT_SMOOTHING_PITCH, SmoothingChoice, choose_smoothing
 from deepfere.pipeline.overview import section_overview
 from deepfere.pipeline.workspace import Progress
 from deepfere.reconstruction.result import Result
@@ -55,7 +56,7 @@ class Scene:
         mask: (ny, nx) measured pixels.
         fold: (ny, nx) fold number of every pixel.
         stain: The slide, small.
-        choice: Smoothing of the stain's features, as the result has it.
+        smoothings: Of the stain's features, in measured pixels, as the result has them.
         types: Its stain types; they were found on the stain alone.
     """
 
@@ -63,7 +64,7 @@ class Scene:
     mask: NDArray[np.bool_]
     fold: NDArray[np.int64]
     stain: StainOverview
-    choice: SmoothingChoice
+    smoothings: tuple[float, ...]
     types: StainTypes | None
 
 
@@ -95,13 +96,14 @@ def nested_scores(result: Result, config: Config, progress: Progress) -> dict[st
     if unused is not None:
         stain = stain.without(unused > 0)
     cube = np.nan_to_num(np.stack([result.measured(float(mz)) for mz in result.ions["mz"]]), nan=0.0)
-    smoothing = result.provenance["model"]["notes"].get("smoothing_pitch", DEFAULT_SMOOTHING_PITCH)
-    choice = SmoothingChoice(smoothing, float("nan"), float("nan"))
+    notes = result.provenance["model"]["notes"]
+    common, own = notes.get("smoothing_pitch", DEFAULT_SMOOTHING_PITCH), notes.get("own_smoothing_pitch", [])
+    smoothings = SmoothingChoice(common, float("nan"), float("nan"), own).distinct
     types = StainTypes.from_dict(result.provenance["model"].get("stain_types"))
-    scene = Scene(cube, result.mask, folds_of(result.mask), stain, choice, types)
+    scene = Scene(cube, result.mask, folds_of(result.mask), stain, smoothings, types)
     free = not (section.get("alignment") or section.get("landmarks"))
     (whole,) = factorise([cube], [result.mask], config.model.max_factors)
-    plain = problem_at(scene, found, whole, result)
+    plain = problem_at(scene, found, whole, result, result.mask)
     errors, total, moved = np.zeros((2, len(cube))), np.zeros(len(cube)), []
     for number in range(FOLDS):
         visible = result.mask & (scene.fold != number)
@@ -110,7 +112,8 @@ def nested_scores(result: Result, config: Config, progress: Progress) -> dict[st
         if free:
             alignment = refitted(scene, found, factors, visible, result)
             moved.append(apart_px(alignment, found, result.grid, result.mask))
-        fitted = problem_at(scene, alignment, projected(factors, cube, result.mask, visible), result)
+        everywhere = projected(factors, cube, result.mask, visible)
+        fitted = problem_at(scene, alignment, everywhere, result, visible)
         for side, (problem, basis) in enumerate(((fitted, factors.basis), (plain, whole.basis))):
             left, of = hidden_errors(problem, basis, scene.fold, number)
             errors[side] += left
@@ -154,23 +157,29 @@ def projected(
     return replace(factors, images=images)
 
 
-def problem_at(scene: Scene, alignment: Alignment, factors: Factors, result: Result) -> Evidence:
-    """The reduced-scale problem of the section at an alignment."""
-    stain, grid, smoothing = scene.stain, result.grid, scene.choice.smoothing_pitch
+def problem_at(
+    scene: Scene, alignment: Alignment, factors: Factors, result: Result, visible: NDArray[np.bool_]
+) -> Evidence:
+    """The reduced-scale problem of the section at an alignment; visible pixels say which factor has which smoothing."""
+    stain, grid, smoothings = scene.stain, result.grid, scene.smoothings
     shape, white = stain.planes.shape[1:], stain.reference.white
-    spec = GuideSpec(grid, POOL_FACTOR, stain.spacing_um, (shape[0], shape[1]), white, smoothing, scene.types)
+    spec = GuideSpec(grid, POOL_FACTOR, stain.spacing_um, (shape[0], shape[1]), white, smoothings[0], scene.types)
 
     def planes_at(r0: int, r1: int, c0: int, c1: int) -> NDArray[np.uint8]:
         return stain.planes[:, r0:r1, c0:c1]
 
     pooled, cover = np.zeros((0, 0, 0, 0)), np.zeros(grid.shape_px)
     for cells in plan_windows(grid, scene.mask, POOL_PX):
-        features, seen = pooled_window(spec, alignment, planes_at, cells, [smoothing])
+        features, seen = pooled_window(spec, alignment, planes_at, cells, smoothings)
         if not pooled.size:
             pooled = np.zeros((*features.shape[:2], *grid.shape_px))
         at = (slice(cells.i0, cells.i1), slice(cells.j0, cells.j1))
         pooled[(slice(None), slice(None), *at)], cover[at] = features, seen
-    return evidence(pooled, (smoothing,), scene.mask, cover >= COVERED, scene.cube, factors, scene.choice)
+    covered = cover >= COVERED
+    inside = visible & covered
+    images, weight = fill_missing(factors.images, scene.mask), factor_weight(factors) ** 2
+    choice = choose_smoothing(pooled, smoothings, inside, spatial_blocks(inside), images, weight)
+    return evidence(pooled, smoothings, scene.mask, covered, scene.cube, factors, choice)
 
 
 def hidden_errors(problem: Evidence, basis: Array, fold: NDArray[np.int64], number: int) -> tuple[Array, Array]:
@@ -179,7 +188,7 @@ def hidden_errors(problem: Evidence, basis: Array, fold: NDArray[np.int64], numb
     hidden = fold.ravel()[rows.index] == number
     seen = ~hidden
     part = replace(rows, stain=rows.stain[seen], block=rows.block[seen], index=rows.index[seen], phase=rows.phase[seen])
-    fit = fit_average(part, problem.factor_rows[seen])
+    fit = fit_own(part, problem.factor_rows[seen], problem.group)
     factor = gates.gains(gates.moments(problem.factor_rows[seen], fit.predicted, part.block), np.eye(basis.shape[1]))
     loadings = basis * np.where(factor.r2 > gates.LEAST_FACTOR_R2, factor.gain, 0.0)
     ion = gates.gains(gates.moments(problem.ion_rows[seen], fit.predicted, part.block), loadings)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deepfere.frame import Alignment
 from deepfere.measured.operator import cell_means, expand, pad_edge, phase_weights, take
-from deepfere.model.features import FEATURES, smooth_covered
+from deepfere.model.features import FEATURES, smoothing_radius
 from deepfere.model.guide import Cells, GuideSpec, colours_at, features_of, sampled_of, stain_of
 from deepfere.model.network import FusionNetwork
 from deepfere.model.ridge import DENSITIES, with_products
@@ -88,9 +88,10 @@ class DetailModel:
         inner = slice(context, cover.shape[0] - context), slice(context, cover.shape[1] - context)
         cover = cover[inner]
         deep = self.network.regressors if self.network is not None else 0
-        products = (len(self.weights) - self.spec.count - deep) // len(DENSITIES)
+        groups = len(self.spec.smoothings_pitch)
+        products = ((len(self.weights) - deep) // groups - self.spec.count) // len(DENSITIES)
         centre = self._tensor(self.centre).float()
-        regressors = with_products(features[:, *inner], self.upsampled(wide, 0, products), centre)
+        regressors = with_products(features[:, *inner], self.upsampled(wide, 0, products), centre, groups)
         if self.network is not None:
             stain = features[: len(FEATURES)]
             more = self.network.regress(stain[None], self.upsampled(wide, context)[None])[0]
@@ -196,16 +197,11 @@ def pooled_window(
     Returns:
         Features (S, F, h, w), with the shares of the types if the geometry has some, and cover (h, w).
     """
-    bare, f = replace(spec, smoothing_pitch=0.0, types=None), spec.factor
-    reach = [replace(spec, smoothing_pitch=s).radius_px for s in smoothings_pitch]
-    most = max(reach)
+    bare, f = replace(spec, smoothing_pitch=0.0, types=None, more_pitch=()), spec.factor
+    most = max(smoothing_radius(s * f) for s in smoothings_pitch)
     with torch.inference_mode():
         raw, cover = features_of(bare, planes_at, alignment, cells, most)
-        out = []
-        for smoothing, radius in zip(smoothings_pitch, reach, strict=True):
-            spare = most - radius
-            rows, cols = slice(spare, raw.shape[1] - spare), slice(spare, raw.shape[2] - spare)
-            smoothed = smooth_covered(raw[None, :, rows, cols], cover[None, None, rows, cols], smoothing * f)
-            out.append(cell_means(spec.with_types(smoothed[0]).double().numpy(), f))
+        smoothed = spec.smoothed(raw[None], cover[None, None], smoothings_pitch)
+        pooled = np.stack([cell_means(one.double().numpy(), f) for one in smoothed])
     cover = cover[most : cover.shape[0] - most, most : cover.shape[1] - most]
-    return np.stack(out), cell_means(cover.double().numpy(), f)
+    return pooled, cell_means(cover.double().numpy(), f)

@@ -27,7 +27,7 @@ from deepfere.model.ridge import (
     DetailRows,
     RidgeFit,
     detail_rows,
-    fit_average,
+    fit_own,
     null_guides,
     target_rows,
     usable,
@@ -51,7 +51,7 @@ class SectionFit:
     """What a section's reconstruction needs, and the evidence for it.
 
     Attributes:
-        weights: (R, K) T1 weights on features, types and products: detail = regressors @ weights.
+        weights: (R, K) T1 weights on features, types and products at every smoothing: detail = regressors @ weights.
         basis: (M, K) ions from factors (W).
         factor_gate: (K,) gates of the factors.
         factor_r2: (K,) held-out R2 of the factors' detail.
@@ -61,8 +61,8 @@ class SectionFit:
         ion_null_mean: (M,) its mean over null guides.
         positivity: (M,) positivity steps.
         uncertainty: (M, 5) rows of `deepfere.model.uncertainty.NoiseModel`.
-        feature_mean: (F,) mean of the features over the tissue, types included.
-        feature_sd: (F,) s.d. of the features over the tissue.
+        feature_mean: (F,) mean of the features at the first smoothing over the tissue, types included.
+        feature_sd: (F,) their s.d.
     """
 
     weights: Array
@@ -104,7 +104,7 @@ class Evidence:
 
     Attributes:
         choice: How smooth the features are.
-        features: (F, ny, nx) footprint-averaged features at that smoothing, holes filled.
+        features: (S F, ny, nx) footprint-averaged features at its smoothings, holes filled.
         mask: (ny, nx) measured pixels that the slide covers.
         blocks: (ny, nx) spatial block numbers.
         chemistry: Leading factors, which the densities are multiplied with.
@@ -121,6 +121,11 @@ class Evidence:
     rows: DetailRows
     factor_rows: Array
     ion_rows: NDArray[np.float32]
+
+    @property
+    def group(self) -> NDArray[np.int64]:
+        """(K,) number of each factor's smoothing."""
+        return self.choice.groups(self.factor_rows.shape[1])
 
     @property
     def at_once(self) -> int:
@@ -153,9 +158,11 @@ def evidence(
     images = fill_missing(factors.images, mask)
     if choice is None:
         choice = choose_smoothing(pooled, smoothings, inside, blocks, images, factor_weight(factors) ** 2)
-    features = pooled[smoothings.index(choice.smoothing_pitch)]
+    kept = choice.distinct
+    features = np.concatenate([pooled[smoothings.index(s)] for s in kept])
     filled = fill_missing(features, inside) if inside.any() else features
-    chemistry = Chemistry(images[:LEADING], filled[list(DENSITIES)][:, inside].mean(1) if inside.any() else np.zeros(3))
+    centre = filled[list(DENSITIES)][:, inside].mean(1) if inside.any() else np.zeros(3)
+    chemistry = Chemistry(images[:LEADING], centre, len(kept))
     rows = detail_rows(filled, inside, blocks, RATIO, chemistry)
     ion_rows = np.empty((len(rows.block), len(cube)), np.float32)
     # A few ions at a time: with many of them, every copy of the cube counts.
@@ -205,12 +212,12 @@ def gate_ions(
 
 def fit_t1(problem: Evidence, null_count: int, seed: int) -> tuple[RidgeFit, list[NDArray[np.float32]]]:
     """The closed-form tier and its null guides' held-out predictions."""
-    fit = fit_average(problem.rows, problem.factor_rows)
+    fit = fit_own(problem.rows, problem.factor_rows, problem.group)
 
     def predicted(features: Array) -> NDArray[np.float32]:
         rows = detail_rows(features, problem.mask, problem.blocks, RATIO, problem.chemistry)
         # Half the memory: with many pixels these are what there is most of.
-        return fit_average(rows, problem.factor_rows).predicted.astype(np.float32)
+        return fit_own(rows, problem.factor_rows, problem.group).predicted.astype(np.float32)
 
     guides = null_guides(problem.features, null_count, seed)
     return fit, side_by_side(predicted, guides, at_once=problem.at_once)

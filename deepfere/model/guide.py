@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepfere.frame import Alignment, Points, SectionGrid
-from deepfere.model.features import FEATURES, smoothing_radius, stain_features
+from deepfere.model.features import FEATURES, raw_features, smooth_covered, smoothing_radius
 from deepfere.model.registration import mapped_grid, plane_window, sample_window
 from deepfere.model.stain_types import StainTypes
 
@@ -49,6 +50,7 @@ class GuideSpec:
         white: RGB of glass.
         smoothing_pitch: S.d. of the feature smoothing in measured pixels.
         types: Stain types, whose shares are appended to the features; None = none.
+        more_pitch: Further smoothings: the features at each of them follow those at the first.
     """
 
     grid: SectionGrid
@@ -58,21 +60,22 @@ class GuideSpec:
     white: tuple[float, float, float]
     smoothing_pitch: float
     types: StainTypes | None = None
+    more_pitch: tuple[float, ...] = ()
+
+    @property
+    def smoothings_pitch(self) -> tuple[float, ...]:
+        """All smoothings, the first one first."""
+        return (self.smoothing_pitch, *self.more_pitch)
 
     @property
     def count(self) -> int:
-        """Features per pixel, with the shares of the types."""
+        """Features per pixel at each smoothing, with the shares of the types."""
         return len(FEATURES) + (0 if self.types is None else len(self.types))
 
     @property
-    def sigma_px(self) -> float:
-        """S.d. of the smoothing in high-resolution pixels."""
-        return self.smoothing_pitch * self.factor
-
-    @property
     def radius_px(self) -> int:
-        """Context of the smoothing in high-resolution pixels."""
-        return smoothing_radius(self.sigma_px)
+        """Context of the smoothings in high-resolution pixels."""
+        return max(smoothing_radius(s * self.factor) for s in self.smoothings_pitch)
 
     def points_um(self, cells: Cells, context_px: int) -> Points:
         """Section positions ((H + 2 r) s, (W + 2 r) s, 2) of all sample points of a window.
@@ -115,7 +118,8 @@ class GuideSpec:
             slide_um: Mapped `points_um`.
 
         Returns:
-            Features (F, H, W) and cover (H, W) in [0, 1]: the share of each pixel that the slide shows.
+            Features (S F, H, W), smoothing after smoothing, and cover (H, W) in [0, 1]: the share of each pixel that
+            the slide shows.
         """
         return self.features_at(*self.sample(planes, origin_px, slide_um))
 
@@ -130,8 +134,23 @@ class GuideSpec:
     def features_at(self, sampled: Tensor, cover: Tensor) -> tuple[Tensor, Tensor]:
         """`features` of what `sample` gave."""
         r, (h, w) = self.radius_px, sampled.shape[-2:]
-        features = stain_features(sampled[None], self.white, self.sigma_px, cover[None, None])[0]
-        return self.with_types(features), cover[r : h - r, r : w - r]
+        raw = raw_features(sampled[None], self.white)
+        features = torch.cat(list(self.smoothed(raw, cover[None, None], self.smoothings_pitch)))
+        return features, cover[r : h - r, r : w - r]
+
+    def smoothed(self, raw: Tensor, cover: Tensor, smoothings_pitch: Sequence[float]) -> Iterator[Tensor]:
+        """Features at one smoothing after the other, each with the shares of the types: (F, H - 2 r, W - 2 r).
+
+        Args:
+            raw: (1, C, H, W) features that are not smoothed, with the context r of the widest smoothing.
+            cover: (1, 1, H, W) weight of every pixel.
+            smoothings_pitch: S.d. in measured pixels.
+        """
+        reach = [smoothing_radius(s * self.factor) for s in smoothings_pitch]
+        for smoothing, radius in zip(smoothings_pitch, reach, strict=True):
+            spare = max(reach) - radius
+            at = (..., slice(spare, raw.shape[2] - spare), slice(spare, raw.shape[3] - spare))
+            yield self.with_types(smooth_covered(raw[at], cover[at], smoothing * self.factor)[0])
 
     def with_types(self, features: Tensor) -> Tensor:
         """Smoothed features (F, H, W) with the shares of the types behind them."""
@@ -154,6 +173,7 @@ class GuideSpec:
             "white": list(self.white),
             "smoothing_pitch": self.smoothing_pitch,
             "types": None if self.types is None else self.types.to_dict(),
+            "more_pitch": list(self.more_pitch),
         }
 
     @classmethod
@@ -168,13 +188,14 @@ class GuideSpec:
             (values["white"][0], values["white"][1], values["white"][2]),
             values["smoothing_pitch"],
             StainTypes.from_dict(values.get("types")),
+            tuple(values.get("more_pitch", [])),
         )
 
 
 def features_of(
     spec: GuideSpec, planes_at: Any, alignment: Alignment, cells: Cells, context_px: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Features (F, H, W) and cover (H, W) of a window, planes fetched as needed.
+    """Features (S F, H, W) and cover (H, W) of a window, planes fetched as needed.
 
     Args:
         spec: The section's geometry.
@@ -214,5 +235,7 @@ def stain_of(
         device: Where they are computed, and stay.
     """
     with torch.inference_mode():
-        sampled, cover = sampled_of(replace(spec, smoothing_pitch=0.0), planes_at, alignment, cells, 0, device)
+        sampled, cover = sampled_of(
+            replace(spec, smoothing_pitch=0.0, more_pitch=()), planes_at, alignment, cells, 0, device
+        )
         return colours_at(sampled, cover), cover

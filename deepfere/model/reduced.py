@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,7 +11,7 @@ from deepfere.measured.operator import cell_means, expand, fill_missing, null_sp
 from deepfere.model.features import FEATURES
 from deepfere.model.fit import RATIO, Evidence
 from deepfere.model.network import NETWORK_SHARE, FusionNetwork
-from deepfere.model.ridge import RidgeFit, detail_rows, fit_average, phases, regressor_sets, stain_detail, usable
+from deepfere.model.ridge import RidgeFit, detail_rows, fit_own, phases, stain_detail, usable
 
 Array = NDArray[np.float64]
 
@@ -80,12 +78,9 @@ def fit_deep(
     rows = problem.rows
     if features is not None:
         rows = detail_rows(features, problem.mask, problem.blocks, RATIO, problem.chemistry)
-    more, count = network_rows(network, problem, factors, features), rows.stain.shape[1]
-    new = tuple(range(count, count + more.shape[1]))
-    sets = [used + new for used in regressor_sets(count - rows.products, rows.products)]
-    both = replace(rows, stain=np.concatenate([rows.stain, more], axis=1))
-    fit = fit_average(both, problem.factor_rows, sets)
-    padded = np.concatenate([closed.weights, np.zeros((len(new), closed.weights.shape[1]))])
+    more = network_rows(network, problem, factors, features)
+    fit = fit_own(rows, problem.factor_rows, problem.group, more)
+    padded = np.concatenate([closed.weights, np.zeros((more.shape[1], closed.weights.shape[1]))])
     return RidgeFit(
         (1 - NETWORK_SHARE) * padded + NETWORK_SHARE * fit.weights,
         fit.ridge,

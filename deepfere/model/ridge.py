@@ -10,7 +10,7 @@ and are compared with null guides: the same features mirrored, turned or shifted
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,27 +51,41 @@ class Chemistry:
     Attributes:
         images: (J, ny, nx) leading factors, holes filled.
         centre: (3,) optical densities that the products are taken from: their mean over the covered tissue.
+        groups: Smoothings of the features.
     """
 
     images: Array
     centre: Array
+    groups: int = 1
 
 
-def with_products(features: Any, levels: Any, centre: Any) -> Any:
-    """Features (F, H, W), and behind them the densities times each of the levels (J, H, W): (F + 3 J, H, W).
+def with_products(features: Any, levels: Any, centre: Any, groups: int = 1) -> Any:
+    """Features (S F, H, W), and behind those of each smoothing their densities times each of the levels (J, H, W).
 
     The densities' weights then depend on the chemistry around: a dark pixel may mean one thing where one factor is
     high and another where it is low. NumPy or torch.
+
+    Args:
+        features: Smoothing after smoothing.
+        levels: Leading factors.
+        centre: (3,) see `Chemistry`.
+        groups: S.
+
+    Returns:
+        (S (F + 3 J), H, W).
     """
     if len(levels) == 0:
         return features
-    densities = features[list(DENSITIES)] - centre[:, None, None]
-    products = (levels[:, None] * densities[None]).reshape(-1, *features.shape[1:])
+    out, each = [], len(features) // groups
+    for start in range(0, len(features), each):
+        one = features[start : start + each]
+        densities = one[list(DENSITIES)] - centre[:, None, None]
+        out += [one, (levels[:, None] * densities[None]).reshape(-1, *features.shape[1:])]
     if hasattr(features, "new_tensor"):
         import torch
 
-        return torch.cat([features, products])
-    return np.concatenate([features, products])
+        return torch.cat(out)
+    return np.concatenate(out)
 
 
 def regressor_sets(features: int, products: int) -> list[tuple[int, ...]]:
@@ -92,12 +106,13 @@ class DetailRows:
     """Reduced-scale pairs: one row per measured pixel and phase.
 
     Attributes:
-        stain: (R, F) detail of the regressors.
+        stain: (R, S F) detail of the regressors, those of one smoothing after those of another.
         block: (R,) spatial block number.
         index: (R,) flat index of the measured pixel.
         phase: (R,) phase number of the degradation.
         ratio: Ratio r of the degradation.
-        products: How many of the regressors are products with factors: the last.
+        products: How many of the regressors of a smoothing are products with factors: its last.
+        groups: S.
     """
 
     stain: Array
@@ -106,6 +121,20 @@ class DetailRows:
     phase: NDArray[np.int64]
     ratio: int
     products: int = 0
+    groups: int = 1
+
+    @property
+    def each(self) -> int:
+        """Regressors of a smoothing."""
+        return self.stain.shape[1] // self.groups
+
+    def columns(self, group: int) -> slice:
+        """Where the regressors of a smoothing are."""
+        return slice(group * self.each, (group + 1) * self.each)
+
+    def at(self, group: int) -> DetailRows:
+        """With the regressors of one smoothing alone."""
+        return replace(self, stain=self.stain[:, self.columns(group)], groups=1)
 
 
 def phases(ratio: int, pixels: int = 0) -> list[tuple[int, int]]:
@@ -140,7 +169,7 @@ def stain_detail(features: Array, ratio: int, phase: tuple[int, int], chemistry:
     """``(I - P A)`` of the regressors, by the local P of the reconstruction.
 
     Args:
-        features: (F, ny, nx) footprint-averaged.
+        features: (S F, ny, nx) footprint-averaged.
         ratio: Degradation; the factors of ``chemistry`` are seen as it leaves them.
         phase: Its offset.
         chemistry: Adds products.
@@ -149,7 +178,8 @@ def stain_detail(features: Array, ratio: int, phase: tuple[int, int], chemistry:
     regressors = features[:, rows, cols]
     if chemistry is not None:
         coarse = spline_coefficients(cell_means(chemistry.images[:, rows, cols], ratio))
-        regressors = with_products(regressors, expand_cells(pad_edge(coarse), ratio), chemistry.centre)
+        levels = expand_cells(pad_edge(coarse), ratio)
+        regressors = with_products(regressors, levels, chemistry.centre, chemistry.groups)
     return null_space(regressors, ratio)
 
 
@@ -170,13 +200,14 @@ def detail_rows(
     """Stain detail of all phases at one ratio, as regression rows.
 
     Args:
-        features: (F, ny, nx) footprint-averaged stain features, holes filled.
+        features: (S F, ny, nx) footprint-averaged stain features, holes filled.
         mask: (ny, nx) measured pixels that the slide covers.
         blocks: (ny, nx) spatial block numbers.
         ratio: Degradation.
-        chemistry: Adds products.
+        chemistry: Adds products, and tells of how many smoothings the features are.
     """
     products = 0 if chemistry is None else len(DENSITIES) * len(chemistry.images)
+    groups = 1 if chemistry is None else chemistry.groups
     stain, block, index, phase_no = [], [], [], []
     numbers = np.arange(mask.size).reshape(mask.shape)
     for n, phase in enumerate(phases(ratio, int(mask.sum()))):
@@ -190,9 +221,10 @@ def detail_rows(
         phase_no.append(np.full(int(inside.sum()), n))
     if not stain:
         empty = np.zeros(0, np.int64)
-        return DetailRows(np.zeros((0, len(features) + products)), empty, empty, empty, ratio, products)
+        none = np.zeros((0, len(features) + groups * products))
+        return DetailRows(none, empty, empty, empty, ratio, products, groups)
     numbered = [np.concatenate(part) for part in (block, index, phase_no)]
-    return DetailRows(np.concatenate(stain), numbered[0], numbered[1], numbered[2], ratio, products)
+    return DetailRows(np.concatenate(stain), numbered[0], numbered[1], numbered[2], ratio, products, groups)
 
 
 def target_rows(images: Array, mask: NDArray[np.bool_], ratio: int) -> Array:
@@ -276,6 +308,34 @@ def fit_average(
         for m, beta in zip(members, one.left_out, strict=True):
             predicted[m] += x[m][:, columns] @ beta / len(sets)
     return RidgeFit(weights / scale[:, None], np.exp(logs), predicted)
+
+
+def fit_own(rows: DetailRows, targets: Array, group: NDArray[np.int64], more: Array | None = None) -> RidgeFit:
+    """`fit_average` of every factor on the regressors at its own smoothing.
+
+    Args:
+        rows: Stain detail.
+        targets: (R, K) measured detail of the factors.
+        group: (K,) number of each factor's smoothing.
+        more: (R, C) detail of regressors that every fit has besides: behind the others.
+
+    Returns:
+        Weights (S F + C, K), 0 at other smoothings than the factor's own.
+    """
+    count, extra = rows.stain.shape[1], 0 if more is None else more.shape[1]
+    ridge = np.full(targets.shape[1], RIDGES[-1])
+    weights, predicted = np.zeros((count + extra, targets.shape[1])), np.zeros_like(targets)
+    for number in np.unique(group):
+        own, part = group == number, rows.at(int(number))
+        sets = regressor_sets(rows.each - rows.products, rows.products)
+        if more is not None:
+            sets = [used + tuple(range(rows.each, rows.each + extra)) for used in sets]
+            part = replace(part, stain=np.concatenate([part.stain, more], axis=1))
+        fit = fit_average(part, targets[:, own], sets)
+        weights[rows.columns(int(number)), own] = fit.weights[: rows.each]
+        weights[count:, own] = fit.weights[rows.each :]
+        ridge[own], predicted[:, own] = fit.ridge, fit.predicted
+    return RidgeFit(weights, ridge, predicted)
 
 
 @dataclass(frozen=True)

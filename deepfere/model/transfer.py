@@ -1,18 +1,20 @@
-"""How smooth the stain features have to be: what was learned at one scale has to hold at the next.
+"""How smooth the stain features have to be, for every factor: what was learned at one scale has to hold at the next.
 
 The fine scale has no training signal, so a relation must be extrapolated to it. Here that step is rehearsed one
 octave up: weights are fitted between four and two measured pixels and have to predict what lies between two and
-one, on blocks that they have not seen. The **gain** is the least-squares factor on that prediction. Below 1 the finer
-octave holds less stain structure than the coarser one promised: the alignment is not as good as the features are
-sharp, or the ions are smoother than the stain. Gaussian smoothing of the features takes away just that, more of the
-finer octave than of the coarser; the smoothing at which the gain is 1 makes both octaves obey the same weights, and
-is extrapolated. (A plain held-out R2 at one scale is blind to it.) The gain is known to some hundredths, on small
-sections to a tenth, and detail that is smoothed away is lost for certain: it is the smoothing nearest to where the gain
-is 1 to its standard error, 0.1 at most.
+one, on blocks that they have not seen. Gaussian smoothing of the features takes away more of the finer octave
+than of the coarser; the smoothing with which least is left unexplained there is extrapolated. (A held-out R2 at one
+scale is blind to it: weights that are fitted to an octave make up for any smoothing in it.)
+
+Every factor has a smoothing of its own. Where an ion is spread out in the tissue, or by the matrix, nuclei leave a
+blur; at the tissue's edge another one falls as sharply as the stain does. One smoothing for both adds detail to the
+one that it does not have, or takes the other's away. A factor that the stain says hardly anything of takes the
+smoothing that is best for all together.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,8 +30,10 @@ SMOOTHINGS_PITCH = (0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8)
 DEFAULT_SMOOTHING_PITCH = 0.25
 LEAST_PX = 200
 """Measured pixels below which two octaves cannot be told apart: then the default smoothing."""
-MOST_DOUBT = 0.1
-"""Standard error of the gain that counts, at most: where little is known, sharp features would else always pass."""
+LEAST_R2 = 0.02
+"""Share of a factor's finer octave that must be explained before it has a smoothing of its own."""
+MOST_SMOOTHINGS = 3
+"""So many different ones for a section: each is computed for every pixel."""
 OCTAVE = 2
 FEATURE_BYTES = 64 * 2**20
 """Of the features of all smoothings that are looked at at a time; each takes several times as much."""
@@ -40,14 +44,29 @@ class SmoothingChoice:
     """How smooth a section's stain features are.
 
     Attributes:
-        smoothing_pitch: S.d. of the Gaussian in measured pixels.
+        smoothing_pitch: S.d. of the Gaussian in measured pixels that is best for all factors together.
         transferred_r2: R2 on the finer octave at that smoothing, NaN where it was not tried.
-        gain: The gain there.
+        gain: Least-squares factor on the predictions there, NaN where it was not tried.
+        own_pitch: (K,) smoothing of every factor; empty where all take the common one.
     """
 
     smoothing_pitch: float
     transferred_r2: float
     gain: float
+    own_pitch: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "own_pitch", tuple(self.own_pitch))  # of JSON it is a list
+
+    @property
+    def distinct(self) -> tuple[float, ...]:
+        """Every smoothing that is used, the common one first."""
+        return (self.smoothing_pitch, *sorted(set(self.own_pitch) - {self.smoothing_pitch}))
+
+    def groups(self, count: int) -> NDArray[np.int64]:
+        """Which of `distinct` each of so many factors takes, (K,)."""
+        own = self.own_pitch or (self.smoothing_pitch,) * count
+        return np.array([self.distinct.index(s) for s in own], np.int64)
 
 
 def octave_rows(
@@ -131,47 +150,41 @@ def gain_and_r2(sums: Array) -> tuple[Array, Array]:
     return product / np.where(power > 0, power, np.inf), 1.0 - left / np.where(total > 0, total, np.inf)
 
 
-def common_gain(truth: Array, predicted: Array, block: NDArray[np.int64], weight: Array) -> tuple[float, float, float]:
-    """Mean gain over the targets by what the stain says of them, its standard error, and their mean R2.
-
-    The error is the jackknife's over spatial blocks (Efron, *The Jackknife, the Bootstrap and Other Resampling Plans*,
-    1982, ch. 3), of the predictions and the targets' shares as they are: 0 where the stain says nothing of any.
+def common_gain(sums: Array, weight: Array) -> tuple[float, float]:
+    """Mean gain over the targets by what the stain says of them, and their mean R2.
 
     Args:
-        truth: (R, K) detail.
-        predicted: (R, K).
-        block: (R,) number of the spatial block.
+        sums: (4, K) `moments`.
         weight: (K,) importance of the targets.
 
     Returns:
-        Gain, its standard error, and R2: 1 less the share of the weighted variance that is left. The gain is 0 where
-        the stain says nothing.
+        Gain, 0 where the stain says nothing; and R2: 1 less the share of the weighted variance that is left.
     """
-    sums = np.stack([moments(truth[block == name], predicted[block == name]) for name in np.unique(block)])
-    total, count = sums.sum(0), len(sums)
-    gains, explained = gain_and_r2(total)
-    power = weight * total[2]
+    gains, explained = gain_and_r2(sums)
+    power = weight * sums[2]
     r2 = float((explained * power).sum() / power.sum()) if power.sum() > 0 else 0.0
     # Targets that the stain says nothing about have a gain of noise.
     told = power * np.clip(explained, 0.0, None)
-    if not told.sum() > 0:
-        return 0.0, 0.0, r2
-    told /= told.sum()
-    without = np.array([(gain_and_r2(total - one)[0] * told).sum() for one in sums])
-    error = np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum())
-    return float((gains * told).sum()), float(error), r2
+    return (float((gains * told).sum() / told.sum()) if told.sum() > 0 else 0.0), r2
 
 
-def crossing(smoothings: Array, gains: Array) -> float:
-    """The smallest smoothing at which the gain reaches 1, between the given ones by interpolation."""
-    rising = np.maximum.accumulate(gains)
-    if rising[0] >= 1.0:
-        return float(smoothings[0])
-    if rising[-1] < 1.0:
-        return float(smoothings[-1])
-    k = int(np.argmax(rising >= 1.0))
-    share = (1.0 - rising[k - 1]) / (rising[k] - rising[k - 1])
-    return float(smoothings[k - 1] + share * (smoothings[k] - smoothings[k - 1]))
+def own_smoothings(r2: Array, common: int) -> NDArray[np.int64]:
+    """Which smoothing each factor takes: its best of `MOST_SMOOTHINGS` at most, which together lose least.
+
+    Args:
+        r2: (S, K) on the finer octave, at every smoothing.
+        common: The smoothing of what is hardly explained.
+
+    Returns:
+        (K,) indices of smoothings.
+    """
+    clear = r2.max(0) > LEAST_R2
+    others = [s for s in range(len(r2)) if s != common]
+    sets = [(common, *more) for n in range(MOST_SMOOTHINGS) for more in itertools.combinations(others, n)]
+    # Of sets that lose equally little the smallest: it comes first.
+    best = max(sets, key=lambda kept: float(r2[list(kept)][:, clear].max(0).sum().round(9)))
+    own = np.array(best)[r2[list(best)].argmax(0)]
+    return np.where(clear, own, common)
 
 
 def choose_smoothing(
@@ -182,11 +195,11 @@ def choose_smoothing(
     images: Array,
     weight: Array,
 ) -> SmoothingChoice:
-    """Smoothing of the features for one section.
+    """Smoothings of the features for one section.
 
     Args:
         pooled: (S, F, ny, nx) footprint-averaged features at every smoothing.
-        smoothings: (S,) in measured pixels, rising. With one, it is taken as it is.
+        smoothings: (S,) in measured pixels. With one, it is taken as it is.
         mask: (ny, nx) measured pixels that the slide covers.
         blocks: (ny, nx) spatial block numbers.
         images: (K, ny, nx) factors, holes filled.
@@ -197,19 +210,20 @@ def choose_smoothing(
     if mask.sum() < LEAST_PX:
         return fallback
 
-    def tried(features: Array) -> tuple[float, float, float] | None:
+    def tried(features: Array) -> Array | None:
         filled = fill_missing(features, mask)
         coarse, fine = (octave_rows(filled, images, mask, blocks, block) for block in (2, 1))
         if not len(coarse[0]) or not len(fine[0]):
             return None
         predicted = np.mean([transferred(coarse, fine, used) for used in FEATURE_SETS.values()], axis=0)
-        return common_gain(fine[1], predicted, fine[2], weight)
+        return moments(fine[1], predicted)
 
     found = side_by_side(tried, pooled, at_once=max(1, FEATURE_BYTES // max(1, pooled[0].nbytes)))
-    scores = [one for one in found if one is not None]
-    if len(scores) < len(found):
+    sums = [one for one in found if one is not None]
+    if len(sums) < len(found):
         return fallback
-    gains, errors, r2 = zip(*scores, strict=True)
-    wanted = crossing(np.asarray(smoothings), np.asarray(gains) + np.minimum(errors, MOST_DOUBT))
-    at = int(np.abs(np.asarray(smoothings) - wanted).argmin())
-    return SmoothingChoice(smoothings[at], r2[at], gains[at])
+    gains, r2 = zip(*(common_gain(one, weight) for one in sums), strict=True)
+    at = int(np.argmax(r2))
+    own = own_smoothings(np.stack([gain_and_r2(one)[1] for one in sums]), at)
+    apart = tuple(smoothings[k] for k in own) if (own != at).any() else ()
+    return SmoothingChoice(smoothings[at], r2[at], gains[at], apart)

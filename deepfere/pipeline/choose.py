@@ -176,7 +176,7 @@ def choose(
         # The jointly refined registration stays only if the closed form, refitted with it, says so.
         trial = joint[1]
         choice = problem.choice
-        kept_smoothing = (choice.smoothing_pitch,)
+        kept_smoothing = choice.distinct
         averages = pool(prep, guide, trial, lambda *_: None, prep.folder.pooled_joint, kept_smoothing)
         run_phase(averages, inline_up_to=FEW if spread else averages.count)
         other = section_problem(prep, cube, factors, prep.folder.pooled_joint, kept_smoothing, choice)
@@ -199,6 +199,8 @@ def choose(
         rows = held[problem.rows.block]
         together, apart = tier_evidence(problem, weight, fit.predicted, deep.predicted, rows)
         by_network = (apart > 0) & (together > TIER_EVIDENCE) & (problem.mask.sum() >= LEAST_PX)
+        # Its features have the first smoothing: detail finer than a factor's own chemistry is none.
+        by_network &= problem.group == 0
         if config.model.tier == "T2":
             by_network[:] = True
         mixed = mixed_by_factor(fit, deep, by_network)
@@ -235,7 +237,7 @@ def choose(
         return raw * factor_gate.gate[:, None, None]
 
     steps, uncertainty = select_positivity(cube, prep.measured.mask, detail_at, loadings)
-    shown = problem.features[:, problem.mask].T
+    shown = problem.features[: guide.count, problem.mask].T
     sd = shown.std(0)
     section = SectionFit(
         fit.weights,
@@ -254,6 +256,7 @@ def choose(
     notes["tier"] = tier
     notes["ratio"] = RATIO
     notes["smoothing_pitch"] = problem.choice.smoothing_pitch
+    notes["own_smoothing_pitch"] = list(problem.choice.own_pitch)
     notes["stain_types"] = 0 if guide.types is None else len(guide.types)
     notes["transferred_r2"] = problem.choice.transferred_r2
     notes["transfer_gain"] = problem.choice.gain

@@ -16,7 +16,7 @@ from deepfere.measured.factors import Factoring, Moments
 from deepfere.model import gate as gates
 from deepfere.model.fit import Evidence as Problem
 from deepfere.model.reduced import fit_deep
-from deepfere.model.ridge import fit_average
+from deepfere.model.ridge import fit_own
 from deepfere.pipeline.choose import section_problem
 from deepfere.pipeline.fit import held_out_blocks
 from deepfere.pipeline.fuse import input_digests
@@ -105,12 +105,12 @@ def _judge(prep: Prepared, digest: str, models: list[GivenModel], scores: list[S
             remedy="compare them on a section that they have not seen",
         )
     judging = len(np.unique(problem.rows.block[rows]))
-    predictions = [(problem, factors.basis, fit_average(problem.rows, problem.factor_rows).predicted)]
+    predictions = [(problem, factors.basis, fit_own(problem.rows, problem.factor_rows, problem.group).predicted)]
     for model in models:
         axis = (prep.measured.mz, prep.measured.tolerance)
         own = given_factoring(model, moments, *axis, prep.section.msi).factors(cube, prep.measured.mask)
-        posed = section_problem(prep, cube, own, prep.folder.pooled, smoothings, problem.choice)
-        closed = fit_average(posed.rows, posed.factor_rows)
+        posed = section_problem(prep, cube, own, prep.folder.pooled, smoothings)
+        closed = fit_own(posed.rows, posed.factor_rows, posed.group)
         predictions.append((posed, own.basis, fit_deep(model.network, posed, own, closed).predicted))
     for score, (posed, basis, predicted) in zip(scores, predictions, strict=True):
         score.r2[prep.section.name] = _ion_r2(posed, basis, predicted, rows)

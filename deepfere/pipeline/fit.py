@@ -144,7 +144,7 @@ def fitted(
     alignment = load_alignment(prep.folder)
     guide = typed_spec(prep, problem, alignment, config.seed)
     if guide.types is not None:
-        kept = (guide.smoothing_pitch,)
+        kept = problem.choice.distinct
         averages = pool(prep, guide, alignment, lambda *_: None, prep.folder.pooled_typed, kept)
         run_phase(averages, inline_up_to=FEW if spread else averages.count)
         problem = section_problem(prep, cube, factors, prep.folder.pooled_typed, kept, problem.choice)

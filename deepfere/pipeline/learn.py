@@ -188,7 +188,8 @@ class ChooseWorker(SectionWorker):
         )
         _save(prep, fit.factors, learned, network[0] if network else None)
         # The features are filled in where the slide shows nothing.
-        _save_denoised(prep, denoise(fit.cube, prep.measured.mask, problem.features, config.seed))
+        shown = problem.features[: fit.guide.count]
+        _save_denoised(prep, denoise(fit.cube, prep.measured.mask, shown, config.seed))
 
 
 def _digest(network: FusionNetwork) -> str:

@@ -23,7 +23,7 @@ SAMPLED_PX = 16_384
 
 
 def typed_spec(prep: Prepared, problem: Evidence, alignment: Alignment, seed: int) -> GuideSpec:
-    """The section's guide at the smoothing that was chosen, with its stain types if it supports some.
+    """The section's guide at the smoothings that were chosen, with its stain types if it supports some.
 
     Args:
         prep: The section, its planes cached.
@@ -31,7 +31,8 @@ def typed_spec(prep: Prepared, problem: Evidence, alignment: Alignment, seed: in
         alignment: Section to slide.
         seed: Of the types' first centres.
     """
-    spec = replace(load_plan(prep.folder), smoothing_pitch=problem.choice.smoothing_pitch)
+    first, *more = problem.choice.distinct
+    spec = replace(load_plan(prep.folder), smoothing_pitch=first, more_pitch=tuple(more))
     count = type_count(int(problem.mask.sum()))
     if count == 0:
         return spec
@@ -52,7 +53,7 @@ def _samples(
     out = []
     with torch.inference_mode():
         for n, (i, j) in enumerate(chosen.tolist()):
-            features, _ = features_of(spec, planes, alignment, Cells(i, i + 1, j, j + 1))
+            features, _ = features_of(replace(spec, more_pitch=()), planes, alignment, Cells(i, i + 1, j, j + 1))
             # Another offset in every cell: with the same one a stride would pick the same columns.
             out.append(features.flatten(1)[:, n % step :: step].T.double().numpy())
     return np.concatenate(out)
