@@ -7,7 +7,17 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from deepfere.alignment.score import spatial_blocks
-from deepfere.model.denoise import LEAST_PX, LEAST_TOLD_PX, Denoised, Predictor, denoise, noisiness
+from deepfere.model.denoise import (
+    LEAST_NOISE,
+    LEAST_PX,
+    LEAST_TOLD_PX,
+    UNSEEN,
+    Denoised,
+    Predictor,
+    denoise,
+    most_noise,
+    noisiness,
+)
 from deepfere.model.uncertainty import averaged_ratio, without_centre
 
 SHAPE = (36, 33)
@@ -188,3 +198,36 @@ def test_it_survives_its_file_and_repeats(tmp_path):
     for name in ("images", "chi_square", "noise_share"):
         np.testing.assert_array_equal(getattr(back, name), getattr(out, name))
         np.testing.assert_array_equal(getattr(again, name), getattr(out, name))
+
+
+def test_structure_of_single_pixels_is_not_taken_for_noise(monkeypatch):
+    """Nuclei by the pixel: neighbours know nothing of it, the stain and other ions nearly all."""
+    rng = np.random.default_rng(8)
+    nuclei = rng.gamma(4.0, 0.25, SHAPE)
+    truth = np.stack([nuclei * (1 + 0.1 * rng.standard_normal(SHAPE)) for _ in range(4)])
+    smooth = np.stack([1.5 + 0.2 * gaussian_filter(rng.standard_normal(SHAPE), 4) for _ in range(8)])
+    truth = np.concatenate([truth, smooth])
+    # Scaled to their own intensities, so that no ion says what one count of another is worth.
+    noisy = rng.poisson(np.maximum(truth, 0) * 400) / 400
+    mask, features = np.ones(SHAPE, bool), np.stack([nuclei, rng.standard_normal(SHAPE)])
+    out = denoise(noisy, mask, features, 0)
+    change = errors(out.images, truth, mask) / errors(noisy, truth, mask)
+    assert (change[:4] < 1.0).all() and (change[4:] < 0.6).all()
+    monkeypatch.setattr("deepfere.model.denoise.most_noise", lambda *_: np.inf)
+    assert (
+        errors(denoise(noisy, mask, features, 0).images, truth, mask)[:4] > 1.5 * errors(noisy, truth, mask)[:4]
+    ).all()
+
+
+def test_residuals_bound_the_noise():
+    level = np.linspace(1.0, 3.0, 600)
+    # Residuals of counting noise of 0.2 an intensity: all of it may be noise where neighbours predict as well.
+    assert most_noise(0.2 * level, level, 0.4) == pytest.approx(0.2, rel=1e-6)
+    assert most_noise(0.2 * level, level, 0.2) == pytest.approx(0.2, rel=1e-6)
+    # Half of what neighbours leave is found elsewhere.
+    assert most_noise(0.2 * level, level, 0.8) == pytest.approx(0.2 * (1 - UNSEEN), rel=1e-6)
+    assert most_noise(0.2 * level, level, 80.0) == pytest.approx(0.2 * LEAST_NOISE, rel=1e-6)
+    # Structure at some level does not hide that there is little at another.
+    assert most_noise(np.where(level > 2, 5.0, 0.1) * level, level, 1.0) < 0.11
+    assert most_noise(np.zeros(600), level, 0.0) == most_noise(np.zeros(600), level, 1.0) == 0.0
+    assert most_noise(np.ones(3), np.ones(3), 1.0) == 1.0

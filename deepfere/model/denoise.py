@@ -5,6 +5,7 @@ from the stain. Where such a prediction is as good as the noise lets one see, it
 that nothing else shows), the measurement stands. Between the two the weight is that of the best linear estimate
 (Wiener), with the counting noise of the pixel and the prediction's own error there. A prediction that never saw the
 pixel's noise makes the residual's reduced chi-square, per degree of freedom given up, one where the noise is right.
+How much noise there is follows from how much neighbouring pixels differ, and from what even the best prediction leaves.
 """
 
 from __future__ import annotations
@@ -43,7 +44,12 @@ LEAST_TOLD_PX = 60
 LIKE_NOISE, LIKE_STRUCTURE = 0.75, 1.0
 """What is left of the variance between pixels when 2 x 2 are averaged: up to the one all of it may be noise (a quarter,
 if nothing else is there), from the other on none."""
+UNSEEN = 0.5
+"""Structure of single pixels that predictions miss, as a share of what they find of it."""
+LEAST_NOISE = 0.25
+"""Share of the residuals that may be noise, however much is found."""
 _GROUPS = 4
+_LEVELS, _LEAST_LEVEL_PX = 8, 60
 _MOST_ASKED = 64
 _MOST_SCORES = 16
 _MOST_IONS = 512
@@ -132,6 +138,10 @@ def _estimate(
     around = np.stack([without_centre(image, mask, s)[mask] for s in SCALES_PX], axis=1)
     predicted = predictor(around, values)
     level = np.maximum(predicted, _FLOOR * values.mean())
+    local = ((values[:, None] - around) ** 2).mean(0).min()
+    quantum = min(quantum, most_noise((values - predicted) ** 2, level, float(local)))
+    if quantum <= 0:
+        return values, math.nan, 0.0
     seen = np.zeros(mask.shape)
     seen[mask] = level
     spread = local_variance(fill_missing(seen, mask))[mask]
@@ -216,6 +226,27 @@ def _standardised(columns: Array) -> Array:
     spread = columns.std(0)
     most = np.abs(columns).max(0, initial=0.0)
     return (columns - columns.mean(0)) / np.where(spread > 1e-12 * (most + 1e-300), spread, np.inf)
+
+
+def most_noise(squared: Array, level: Array, local: float) -> float:
+    """The noise quantum that residuals leave room for.
+
+    Structure of single pixels looks like noise: differences of neighbours count it as such. What the other ions and the
+    stain predict of a pixel beyond what its neighbours do is no noise. Where they find much, there is some that they
+    do not find, and the residuals are not all noise.
+
+    Args:
+        squared: (N,) squared residuals of the predictions.
+        level: (N,) predicted intensity.
+        local: Mean squared residual of the best prediction by the neighbours alone.
+
+    Returns:
+        Variance per unit of intensity.
+    """
+    parts = np.array_split(np.argsort(level, kind="stable"), max(1, min(_LEVELS, len(level) // _LEAST_LEVEL_PX)))
+    least = min(float(squared[p].mean() / level[p].mean()) for p in parts)
+    found = max(0.0, 1.0 - float(squared.mean()) / local) if local > 0 else 0.0
+    return least * max(LEAST_NOISE, 1.0 - UNSEEN * found / (1.0 - found) if found < 1 else 0.0)
 
 
 def prediction_error(squared: Array, noise: Array, level: Array, spread: Array) -> Array:
