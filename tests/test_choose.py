@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deepfere.model.fit import fit_t1, gate_ions
-from deepfere.pipeline.choose import deep_gates
+from deepfere.pipeline.choose import deep_gates, network_share
 from tests.test_gate import decide_for, section
 
 
@@ -32,3 +32,19 @@ def test_the_network_opens_no_ion_further_than_the_whole_section_shows(share):
     nothing = replace(closed, predicted=np.zeros_like(closed.predicted))
     assert not deep_gates(problem, factors.basis, (nothing, nulls), (lucky, nulls), rows)[1].gate.any()
     assert not deep_gates(problem, factors.basis, (closed, nulls), (nothing, nulls), rows)[1].gate.any()
+
+
+def test_an_advantage_within_its_error_is_no_advantage():
+    assert [network_share(z) for z in (-3.0, 0.0, 0.5, 1.0)] == [0.0] * 4
+    assert network_share(2.0) == pytest.approx(0.75)
+    shares = [network_share(z) for z in (1.0, 1.1, 1.5, 3.0, 30.0)]
+    assert shares == sorted(shares) and 0.99 < shares[-1] < 1
+
+
+def test_shrinking_an_advantage_by_its_error_costs_less_than_taking_it_whole():
+    """Where the network is hardly ahead in truth, if at all."""
+    rng = np.random.default_rng(0)
+    for true in (0.0, 0.5, 1.0):
+        seen = true + rng.standard_normal(20_000)
+        shrunk = np.array([network_share(z) for z in seen]) * seen
+        assert ((shrunk - true) ** 2).mean() < ((seen - true) ** 2).mean()

@@ -207,7 +207,11 @@ def test_the_deep_tier_is_the_closed_form_with_the_networks_regressors():
         loud, weight, alone.predicted, everywhere
     )
     some = np.arange(k) % 2 == 0
-    mixed = mixed_by_factor(alone, better, some)
+    mixed = mixed_by_factor(alone, better, some.astype(float))
+    np.testing.assert_allclose(
+        mixed_by_factor(alone, better, 0.25 * some).predicted[:, some],
+        0.75 * alone.predicted[:, some] + 0.25 * better.predicted[:, some],
+    )
     np.testing.assert_array_equal(mixed.weights[:, some], better.weights[:, some])
     np.testing.assert_array_equal(mixed.weights[: len(alone.weights), ~some], alone.weights[:, ~some])
     assert not mixed.weights[len(alone.weights) :, ~some].any()

@@ -88,13 +88,13 @@ def fit_deep(
     )
 
 
-def mixed_by_factor(closed: RidgeFit, deep: RidgeFit, by_network: NDArray[np.bool_]) -> RidgeFit:
-    """For each factor the one fit or the other.
+def mixed_by_factor(closed: RidgeFit, deep: RidgeFit, share: Array) -> RidgeFit:
+    """For each factor the one fit, the other, or a mean of both.
 
     Args:
         closed: Weights (R, K), predictions (rows, K).
         deep: Weights (R + K + C, K), from `fit_deep`.
-        by_network: (K,) whether the deep one.
+        share: (K,) how much of the deep one, in [0, 1].
 
     Returns:
         Weights (R + K + C, K), with zeros for the network's regressors where the closed form is taken.
@@ -102,9 +102,9 @@ def mixed_by_factor(closed: RidgeFit, deep: RidgeFit, by_network: NDArray[np.boo
     padded = np.zeros_like(deep.weights)
     padded[: len(closed.weights)] = closed.weights
     return RidgeFit(
-        np.where(by_network, deep.weights, padded),
-        np.where(by_network, deep.ridge, closed.ridge),
-        np.where(by_network, deep.predicted, closed.predicted),
+        (1 - share) * padded + share * deep.weights,
+        np.where(share > 0, deep.ridge, closed.ridge),
+        (1 - share) * closed.predicted + share * deep.predicted,
     )
 
 

@@ -30,7 +30,7 @@ SMOOTHINGS_PITCH = (0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8)
 DEFAULT_SMOOTHING_PITCH = 0.25
 LEAST_PX = 200
 """Measured pixels below which two octaves cannot be told apart: then the default smoothing."""
-LEAST_R2 = 0.02
+LEAST_R2 = 0.05
 """Share of a factor's finer octave that must be explained before it has a smoothing of its own."""
 MOST_SMOOTHINGS = 3
 """So many different ones for a section: each is computed for every pixel."""

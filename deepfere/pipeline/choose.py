@@ -39,8 +39,8 @@ from deepfere.places import Place
 from deepfere.schedule import run_phase
 
 TIER_EVIDENCE = 1.0
-"""Standard errors over spatial blocks by which the network must be ahead (one-standard-error rule, Breiman et al.,
-Classification and Regression Trees, 1984): on few pixels luck looks like skill."""
+"""Standard errors over spatial blocks by which the network must be ahead to be used at all: on few pixels luck looks
+like skill. See `network_share`."""
 
 ALIGNMENT_MARGIN = 0.001
 """Share of the detail's variance by which the jointly refined alignment must be ahead of its start."""
@@ -135,6 +135,15 @@ def deep_gates(
     return factor, replace(ion, gate=np.minimum(ion.gate, shown.gate))
 
 
+def network_share(evidence: float) -> float:
+    """How much of the network's advantage on held-out blocks is believed, in [0, 1).
+
+    An estimate that is z standard errors from nothing is shrunk by ``1 - 1 / z^2``, to nothing below one (James and
+    Stein, *Estimation with quadratic loss*, 1961; the positive part).
+    """
+    return max(0.0, 1.0 - (TIER_EVIDENCE / evidence) ** 2) if evidence > 0 else 0.0
+
+
 def choose(
     prep: Prepared,
     cube: NDArray[np.float32],
@@ -198,17 +207,17 @@ def choose(
         deep = fit_deep(joint[0], problem, factors, fit)
         rows = held[problem.rows.block]
         together, apart = tier_evidence(problem, weight, fit.predicted, deep.predicted, rows)
-        by_network = (apart > 0) & (together > TIER_EVIDENCE) & (problem.mask.sum() >= LEAST_PX)
         # Its features have the first smoothing: detail finer than a factor's own chemistry is none.
-        by_network &= problem.group == 0
+        by_network = (apart > 0) & (problem.group == 0) & (problem.mask.sum() >= LEAST_PX)
+        share = network_share(together) * by_network
         if config.model.tier == "T2":
-            by_network[:] = True
-        mixed = mixed_by_factor(fit, deep, by_network)
+            share = np.ones(len(by_network))
+        mixed = mixed_by_factor(fit, deep, share)
         notes["t1_left_held_out"] = tier_error(problem, weight, fit.predicted, rows)
         notes["t2_left_held_out"] = tier_error(problem, weight, deep.predicted, rows)
         notes["t2_evidence"] = together
-        notes["t2_factors"] = int(by_network.sum())
-        if by_network.any():
+        notes["t2_factors"], notes["t2_share"] = int((share > 0).sum()), float(share.max())
+        if share.any():
             tier, network = "T2", joint[0]
             guides = null_guides(problem.features, config.model.null_guides, config.seed)
 
@@ -216,7 +225,7 @@ def choose(
                 null, features = given
                 alone = replace(closed[0], predicted=null.astype(np.float64))
                 both = fit_deep(joint[0], problem, factors, alone, features)
-                return mixed_by_factor(alone, both, by_network).predicted.astype(np.float32)
+                return mixed_by_factor(alone, both, share).predicted.astype(np.float32)
 
             null_rows = side_by_side(of_null, zip(nulls, guides, strict=True), at_once=problem.at_once)
             factor_gate, ion_gate = deep_gates(problem, factors.basis, (fit, nulls), (mixed, null_rows), rows)
