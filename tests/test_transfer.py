@@ -29,8 +29,10 @@ from deepfere.model.transfer import (
     MOST_SMOOTHINGS,
     SMOOTHINGS_PITCH,
     SmoothingChoice,
+    ahead,
     choose_smoothing,
     common_gain,
+    common_smoothing,
     gain_and_r2,
     moments,
     octave_rows,
@@ -182,18 +184,43 @@ def test_a_factor_that_the_stain_says_nothing_of_takes_the_common_one():
     assert choice.groups(3)[2] == 0
 
 
+def left_of(r2, spread=0.0, blocks=8):
+    """What is left in each of some blocks, that add up to the R2 (S, K) of factors with a total of 1."""
+    wave = spread * np.where(np.arange(blocks) % 2, 1.0, -1.0)
+    return ((1 - r2)[:, None] + wave[:, None] * np.arange(len(r2))[:, None, None]) / blocks
+
+
 def test_few_smoothings_are_used_and_those_that_lose_least():
     r2 = np.full((7, 9), 0.3)
     r2[[0, 1, 2, 3, 4, 5, 6, 6, 6], range(9)] += [0.01, 0.02, 0.03, 0.2, 0.02, 0.01, 0.1, 0.1, 0.1]
-    own = own_smoothings(r2, 0)
+    own = own_smoothings(left_of(r2), np.ones(9), 0)
     assert set(own) == {0, 3, 6} and len(set(own)) == MOST_SMOOTHINGS
     assert own[3] == 3 and (own[6:] == 6).all()
     # What none of them is better for than the common one keeps that.
     assert (own[[0, 1, 2, 4, 5]] == 0).all()
-    r2[:, 0] = LEAST_R2 / 2
-    r2[6, 0] = LEAST_R2 * 0.9
-    assert own_smoothings(r2, 0)[0] == 0
-    assert (own_smoothings(np.full((3, 4), 0.5), 1) == 1).all()
+    # Nor is it taken where blocks do not agree, or where hardly anything is explained.
+    assert (own_smoothings(left_of(r2, spread=0.5), np.ones(9), 0) == 0).all()
+    r2[:, 8] = LEAST_R2 / 2
+    r2[6, 8] = LEAST_R2 * 0.9
+    assert own_smoothings(left_of(r2), np.ones(9), 0)[8] == 0
+    assert (own_smoothings(left_of(np.full((3, 4), 0.5)), np.ones(4), 1) == 1).all()
+
+
+def test_of_smoothings_that_cannot_be_told_apart_the_least_is_taken():
+    r2 = np.array([0.30, 0.38, 0.40, 0.39])[:, None]
+    assert common_smoothing(left_of(r2)[..., 0]) == 2
+    assert common_smoothing(left_of(r2, spread=0.06)[..., 0]) == 1
+    assert common_smoothing(left_of(r2, spread=0.5)[..., 0]) == 0
+    assert common_smoothing(left_of(r2, blocks=1)[..., 0]) == 0
+
+
+def test_ahead_is_by_the_error_of_the_sum_over_blocks():
+    rng = np.random.default_rng(6)
+    found = [ahead(np.zeros(16), 0.25 + rng.standard_normal(16)) for _ in range(4000)]
+    # The sum is 4 with an error of 4: ahead in every second case.
+    assert np.mean(found) == pytest.approx(0.5, abs=0.04)
+    assert not ahead(np.zeros((1, 3)), np.ones((1, 3))).any()
+    assert ahead(np.zeros((4, 2)), np.ones((4, 2)) * [1.0, -1.0]).tolist() == [True, False]
 
 
 def test_a_choice_tells_which_factor_takes_what_and_survives_json():

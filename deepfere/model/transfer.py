@@ -8,8 +8,8 @@ scale is blind to it: weights that are fitted to an octave make up for any smoot
 
 Every factor has a smoothing of its own. Where an ion is spread out in the tissue, or by the matrix, nuclei leave a
 blur; at the tissue's edge another one falls as sharply as the stain does. One smoothing for both adds detail to the
-one that it does not have, or takes the other's away. A factor that the stain says hardly anything of takes the
-smoothing that is best for all together.
+one that it does not have, or takes the other's away. A factor takes another smoothing than what is best for all
+together only where blocks of the section agree on it.
 """
 
 from __future__ import annotations
@@ -168,23 +168,51 @@ def common_gain(sums: Array, weight: Array) -> tuple[float, float]:
     return (float((gains * told).sum() / told.sum()) if told.sum() > 0 else 0.0), r2
 
 
-def own_smoothings(r2: Array, common: int) -> NDArray[np.int64]:
-    """Which smoothing each factor takes: its best of `MOST_SMOOTHINGS` at most, which together lose least.
+def ahead(better: Array, worse: Array) -> NDArray[np.bool_]:
+    """Whether something leaves less than another by more than the standard error of the difference.
 
     Args:
-        r2: (S, K) on the finer octave, at every smoothing.
-        common: The smoothing of what is hardly explained.
+        better: (B, ...) what it leaves in each spatial block.
+        worse: (B, ...) what the other one leaves.
+    """
+    gained, count = worse - better, len(better)
+    if count < 2:
+        return np.zeros(gained.shape[1:], bool)
+    error = np.sqrt(count / (count - 1) * ((gained - gained.mean(0)) ** 2).sum(0))
+    return np.asarray(gained.sum(0) > error)
+
+
+def common_smoothing(left: Array) -> int:
+    """The least smoothing that no other one is `ahead` of: what is smoothed away is lost for certain.
+
+    Args:
+        left: (S, B) what every smoothing leaves unexplained in each block; smoothings rise.
+    """
+    best = left[int(left.sum(1).argmin())]
+    return next(s for s, one in enumerate(left) if not ahead(best, one))
+
+
+def own_smoothings(left: Array, total: Array, common: int) -> NDArray[np.int64]:
+    """Which smoothing each factor takes: the common one, or what is `ahead` of it for the factor.
+
+    Of those `MOST_SMOOTHINGS` at most, which together leave least.
+
+    Args:
+        left: (S, B, K) what every smoothing leaves of the factors in each block.
+        total: (K,) what there was.
+        common: Number of the common smoothing.
 
     Returns:
-        (K,) indices of smoothings.
+        (K,) numbers of smoothings.
     """
-    clear = r2.max(0) > LEAST_R2
+    r2 = 1.0 - left.sum(1) / np.where(total > 0, total, np.inf)
+    best = np.take_along_axis(left, r2.argmax(0)[None, None], 0)[0]
+    clear = (r2.max(0) > LEAST_R2) & ahead(best, left[common])
     others = [s for s in range(len(r2)) if s != common]
     sets = [(common, *more) for n in range(MOST_SMOOTHINGS) for more in itertools.combinations(others, n)]
-    # Of sets that lose equally little the smallest: it comes first.
-    best = max(sets, key=lambda kept: float(r2[list(kept)][:, clear].max(0).sum().round(9)))
-    own = np.array(best)[r2[list(best)].argmax(0)]
-    return np.where(clear, own, common)
+    # Of sets that leave as little the smallest: it comes first.
+    kept = list(max(sets, key=lambda kept: float(r2[list(kept)][:, clear].max(0).sum().round(9))))
+    return np.where(clear, np.array(kept)[r2[kept].argmax(0)], common)
 
 
 def choose_smoothing(
@@ -199,7 +227,7 @@ def choose_smoothing(
 
     Args:
         pooled: (S, F, ny, nx) footprint-averaged features at every smoothing.
-        smoothings: (S,) in measured pixels. With one, it is taken as it is.
+        smoothings: (S,) in measured pixels, rising. With one, it is taken as it is.
         mask: (ny, nx) measured pixels that the slide covers.
         blocks: (ny, nx) spatial block numbers.
         images: (K, ny, nx) factors, holes filled.
@@ -216,14 +244,17 @@ def choose_smoothing(
         if not len(coarse[0]) or not len(fine[0]):
             return None
         predicted = np.mean([transferred(coarse, fine, used) for used in FEATURE_SETS.values()], axis=0)
-        return moments(fine[1], predicted)
+        truth, block = fine[1], fine[2]
+        return np.stack([moments(truth[block == b], predicted[block == b]) for b in np.unique(block)])
 
     found = side_by_side(tried, pooled, at_once=max(1, FEATURE_BYTES // max(1, pooled[0].nbytes)))
-    sums = [one for one in found if one is not None]
-    if len(sums) < len(found):
+    known = [one for one in found if one is not None]
+    if len(known) < len(found):
         return fallback
-    gains, r2 = zip(*(common_gain(one, weight) for one in sums), strict=True)
-    at = int(np.argmax(r2))
-    own = own_smoothings(np.stack([gain_and_r2(one)[1] for one in sums]), at)
-    apart = tuple(smoothings[k] for k in own) if (own != at).any() else ()
-    return SmoothingChoice(smoothings[at], r2[at], gains[at], apart)
+    sums = np.stack(known)  # smoothings, blocks, moments, factors
+    left, total = sums[:, :, 3], sums[0, :, 2].sum(0)
+    common = common_smoothing(left @ weight)
+    own = own_smoothings(left, total, common)
+    gain, r2 = common_gain(sums[common].sum(0), weight)
+    apart = tuple(smoothings[k] for k in own) if (own != common).any() else ()
+    return SmoothingChoice(smoothings[common], r2, gain, apart)

@@ -117,11 +117,12 @@ def deep_gates(
     closed: tuple[RidgeFit, list[NDArray[np.float32]]],
     deep: tuple[RidgeFit, list[NDArray[np.float32]]],
     rows: NDArray[np.bool_],
+    share: NDArray[np.float64],
 ) -> tuple[Gate, Gate]:
     """Gates of the factors and of the ions where the network is used.
 
     Only rows that training never saw can judge the network; but they are few, and no ion is opened further by them than
-    by what the closed form shows all over the section.
+    by what the closed form shows all over the section. The closed form's part keeps the gates that it has there.
 
     Args:
         problem: The section's reduced-scale problem.
@@ -129,10 +130,15 @@ def deep_gates(
         closed: The closed form, and its null guides' held-out predictions.
         deep: The same with the network.
         rows: (R,) rows that training never saw.
+        share: (K,) how much of the network each factor has.
     """
-    _, shown = gate_ions(problem, basis, closed[0].predicted, closed[1])
+    told, shown = gate_ions(problem, basis, closed[0].predicted, closed[1])
     factor, ion = gate_ions(problem, basis, deep[0].predicted, deep[1], rows)
-    return factor, replace(ion, gate=np.minimum(ion.gate, shown.gate))
+    most = share.max(initial=0.0)
+    return (
+        replace(factor, gate=(1 - share) * told.gate + share * factor.gate),
+        replace(ion, gate=(1 - most) * shown.gate + most * np.minimum(ion.gate, shown.gate)),
+    )
 
 
 def network_share(evidence: float) -> float:
@@ -228,7 +234,7 @@ def choose(
                 return mixed_by_factor(alone, both, share).predicted.astype(np.float32)
 
             null_rows = side_by_side(of_null, zip(nulls, guides, strict=True), at_once=problem.at_once)
-            factor_gate, ion_gate = deep_gates(problem, factors.basis, (fit, nulls), (mixed, null_rows), rows)
+            factor_gate, ion_gate = deep_gates(problem, factors.basis, (fit, nulls), (mixed, null_rows), rows, share)
             fit = mixed
     if tier == "T1":
         factor_gate, ion_gate = gate_ions(problem, factors.basis, fit.predicted, nulls)
