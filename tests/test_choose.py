@@ -36,7 +36,7 @@ def test_the_network_opens_no_ion_further_than_the_whole_section_shows(share):
     # What shuts the closed form's ions shuts all; what does not shut the network's leaves them as far as it shows.
     nothing = replace(closed, predicted=np.zeros_like(closed.predicted))
     assert not deep_gates(problem, factors.basis, (nothing, nulls), (lucky, nulls), rows, whole)[1].gate.any()
-    assert not deep_gates(problem, factors.basis, (closed, nulls), (nothing, nulls), rows)[1].gate.any()
+    assert not deep_gates(problem, factors.basis, (closed, nulls), (nothing, nulls), rows, whole)[1].gate.any()
 
 
 def test_an_advantage_within_its_error_is_no_advantage():
