@@ -23,6 +23,7 @@ from deepfere.model.features import FEATURES
 from deepfere.model.guide import Cells, GuideSpec, features_of
 from deepfere.model.ridge import DENSITIES, LEADING, with_products
 from deepfere.model.stain_types import StainTypes
+from deepfere.model.transfer import SmoothingChoice
 from deepfere.pipeline.overview import stain_overview
 from deepfere.pipeline.tile import reach_um
 from deepfere.readers.slide import Reading, open_slide
@@ -34,15 +35,21 @@ PENALTY = 1e-6
 """Ridge penalty as a share of the rows, on features of unit variance: only against exact collinearity."""
 
 
+def smoothings(result: Result) -> tuple[float, ...]:
+    """Of the result's features, in measured pixels, the common one first."""
+    notes = result.provenance["model"]["notes"]
+    return SmoothingChoice(float(notes["smoothing_pitch"]), 0.0, 0.0, notes["own_smoothing_pitch"]).distinct
+
+
 def stain_features(case: Case, result: Result, alignment: Alignment) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Features (F, H, W), with the shares of the result's stain types, and cover (H, W) at an alignment."""
+    """Features (S F, H, W) at the result's smoothings, its types' shares among them, and cover (H, W)."""
     slide = open_slide(str(case.slide), None if case.slide_mpp_um is None else (case.slide_mpp_um,) * 2)
     grid, f = result.grid, result.factor
     overview, _ = stain_overview(slide, float(np.mean(grid.pitch_um)))
     planes = plan_planes(slide.shape_px, slide.mpp_um, grid.refine(f).pitch_um)
-    smoothing = float(result.provenance["model"]["notes"]["smoothing_pitch"])
+    first, *more = smoothings(result)
     types = StainTypes.from_dict(result.provenance["model"]["stain_types"])
-    spec = GuideSpec(grid, f, planes.spacing_um, planes.shape_px, overview.reference.white, smoothing, types)
+    spec = GuideSpec(grid, f, planes.spacing_um, planes.shape_px, overview.reference.white, first, types, tuple(more))
     reading = Reading.of(slide, planes.fine_mpp_um)
     cache = CacheSpec("", str(case.slide), "", slide.mpp_um, planes, overview.reference, overview.artefacts, reading)
     whole = np.zeros((7, *planes.shape_px), np.uint8)
@@ -81,7 +88,7 @@ def oracle_images(
         case: Truth.
         plain: The run without the stain: the measurement.
         guided: A run with it: its positivity steps.
-        features: (F, H, W) from `stain_features`.
+        features: (S F, H, W) from `stain_features`.
         cover: (H, W) from the same.
         linear: Only what is linear in the stain's own features: no types, no products with factors.
     """
@@ -95,7 +102,8 @@ def oracle_images(
         (factors,) = factorise([cube], [plain.mask], int(guided.provenance["config"]["model"]["max_factors"]))
         filled = fill_missing(factors.images[:LEADING], plain.mask)
         centre = cell_means(features[list(DENSITIES)], f)[:, cells].mean(1)
-        regressors = with_products(features, expand(pad_edge(spline_coefficients(filled)), f), centre)
+        levels = expand(pad_edge(spline_coefficients(filled)), f)
+        regressors = with_products(features, levels, centre, len(smoothings(guided)))
     x = null_space(regressors, f)
     rows = x[:, covered].T
     scale = np.sqrt((rows**2).mean(0))

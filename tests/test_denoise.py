@@ -231,3 +231,19 @@ def test_residuals_bound_the_noise():
     assert most_noise(np.where(level > 2, 5.0, 0.1) * level, level, 1.0) < 0.11
     assert most_noise(np.zeros(600), level, 0.0) == most_noise(np.zeros(600), level, 1.0) == 0.0
     assert most_noise(np.ones(3), np.ones(3), 1.0) == 1.0
+
+
+@pytest.mark.parametrize("counts", [10, 30, 100])
+def test_an_ion_that_is_absent_in_places_is_denoised_where_it_is(counts):
+    """Nothing varies where it is absent, which says nothing about the noise elsewhere."""
+    rng = np.random.default_rng(0)
+    maps = np.stack([gaussian_filter(rng.standard_normal(SHAPE), 4) for _ in range(6)])
+    maps = (maps - maps.min((1, 2), keepdims=True)) / np.ptp(maps, axis=(1, 2))[:, None, None] + 0.2
+    maps[:3, :, 11:] = 0
+    truth = np.concatenate([maps, 0.7 * maps[3:]])
+    # In units of each ion's own, so that none tells what one count of another is worth.
+    unit = rng.permutation(np.geomspace(0.1, 1000, len(truth)))[:, None, None] / counts
+    noisy, mask = rng.poisson(truth * counts) * unit, np.ones(SHAPE, bool)
+    out = denoise(noisy, mask, None, 0)
+    change = errors(out.images, truth * unit * counts, mask) / errors(noisy, truth * unit * counts, mask)
+    assert (change[:3] < 0.7).all()

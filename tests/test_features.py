@@ -21,9 +21,9 @@ from deepfere.model.features import (
     base_planes,
     optical_density,
     otsu,
+    raw_features,
     smooth,
     smoothing_radius,
-    stain_features,
     stain_reference,
 )
 from deepfere.model.guide import SUPERSAMPLE, Cells, GuideSpec, features_of
@@ -133,9 +133,7 @@ def random_planes(seed=0, shape=(60, 70)):
 
 def test_features_by_hand():
     planes = random_planes(3, (5, 6))
-    features = stain_features(torch.from_numpy(planes[None].astype(np.float32)), WHITE, 0.0, torch.ones(1, 1, 1, 1))[
-        0
-    ].numpy()
+    features = raw_features(torch.from_numpy(planes[None].astype(np.float32)), WHITE)[0].numpy()
     assert len(features) == len(FEATURES)
     od = optical_density(planes[:3].transpose(1, 2, 0), WHITE)
     by_name = dict(zip(FEATURES, features, strict=True))

@@ -32,6 +32,7 @@ from deepfere.model.ridge import (
     Chemistry,
     detail_rows,
     fit_average,
+    fit_own,
     null_guides,
     target_rows,
     usable,
@@ -183,6 +184,33 @@ def test_the_networks_rows_line_up_with_the_closed_forms():
     first = problem.rows.phase == 0
     both = np.concatenate([problem.rows.stain, network_rows(network, problem, factors)], axis=1)[first]
     np.testing.assert_allclose(planes[:, inside].T, both @ weights, atol=1e-5)
+
+
+def test_the_deep_tier_has_every_factor_at_its_own_smoothing():
+    """Weights lie on the regressors at its own smoothing and on the network's; planes are those of the rows."""
+    features, cube, mask = section(1)
+    *_, whole, factors, _ = decide_for(features, cube, mask)
+    k, each = whole.factor_rows.shape[1], len(whole.features)
+    own = np.where(np.arange(k) % 2, 0.4, 0.2)
+    both = np.concatenate([whole.features, gaussian_filter(whole.features, (0, 0.6, 0.6))])
+    chemistry = replace(whole.chemistry, groups=2)
+    rows = detail_rows(both, whole.mask, whole.blocks, RATIO, chemistry)
+    choice = SmoothingChoice(0.2, 0.5, 1.0, tuple(own))
+    problem = replace(whole, choice=choice, features=both, chemistry=chemistry, rows=rows)
+    closed = fit_own(rows, problem.factor_rows, problem.group)
+    torch.manual_seed(0)
+    network = FusionNetwork(len(FEATURES), k, width=4, depth=2).eval()
+    network.set_feature_scale(whole.features.mean((1, 2)), np.maximum(whole.features.std((1, 2)), 1e-3))
+    deep = fit_deep(network, problem, factors, closed)
+    assert rows.each == each + rows.products and len(deep.weights) == 2 * rows.each + network.regressors
+    for group in (0, 1):
+        assert not deep.weights[rows.columns(1 - group)][:, problem.group == group].any()
+        assert deep.weights[rows.columns(group)][:, problem.group == group].any()
+    more = network_rows(network, problem, factors)
+    planes = deep_detail(network, problem, factors, deep.weights)
+    inside, first = usable(problem.mask, RATIO, (0, 0)), rows.phase == 0
+    expected = np.concatenate([rows.stain, more], axis=1)[first] @ deep.weights
+    np.testing.assert_allclose(planes[:, inside].T, expected, atol=1e-5)
 
 
 def test_the_deep_tier_is_the_closed_form_with_the_networks_regressors():

@@ -206,6 +206,15 @@ def test_few_smoothings_are_used_and_those_that_lose_least():
     assert (own_smoothings(left_of(np.full((3, 4), 0.5)), np.ones(4), 1) == 1).all()
 
 
+def test_no_smoothing_is_taken_that_is_not_ahead_of_the_common_one():
+    """Where the best for a factor is not kept, it takes none that is only better by chance."""
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        left = rng.uniform(0.3, 0.7, (6, 1, 5)) / 8 + 0.03 * rng.standard_normal((6, 8, 5))
+        for k, s in enumerate(own_smoothings(left, np.ones(5), 2)):
+            assert s == 2 or ahead(left[s, :, k], left[2, :, k])
+
+
 def test_of_smoothings_that_cannot_be_told_apart_the_least_is_taken():
     r2 = np.array([0.30, 0.38, 0.40, 0.39])[:, None]
     assert common_smoothing(left_of(r2)[..., 0]) == 2

@@ -32,6 +32,7 @@ from deepfere.model.guide import GuideSpec
 from deepfere.model.ridge import fit_own
 from deepfere.model.stain_types import StainTypes
 from deepfere.model.transfer import DEFAULT_SMOOTHING_PITCH, SmoothingChoice, choose_smoothing
+from deepfere.model.transfer import LEAST_PX as LEAST_CHOICE_PX
 from deepfere.pipeline.overview import section_overview
 from deepfere.pipeline.workspace import Progress
 from deepfere.reconstruction.result import Result
@@ -56,7 +57,7 @@ class Scene:
         mask: (ny, nx) measured pixels.
         fold: (ny, nx) fold number of every pixel.
         stain: The slide, small.
-        smoothings: Of the stain's features, in measured pixels, as the result has them.
+        choice: Smoothings of the stain's features, as the result has them.
         types: Its stain types; they were found on the stain alone.
     """
 
@@ -64,7 +65,7 @@ class Scene:
     mask: NDArray[np.bool_]
     fold: NDArray[np.int64]
     stain: StainOverview
-    smoothings: tuple[float, ...]
+    choice: SmoothingChoice
     types: StainTypes | None
 
 
@@ -98,9 +99,9 @@ def nested_scores(result: Result, config: Config, progress: Progress) -> dict[st
     cube = np.nan_to_num(np.stack([result.measured(float(mz)) for mz in result.ions["mz"]]), nan=0.0)
     notes = result.provenance["model"]["notes"]
     common, own = notes.get("smoothing_pitch", DEFAULT_SMOOTHING_PITCH), notes.get("own_smoothing_pitch", [])
-    smoothings = SmoothingChoice(common, float("nan"), float("nan"), own).distinct
+    choice = SmoothingChoice(common, float("nan"), float("nan"), own)
     types = StainTypes.from_dict(result.provenance["model"].get("stain_types"))
-    scene = Scene(cube, result.mask, folds_of(result.mask), stain, smoothings, types)
+    scene = Scene(cube, result.mask, folds_of(result.mask), stain, choice, types)
     free = not (section.get("alignment") or section.get("landmarks"))
     (whole,) = factorise([cube], [result.mask], config.model.max_factors)
     plain = problem_at(scene, found, whole, result, result.mask)
@@ -161,9 +162,11 @@ def problem_at(
     scene: Scene, alignment: Alignment, factors: Factors, result: Result, visible: NDArray[np.bool_]
 ) -> Evidence:
     """The reduced-scale problem of the section at an alignment; visible pixels say which factor has which smoothing."""
-    stain, grid, smoothings = scene.stain, result.grid, scene.smoothings
+    stain, grid, smoothings = scene.stain, result.grid, tuple(sorted(scene.choice.distinct))
     shape, white = stain.planes.shape[1:], stain.reference.white
-    spec = GuideSpec(grid, POOL_FACTOR, stain.spacing_um, (shape[0], shape[1]), white, smoothings[0], scene.types)
+    spec = GuideSpec(
+        grid, POOL_FACTOR, stain.spacing_um, (shape[0], shape[1]), white, scene.choice.smoothing_pitch, scene.types
+    )
 
     def planes_at(r0: int, r1: int, c0: int, c1: int) -> NDArray[np.uint8]:
         return stain.planes[:, r0:r1, c0:c1]
@@ -178,7 +181,10 @@ def problem_at(
     covered = cover >= COVERED
     inside = visible & covered
     images, weight = fill_missing(factors.images, scene.mask), factor_weight(factors) ** 2
-    choice = choose_smoothing(pooled, smoothings, inside, spatial_blocks(inside), images, weight)
+    if inside.sum() < LEAST_CHOICE_PX:  # of fewer the choice would be a default, not the result's
+        choice = replace(scene.choice, own_pitch=())
+    else:
+        choice = choose_smoothing(pooled, smoothings, inside, spatial_blocks(inside), images, weight)
     return evidence(pooled, smoothings, scene.mask, covered, scene.cube, factors, choice)
 
 

@@ -50,6 +50,7 @@ LEAST_NOISE = 0.25
 """Share of the residuals that may be noise, however much is found."""
 _GROUPS = 4
 _LEVELS, _LEAST_LEVEL_PX = 8, 60
+_THERE = 0.25  # of the mean level: below it an ion is absent
 _MOST_ASKED = 64
 _MOST_SCORES = 16
 _MOST_IONS = 512
@@ -107,7 +108,7 @@ def denoise(cube: NDArray[np.floating], mask: NDArray[np.bool_], features: Array
             quantum = caution * min(noise_quantum(image, mask), most)
             if quantum <= 0 or (image[mask] < 0).any() or not np.ptp(image[mask]) > 0:
                 continue
-            estimate, chi_square[m], share[m] = _estimate(image, mask, quantum, predictor)
+            estimate, chi_square[m], share[m] = _estimate(image, mask, quantum, predictor, math.isfinite(most))
             out[m][mask] = np.maximum(estimate, 0.0)
     return Denoised(out, chi_square, share)
 
@@ -131,17 +132,26 @@ def noisiness(cube: NDArray[np.floating], mask: NDArray[np.bool_]) -> float:
 
 
 def _estimate(
-    image: Array, mask: NDArray[np.bool_], quantum: float, predictor: Predictor
+    image: Array, mask: NDArray[np.bool_], quantum: float, predictor: Predictor, told: bool
 ) -> tuple[Array, float, float]:
-    """One ion's measured pixels denoised (N,), its chi-square (NaN if nothing was taken) and noise share."""
+    """One ion's measured pixels denoised (N,), its chi-square (NaN if nothing was taken) and noise share.
+
+    Args:
+        image: (ny, nx) the ion.
+        mask: (ny, nx) measured pixels.
+        quantum: Its counting noise, variance per unit of intensity.
+        predictor: Of its group.
+        told: The detector's pulse bounds the quantum already.
+    """
     values = image[mask]
     around = np.stack([without_centre(image, mask, s)[mask] for s in SCALES_PX], axis=1)
     predicted = predictor(around, values)
     level = np.maximum(predicted, _FLOOR * values.mean())
-    local = ((values[:, None] - around) ** 2).mean(0).min()
-    quantum = min(quantum, most_noise((values - predicted) ** 2, level, float(local)))
-    if quantum <= 0:
-        return values, math.nan, 0.0
+    if not told:
+        local = ((values[:, None] - around) ** 2).mean(0).min()
+        quantum = min(quantum, most_noise((values - predicted) ** 2, level, float(local)))
+        if quantum <= 0:
+            return values, math.nan, 0.0
     seen = np.zeros(mask.shape)
     seen[mask] = level
     spread = local_variance(fill_missing(seen, mask))[mask]
@@ -243,7 +253,10 @@ def most_noise(squared: Array, level: Array, local: float) -> float:
     Returns:
         Variance per unit of intensity.
     """
-    parts = np.array_split(np.argsort(level, kind="stable"), max(1, min(_LEVELS, len(level) // _LEAST_LEVEL_PX)))
+    # Where an ion is absent nothing varies, and nothing follows from that.
+    there = np.flatnonzero(level >= _THERE * level.mean())
+    order = there[np.argsort(level[there], kind="stable")]
+    parts = np.array_split(order, max(1, min(_LEVELS, len(order) // _LEAST_LEVEL_PX)))
     least = min(float(squared[p].mean() / level[p].mean()) for p in parts)
     found = max(0.0, 1.0 - float(squared.mean()) / local) if local > 0 else 0.0
     return least * max(LEAST_NOISE, 1.0 - UNSEEN * found / (1.0 - found) if found < 1 else 0.0)

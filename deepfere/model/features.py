@@ -171,18 +171,6 @@ def raw_features(planes: Tensor, white: tuple[float, float, float]) -> Tensor:
     )
 
 
-def stain_features(planes: Tensor, white: tuple[float, float, float], sigma_px: float, cover: Tensor) -> Tensor:
-    """`raw_features`, smoothed by normalised convolution: (N, F, H - 2 r, W - 2 r).
-
-    Args:
-        planes: (N, 7, H, W) base planes in 0..255, with r pixels of context, r = `smoothing_radius` of ``sigma_px``.
-        white: RGB of glass.
-        sigma_px: S.d. of the smoothing in high-resolution pixels.
-        cover: (N, 1, H, W) weight of every pixel: what the slide does not show does not count.
-    """
-    return smooth_covered(raw_features(planes, white), cover, sigma_px)
-
-
 def smooth_covered(raw: Tensor, cover: Tensor, sigma_px: float) -> Tensor:
     """Normalised convolution of (N, C, H, W) with weights (N, 1, H, W), "valid"; 0 where nothing is covered.
 

@@ -246,7 +246,7 @@ def tier_evidence(
 
     Args:
         problem: The section's reduced-scale problem.
-        weight: (K,) importance of the factors.
+        weight: (K,) importance of the factors; those of none are not looked at.
         lower: (R, K) predictions of the lower tier.
         upper: (R, K) predictions of the upper tier.
         where: (R,) rows that may judge: neither tier has seen them.
@@ -255,7 +255,7 @@ def tier_evidence(
         For the factors together, and (K,) for each alone; 0 where there are too few blocks to tell.
     """
     t = problem.factor_rows[where]
-    if not len(t):
+    if not len(t) or not weight.any():
         return 0.0, np.zeros(len(weight))
     share = weight / weight.sum() / np.maximum((t**2).sum(0), 1e-300)
     errors = []

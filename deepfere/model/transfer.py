@@ -193,9 +193,9 @@ def common_smoothing(left: Array) -> int:
 
 
 def own_smoothings(left: Array, total: Array, common: int) -> NDArray[np.int64]:
-    """Which smoothing each factor takes: the common one, or what is `ahead` of it for the factor.
+    """Which smoothing each factor takes: the common one, or of those that are `ahead` of it for the factor the best.
 
-    Of those `MOST_SMOOTHINGS` at most, which together leave least.
+    They are `MOST_SMOOTHINGS` at most, those which together leave least.
 
     Args:
         left: (S, B, K) what every smoothing leaves of the factors in each block.
@@ -206,13 +206,14 @@ def own_smoothings(left: Array, total: Array, common: int) -> NDArray[np.int64]:
         (K,) numbers of smoothings.
     """
     r2 = 1.0 - left.sum(1) / np.where(total > 0, total, np.inf)
-    best = np.take_along_axis(left, r2.argmax(0)[None, None], 0)[0]
-    clear = (r2.max(0) > LEAST_R2) & ahead(best, left[common])
+    may = np.stack([ahead(one, left[common]) for one in left]) & (r2 > LEAST_R2)
+    may[common] = True
+    worth = np.where(may, r2, -np.inf)
     others = [s for s in range(len(r2)) if s != common]
     sets = [(common, *more) for n in range(MOST_SMOOTHINGS) for more in itertools.combinations(others, n)]
     # Of sets that leave as little the smallest: it comes first.
-    kept = list(max(sets, key=lambda kept: float(r2[list(kept)][:, clear].max(0).sum().round(9))))
-    return np.where(clear, np.array(kept)[r2[kept].argmax(0)], common)
+    kept = list(max(sets, key=lambda kept: float(worth[list(kept)].max(0).sum().round(9))))
+    return np.array(kept)[worth[kept].argmax(0)]
 
 
 def choose_smoothing(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -134,18 +134,35 @@ def deep_gates(
     """
     told, shown = gate_ions(problem, basis, closed[0].predicted, closed[1])
     factor, ion = gate_ions(problem, basis, deep[0].predicted, deep[1], rows)
-    most = share.max(initial=0.0)
-    return (
-        replace(factor, gate=(1 - share) * told.gate + share * factor.gate),
-        replace(ion, gate=(1 - most) * shown.gate + most * np.minimum(ion.gate, shown.gate)),
-    )
+    ion = replace(ion, gate=np.minimum(ion.gate, shown.gate))
+    power = basis**2
+    of_ions = (power @ share / np.maximum(power.sum(1), 1e-300)).round(12)  # all of it is all of it
+    return between(told, factor, share), between(shown, ion, of_ions)
+
+
+def between(closed: Gate, deep: Gate, share: NDArray[np.float64]) -> Gate:
+    """Gates, and the evidence for them, of a mean of two tiers.
+
+    Args:
+        closed: Of the closed form.
+        deep: Of the network.
+        share: (M,) how much of the network each has.
+    """
+
+    def mean(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
+        # What is not judged is NaN: of a tier that has no part it does not count.
+        both = (1 - share) * one + share * other
+        return np.where(share <= 0, one, np.where(share >= 1, other, both))
+
+    return Gate(*(mean(getattr(closed, f.name), getattr(deep, f.name)) for f in fields(Gate)))
 
 
 def network_share(evidence: float) -> float:
     """How much of the network's advantage on held-out blocks is believed, in [0, 1).
 
-    An estimate that is z standard errors from nothing is shrunk by ``1 - 1 / z^2``, to nothing below one (James and
-    Stein, *Estimation with quadratic loss*, 1961; the positive part).
+    An estimate that is z standard errors from nothing is shrunk by ``1 - 1 / z^2``, to nothing below one, as James and
+    Stein do (*Estimation with quadratic loss*, 1961). What is gained where there is no advantage is lost in part where
+    there is one of about two standard errors.
     """
     return max(0.0, 1.0 - (TIER_EVIDENCE / evidence) ** 2) if evidence > 0 else 0.0
 
@@ -212,9 +229,10 @@ def choose(
     if joint is not None:
         deep = fit_deep(joint[0], problem, factors, fit)
         rows = held[problem.rows.block]
-        together, apart = tier_evidence(problem, weight, fit.predicted, deep.predicted, rows)
-        # Its features have the first smoothing: detail finer than a factor's own chemistry is none.
-        by_network = (apart > 0) & (problem.group == 0) & (problem.mask.sum() >= LEAST_PX)
+        # Its features have the common smoothing, which is not the one of other factors.
+        able = problem.group == 0
+        together, apart = tier_evidence(problem, weight * able, fit.predicted, deep.predicted, rows)
+        by_network = (apart > 0) & able & (problem.mask.sum() >= LEAST_PX)
         share = network_share(together) * by_network
         if config.model.tier == "T2":
             share = np.ones(len(by_network))

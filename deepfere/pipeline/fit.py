@@ -226,7 +226,9 @@ def _for_training(fit: Fitted, config: Config) -> dict[str, Any]:
         2**config.model.depth - 1,
         2 + int(0.5 * max(prep.measured.grid.pitch_um) / min(spec.spacing_um)),
     )
-    task = SectionTask(spec.to_dict(), alignment.to_dict(), gate.gate.tolist(), start.tolist())
+    # Factors that are not used at the network's smoothing teach it nothing.
+    taught = gate.gate * (problem.group == 0)
+    task = SectionTask(spec.to_dict(), alignment.to_dict(), taught.tolist(), start.tolist())
     rows = features[:, problem.mask].T
     return {
         "choice": asdict(problem.choice),
