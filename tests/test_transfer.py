@@ -27,6 +27,7 @@ from deepfere.model.transfer import (
     LEAST_PX,
     LEAST_R2,
     MOST_SMOOTHINGS,
+    OWN_ERRORS,
     SMOOTHINGS_PITCH,
     SmoothingChoice,
     ahead,
@@ -212,7 +213,7 @@ def test_no_smoothing_is_taken_that_is_not_ahead_of_the_common_one():
     for _ in range(200):
         left = rng.uniform(0.3, 0.7, (6, 1, 5)) / 8 + 0.03 * rng.standard_normal((6, 8, 5))
         for k, s in enumerate(own_smoothings(left, np.ones(5), 2)):
-            assert s == 2 or ahead(left[s, :, k], left[2, :, k])
+            assert s == 2 or ahead(left[s, :, k], left[2, :, k], OWN_ERRORS)
 
 
 def test_of_smoothings_that_cannot_be_told_apart_the_least_is_taken():
@@ -228,6 +229,8 @@ def test_ahead_is_by_the_error_of_the_sum_over_blocks():
     found = [ahead(np.zeros(16), 0.25 + rng.standard_normal(16)) for _ in range(4000)]
     # The sum is 4 with an error of 4: ahead in every second case.
     assert np.mean(found) == pytest.approx(0.5, abs=0.04)
+    found = [ahead(np.zeros(16), 0.25 + rng.standard_normal(16), 2.0) for _ in range(4000)]
+    assert np.mean(found) == pytest.approx(0.16, abs=0.04)
     assert not ahead(np.zeros((1, 3)), np.ones((1, 3))).any()
     assert ahead(np.zeros((4, 2)), np.ones((4, 2)) * [1.0, -1.0]).tolist() == [True, False]
 

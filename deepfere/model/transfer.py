@@ -32,6 +32,9 @@ LEAST_PX = 200
 """Measured pixels below which two octaves cannot be told apart: then the default smoothing."""
 LEAST_R2 = 0.05
 """Share of a factor's finer octave that must be explained before it has a smoothing of its own."""
+OWN_ERRORS = 2.0
+"""Standard errors by which a factor's best smoothing must be ahead of the common one. Where two factors cancel in an ion,
+smoothings that differ by chance leave detail that nothing shows."""
 MOST_SMOOTHINGS = 3
 """So many different ones for a section: each is computed for every pixel."""
 OCTAVE = 2
@@ -168,18 +171,19 @@ def common_gain(sums: Array, weight: Array) -> tuple[float, float]:
     return (float((gains * told).sum() / told.sum()) if told.sum() > 0 else 0.0), r2
 
 
-def ahead(better: Array, worse: Array) -> NDArray[np.bool_]:
-    """Whether something leaves less than another by more than the standard error of the difference.
+def ahead(better: Array, worse: Array, errors: float = 1.0) -> NDArray[np.bool_]:
+    """Whether something leaves less than another by more than so many standard errors of the difference.
 
     Args:
         better: (B, ...) what it leaves in each spatial block.
         worse: (B, ...) what the other one leaves.
+        errors: How many.
     """
     gained, count = worse - better, len(better)
     if count < 2:
         return np.zeros(gained.shape[1:], bool)
     error = np.sqrt(count / (count - 1) * ((gained - gained.mean(0)) ** 2).sum(0))
-    return np.asarray(gained.sum(0) > error)
+    return np.asarray(gained.sum(0) > errors * error)
 
 
 def common_smoothing(left: Array) -> int:
@@ -193,9 +197,9 @@ def common_smoothing(left: Array) -> int:
 
 
 def own_smoothings(left: Array, total: Array, common: int) -> NDArray[np.int64]:
-    """Which smoothing each factor takes: the common one, or of those that are `ahead` of it for the factor the best.
+    """Which smoothing each factor takes: the common one, or its best where that is `ahead` by `OWN_ERRORS`.
 
-    They are `MOST_SMOOTHINGS` at most, those which together leave least.
+    They are `MOST_SMOOTHINGS` at most, those which together leave least; so its best of those that are as far ahead.
 
     Args:
         left: (S, B, K) what every smoothing leaves of the factors in each block.
@@ -206,7 +210,8 @@ def own_smoothings(left: Array, total: Array, common: int) -> NDArray[np.int64]:
         (K,) numbers of smoothings.
     """
     r2 = 1.0 - left.sum(1) / np.where(total > 0, total, np.inf)
-    may = np.stack([ahead(one, left[common]) for one in left]) & (r2 > LEAST_R2)
+    may = np.stack([ahead(one, left[common], OWN_ERRORS) for one in left]) & (r2 > LEAST_R2)
+    may &= np.take_along_axis(may, r2.argmax(0)[None], 0)
     may[common] = True
     worth = np.where(may, r2, -np.inf)
     others = [s for s in range(len(r2)) if s != common]
