@@ -33,8 +33,8 @@ LEAST_PX = 200
 LEAST_R2 = 0.05
 """Share of a factor's finer octave that must be explained before it has a smoothing of its own."""
 OWN_ERRORS = 2.0
-"""Standard errors by which a factor's best smoothing must be ahead of the common one. Where two factors cancel in an ion,
-smoothings that differ by chance leave detail that nothing shows."""
+"""Standard errors by which a factor's best smoothing must be ahead of the common one. Where two factors cancel in an
+ion, smoothings that differ by chance leave detail that nothing shows."""
 MOST_SMOOTHINGS = 3
 """So many different ones for a section: each is computed for every pixel."""
 OCTAVE = 2
