@@ -198,6 +198,12 @@ def test_the_deep_tier_has_every_factor_at_its_own_smoothing():
     choice = SmoothingChoice(0.2, 0.5, 1.0, tuple(own))
     problem = replace(whole, choice=choice, features=both, chemistry=chemistry, rows=rows)
     closed = fit_own(rows, problem.factor_rows, problem.group)
+    fit, nulls = fit_t1(problem, 3, 0)
+    np.testing.assert_array_equal(fit.weights, closed.weights)
+    for found, guide in zip(nulls, null_guides(both, 3, 0), strict=True):
+        null = detail_rows(guide, problem.mask, problem.blocks, RATIO, chemistry)
+        expected = fit_own(null, problem.factor_rows, problem.group).predicted
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     torch.manual_seed(0)
     network = FusionNetwork(len(FEATURES), k, width=4, depth=2).eval()
     network.set_feature_scale(whole.features.mean((1, 2)), np.maximum(whole.features.std((1, 2)), 1e-3))

@@ -7,7 +7,7 @@ must beat the one below on spatial blocks left out; each ion's gate is its own e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from deepfere.model.ridge import (
     DetailRows,
     RidgeFit,
     detail_rows,
+    fit_average,
     fit_own,
     null_guides,
     target_rows,
@@ -130,7 +131,7 @@ class Evidence:
     @property
     def at_once(self) -> int:
         """How many fits like its own may be made at once: each has rows of its own, and what is made of them."""
-        return max(1, SMALL_BYTES // max(1, self.rows.stain.nbytes))
+        return max(1, SMALL_BYTES * self.rows.groups // max(1, self.rows.stain.nbytes))
 
 
 def evidence(
@@ -215,9 +216,14 @@ def fit_t1(problem: Evidence, null_count: int, seed: int) -> tuple[RidgeFit, lis
     fit = fit_own(problem.rows, problem.factor_rows, problem.group)
 
     def predicted(features: Array) -> NDArray[np.float32]:
-        rows = detail_rows(features, problem.mask, problem.blocks, RATIO, problem.chemistry)
-        # Half the memory: with many pixels these are what there is most of.
-        return fit_own(rows, problem.factor_rows, problem.group).predicted.astype(np.float32)
+        # Half the memory: with many pixels these are what there is most of. Regressors of one smoothing at a time.
+        out = np.zeros(problem.factor_rows.shape, np.float32)
+        chemistry, parts = replace(problem.chemistry, groups=1), np.split(features, problem.rows.groups)
+        for number in np.unique(problem.group):
+            own = problem.group == number
+            rows = detail_rows(parts[number], problem.mask, problem.blocks, RATIO, chemistry)
+            out[:, own] = fit_average(rows, problem.factor_rows[:, own]).predicted
+        return out
 
     guides = null_guides(problem.features, null_count, seed)
     return fit, side_by_side(predicted, guides, at_once=problem.at_once)
