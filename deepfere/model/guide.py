@@ -139,12 +139,15 @@ class GuideSpec:
         return features, cover[r : h - r, r : w - r]
 
     def smoothed(self, raw: Tensor, cover: Tensor, smoothings_pitch: Sequence[float]) -> Iterator[Tensor]:
-        """Features at one smoothing after the other, each with the shares of the types: (F, H - 2 r, W - 2 r).
+        """Features at one smoothing after the other, each with the shares of the types.
 
         Args:
             raw: (1, C, H, W) features that are not smoothed, with the context r of the widest smoothing.
             cover: (1, 1, H, W) weight of every pixel.
             smoothings_pitch: S.d. in measured pixels.
+
+        Yields:
+            (F, H - 2 r, W - 2 r) for each of them.
         """
         reach = [smoothing_radius(s * self.factor) for s in smoothings_pitch]
         for smoothing, radius in zip(smoothings_pitch, reach, strict=True):

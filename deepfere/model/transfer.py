@@ -47,7 +47,8 @@ class SmoothingChoice:
     """How smooth a section's stain features are.
 
     Attributes:
-        smoothing_pitch: S.d. of the Gaussian in measured pixels that is best for all factors together.
+        smoothing_pitch: S.d. of the Gaussian in measured pixels for all factors together: the least that no other is
+            ahead of.
         transferred_r2: R2 on the finer octave at that smoothing, NaN where it was not tried.
         gain: Least-squares factor on the predictions there, NaN where it was not tried.
         own_pitch: (K,) smoothing of every factor; empty where all take the common one.
@@ -178,6 +179,9 @@ def ahead(better: Array, worse: Array, errors: float = 1.0) -> NDArray[np.bool_]
         better: (B, ...) what it leaves in each spatial block.
         worse: (B, ...) what the other one leaves.
         errors: How many.
+
+    Returns:
+        (...) False where fewer than two blocks can tell.
     """
     gained, count = worse - better, len(better)
     if count < 2:
@@ -191,6 +195,9 @@ def common_smoothing(left: Array) -> int:
 
     Args:
         left: (S, B) what every smoothing leaves unexplained in each block; smoothings rise.
+
+    Returns:
+        Its number.
     """
     best = left[int(left.sum(1).argmin())]
     return next(s for s, one in enumerate(left) if not ahead(best, one))

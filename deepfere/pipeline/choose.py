@@ -146,7 +146,10 @@ def between(closed: Gate, deep: Gate, share: NDArray[np.float64]) -> Gate:
     Args:
         closed: Of the closed form.
         deep: Of the network.
-        share: (M,) how much of the network each has.
+        share: (M,) how much of the network each has, in [0, 1].
+
+    Returns:
+        Every figure (M,) between those of the two.
     """
 
     def mean(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -163,6 +166,9 @@ def network_share(evidence: float) -> float:
     An estimate that is z standard errors from nothing is shrunk by ``1 - 1 / z^2``, to nothing below one, as James and
     Stein do (*Estimation with quadratic loss*, 1961). What is gained where there is no advantage is lost in part where
     there is one of about two standard errors.
+
+    Args:
+        evidence: Standard errors by which it is ahead, see `tier_evidence`; negative where it is behind.
     """
     return max(0.0, 1.0 - (TIER_EVIDENCE / evidence) ** 2) if evidence > 0 else 0.0
 
