@@ -62,10 +62,10 @@ def test_an_advantage_within_its_error_is_no_advantage():
     assert shares == sorted(shares) and 0.99 < shares[-1] < 1
 
 
-def test_shrinking_an_advantage_by_its_error_costs_less_than_taking_it_whole():
-    """Where the network is hardly ahead in truth, if at all."""
+def test_shrinking_an_advantage_pays_where_there_is_hardly_one_and_costs_little_elsewhere():
+    """Squared error of the shrunk advantage over that of the one seen: a sixth at none, half as much again at most."""
     rng = np.random.default_rng(0)
-    for true in (0.0, 0.5, 1.0):
+    for true, most in ((0.0, 0.2), (0.5, 0.45), (1.0, 0.9), (1.5, 1.3), (2.0, 1.5), (2.5, 1.55), (3.0, 1.5), (5.0, 1.2)):
         seen = true + rng.standard_normal(20_000)
         shrunk = np.array([network_share(z) for z in seen]) * seen
-        assert ((shrunk - true) ** 2).mean() < ((seen - true) ** 2).mean()
+        assert ((shrunk - true) ** 2).mean() < most * ((seen - true) ** 2).mean()
