@@ -91,7 +91,15 @@ class UrlPath:
 
     def is_file(self) -> bool:
         """Whether an object is there."""
-        return self._ask(lambda found, path: bool(found.isfile(path)))
+
+        def ask(found: object, path: str) -> bool:
+            # `isfile` says no to every error, also of a store that throttles.
+            try:
+                return bool(found.info(path)["type"] == "file")  # type: ignore[attr-defined]
+            except FileNotFoundError:
+                return False
+
+        return self._ask(ask)
 
     def is_dir(self) -> bool:
         """Whether there is anything below it, and no object."""
@@ -285,7 +293,7 @@ def remove_tree(target: Place, but: Place | None = None) -> None:
             target.unlink(missing_ok=True)
         return
     objects = [one for one in target.below() if one != but]
-    if target._ask(lambda found, path: bool(found.isfile(path))):
+    if target.is_file():
         objects.append(target)
     for first in range(0, len(objects), 1000):
         some = [str(one) for one in objects[first : first + 1000]]

@@ -95,6 +95,20 @@ def test_files_and_folders_of_objects(s3, tmp_path):
     (root / "a.json").unlink(missing_ok=True)
 
 
+@pytest.mark.parametrize("status", [500, 503])
+def test_an_object_is_deleted_however_the_store_throttles(s3, status):
+    one = place("s3://bucket/single/identity.json")
+    one.write_text("{}")
+    s3.fail(status, 2)
+    assert one.is_file() and not one.is_dir()
+    for left in range(2, 6):
+        one.write_text("{}")
+        s3.fail(status, left)
+        remove_tree(one)
+        s3.heal()
+        assert not one.exists() and not one.is_file()
+
+
 def test_one_of_many_objects_is_asked_for_again(s3):
     root = place("s3://bucket/many")
     for n in range(12):
@@ -239,6 +253,7 @@ def test_fuse_to_a_url(s3, fused, phantom, place, cli):
     assert done.code == 0, done
     assert f"report: {out.removesuffix('.zarr')}.html" in done.out
     assert below(s3, out, *ARRAYS) == contents(place.result, *ARRAYS)
+    assert s3.files.find(f"{out}.work") == []
     assert not s3.files.exists(f"{out}.work")
     result = deepfere.open(out)
     mz = float(result.ions["mz"][3])
