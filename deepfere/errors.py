@@ -35,6 +35,10 @@ class IdentityError(InputError):
     """A result or work folder made from other inputs or settings stands at the wanted path."""
 
 
+class NoStore(InputError):
+    """Nothing stands at a place, or what stands there is no store of deepfere's; the place itself did answer."""
+
+
 class DamagedPixels(InputError):
     """Pixels of a slide that lie there but cannot be decoded; the rest of it can be read."""
 

@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -125,8 +126,21 @@ def _flock(file: Path) -> int:
 
 
 def _here() -> str:
-    """This machine, as far as process numbers mean the same: containers have their own."""
-    return f"{socket.gethostname()} {os.stat('/proc/self/ns/pid').st_ino}"  # noqa: PTH116 - a link to no path
+    """This machine since it was started, as far as process numbers mean the same: containers have their own."""
+    # Names are not unique, and the first namespace has the same number everywhere.
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()} {boot} {os.stat('/proc/self/ns/pid').st_ino}"  # noqa: PTH116 - a link to no path
+
+
+def _started(pid: int) -> int:
+    """When a process began, in clock ticks since the machine was started: no setting of the clock changes that.
+
+    Raises:
+        FileNotFoundError: It is gone.
+        ProcessLookupError: It has just gone.
+    """
+    # After the name, which may hold anything.
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
 class Lease:
@@ -144,9 +158,10 @@ class Lease:
             "holder": f"process {os.getpid()} on {socket.gethostname()}",
             "machine": _here(),
             "pid": os.getpid(),
-            "started": psutil.Process().create_time(),
+            "started": _started(os.getpid()),
         }
         self._count, self._done = 0, threading.Event()
+        self._kept_s = 0.0  # when it was written last, by this process's clock
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
     def take(self) -> None:
@@ -179,13 +194,18 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Go on only as its holder.
+        """Go on only as its holder; while that is not known, because the store is slow to answer, wait.
 
         Raises:
             Stopped: Another process has taken it over, or the store has not answered for too long.
         """
+        while not self._lost and self._thread.is_alive() and self._quiet_s() > LEASE_S - RENEW_S:
+            time.sleep(0.2)
         if self._lost:
             raise Stopped(self._lost)
+
+    def _quiet_s(self) -> float:
+        return time.monotonic() - self._kept_s
 
     def release(self) -> None:
         """Let go of it; where the store fails, it ends by itself."""
@@ -203,7 +223,6 @@ class Lease:
         return found is not None and not _is_over(found[1], found[2])
 
     def _renew(self) -> None:
-        quiet_s = 0.0
         while not self._done.wait(RENEW_S):
             try:
                 kept = self._put({"IfMatch": self._etag}, FIRST_TRIES)
@@ -212,12 +231,10 @@ class Lease:
                     # An answer that got lost: it was written all the same.
                     kept = found is not None and self._is_ours(found[0], found[1])
             except DeepfereError as error:
-                quiet_s += RENEW_S
-                if quiet_s < LEASE_S - RENEW_S:
+                if self._quiet_s() < LEASE_S - RENEW_S:
                     continue
                 self._lost = f"its lock could not be kept: {error}"
                 return
-            quiet_s = 0.0
             if not kept:
                 self._lost = f"another process has taken {self.lock.parent} over"
                 return
@@ -234,6 +251,7 @@ class Lease:
         bucket, key, _ = found.split_path(path)
         self._count += 1
         body = json.dumps({**self._ours, "count": self._count}).encode()
+        begun_s = time.monotonic()
 
         def ask() -> str | None:
             try:
@@ -245,7 +263,7 @@ class Lease:
 
         etag = answered(str(self.lock), ask, tries)
         if etag is not None:
-            self._etag = etag
+            self._etag, self._kept_s = etag, begun_s
         return etag is not None
 
     def _look(self) -> tuple[str, dict[str, Any], float] | None:
@@ -283,6 +301,6 @@ def _is_over(values: dict[str, Any], age_s: float) -> bool:
     if values.get("pid") == os.getpid():
         return values.get("token") not in _held  # one that could not be removed when it was let go of
     try:
-        return bool(abs(psutil.Process(values["pid"]).create_time() - values["started"]) > 1)
-    except (psutil.NoSuchProcess, KeyError):
+        return _started(values["pid"]) != values["started"]
+    except (FileNotFoundError, ProcessLookupError, KeyError):
         return True

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from deepfere.errors import InputError
-from deepfere.remote import TRIES, answered, filesystem, is_url
+from deepfere.remote import TRIES, answered, filesystem, is_there, is_url, kind_of
 
 Answer = TypeVar("Answer")
 AT_ONCE = 256
@@ -87,19 +87,12 @@ class UrlPath:
 
     def exists(self) -> bool:
         """Whether an object is there, or anything below it."""
-        return self._ask(lambda found, path: bool(found.exists(path)))
+        return self._ask(lambda found, path: is_there(self._url, found, path))
 
     def is_file(self) -> bool:
         """Whether an object is there."""
-
-        def ask(found: object, path: str) -> bool:
-            # `isfile` says no to every error, also of a store that throttles.
-            try:
-                return bool(found.info(path)["type"] == "file")  # type: ignore[attr-defined]
-            except FileNotFoundError:
-                return False
-
-        return self._ask(ask)
+        # `isfile` says no to every error, also of a store that throttles.
+        return self._ask(lambda found, path: kind_of(found, path) == "file")
 
     def is_dir(self) -> bool:
         """Whether there is anything below it, and no object."""

@@ -81,7 +81,25 @@ def holds(url: str, name: str) -> bool:
         InputError: See `filesystem`, or the store does not answer.
     """
     found, path = filesystem(url)
-    return bool(answered(url, lambda: found.exists(f"{path.rstrip('/')}/{name}"), FIRST_TRIES))
+    return answered(url, lambda: is_there(url, found, f"{path.rstrip('/')}/{name}"), FIRST_TRIES)
+
+
+def kind_of(found: Any, path: str) -> str | None:
+    """What stands at a path of a file system: "file", "directory" or nothing; a failure is raised as what it is."""
+    try:
+        return str(found.info(path)["type"])
+    except FileNotFoundError as error:
+        # A web server's every failure is called that, with what was behind it.
+        if is_passing(error):
+            raise
+        return None
+
+
+def is_there(url: str, found: Any, path: str) -> bool:
+    """Whether anything stands at a path of the file system of a URL."""
+    if url.lower().startswith("http"):  # whose `exists` says no to every failure
+        return kind_of(found, path) is not None
+    return bool(found.exists(path))
 
 
 def answered(url: str, ask: Callable[[], Answer], tries: int) -> Answer:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from deepfere.errors import DeepfereError, StorageError
+from deepfere.errors import DeepfereError
 from deepfere.places import Place, UrlPath, place
 
 STOP = "stop"
@@ -161,20 +161,20 @@ def watched(
         if timer is not None:
             timer.cancel()
         # Where the store fails, the next run drops it.
-        with suppress(StorageError):
+        with suppress(DeepfereError):
             file.unlink(missing_ok=True)
 
 
 @contextmanager
 def following(file: str) -> Iterator[None]:
-    """Be stopped by another process's file, as one of its workers is.
+    """Be stopped by another process's file, as one of its workers is; in the driver also by what guards its run.
 
     Args:
         file: Of its run; nothing, if it has none.
     """
     global _current
     outer = _current
-    _current = _Watch(place(file), lambda: None) if file else None
+    _current = _Watch(place(file), outer.guard if outer is not None else lambda: None) if file else None
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ from zarr.storage import FsspecStore, LocalStore
 
 from deepfere.codecs import DiskStore, Noting
 from deepfere.cores import usable_cores
-from deepfere.errors import Damaged, InputError
+from deepfere.errors import Damaged, InputError, NoStore
 from deepfere.places import Place, UrlPath, place, remove_tree
 from deepfere.remote import FIRST_TRIES, OPTIONS, TRIES, answered, answered_later, is_url
 
@@ -101,13 +101,13 @@ def _remote(url: object, options: StorageOptions | None, read_only: bool) -> Fss
     return answered(str(url), make, FIRST_TRIES)
 
 
-def missing(path: str | Place) -> InputError:
+def missing(path: str | Place) -> NoStore:
     """That nothing is at a path or URL; where unfinished work of it stands beside it, that too."""
     begun = place(str(path).rstrip("/") + ".work")
     with suppress(OSError, ValueError):
         if begun.exists():
-            return InputError("is unfinished", where=path, remedy=f"run the same command again: its work is in {begun}")
-    return InputError("does not exist", where=path, remedy="check the path")
+            return NoStore("is unfinished", where=path, remedy=f"run the same command again: its work is in {begun}")
+    return NoStore("does not exist", where=path, remedy="check the path")
 
 
 def open_group(
@@ -125,7 +125,8 @@ def open_group(
         attributes: What a group that is created has from the first moment.
 
     Raises:
-        InputError: There is no readable Zarr group there, or one is there already ("w-"); or a store at a URL refuses.
+        NoStore: There is no readable Zarr group there.
+        InputError: One is there already ("w-"); or a store at a URL refuses, or does not answer.
         StorageError: A store at a URL keeps failing.
     """
     store: LocalStore | FsspecStore
@@ -141,11 +142,11 @@ def open_group(
     except (FileNotFoundError, zarr.errors.GroupNotFoundError, zarr.errors.ContainsArrayError) as error:
         if is_url(url) and not exists(url, storage_options):
             raise missing(url) from error
-        raise InputError("is not a Zarr v3 group", where=url, remedy="give a store that deepfere wrote") from error
+        raise NoStore("is not a Zarr v3 group", where=url, remedy="give a store that deepfere wrote") from error
     except (FileExistsError, zarr.errors.ContainsGroupError) as error:
         raise InputError("exists already", where=url, remedy="choose another path or remove it") from error
     except (ValueError, TypeError, KeyError) as error:  # what Zarr makes of a zarr.json that is damaged or another's
-        raise InputError(
+        raise NoStore(
             f"has a zarr.json that cannot be read ({error})", where=url, remedy="give a store that deepfere wrote"
         ) from error
 
@@ -324,9 +325,15 @@ def settle(root: Place) -> None:
     """Have a whole store on disk, without what interrupted writers left in it; at a URL it is."""
     if isinstance(root, UrlPath):
         return
-    for path in list(root.rglob("*")):
-        if path.suffix == ".partial":
-            path.unlink(missing_ok=True)
-        else:
+    for path in list(root.rglob("*.partial")):
+        path.unlink(missing_ok=True)
+    sync_tree(root)
+
+
+def sync_tree(root: Place) -> None:
+    """Have a folder with everything in it on disk; nothing happens if it is absent."""
+    if isinstance(root, UrlPath) or not root.exists():
+        return
+    for path in [*root.rglob("*"), root]:
+        with suppress(FileNotFoundError):  # one that was only passing
             sync(path)
-    sync(root)

@@ -104,6 +104,44 @@ def test_info(s3, uploaded, phantom):
     assert (near.kind, near.facts, near.whole) == (far.kind, far.facts, far.whole)
 
 
+class Moody(http.server.SimpleHTTPRequestHandler):
+    """Fails as many questions as it is told to."""
+
+    left = 0
+
+    def do_HEAD(self):
+        self._answer(super().do_HEAD)
+
+    def do_GET(self):
+        self._answer(super().do_GET)
+
+    def _answer(self, as_usual):
+        if Moody.left > 0:
+            Moody.left -= 1
+            self.send_error(503)
+        else:
+            as_usual()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("failing", [0, 2, 4])
+def test_a_web_server_that_throttles(phantom, failing, monkeypatch):
+    handler = functools.partial(Moody, directory=str(phantom.imzml.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = UrlPath(f"http://127.0.0.1:{server.server_port}")
+        for ask in (UrlPath.is_file, UrlPath.exists, lambda url: remote.holds(str(url.parent), url.name)):
+            Moody.left = failing
+            assert ask(here / "section.imzML") and not ask(here / "none.imzML")
+        Moody.left = 1000
+        with pytest.raises(StorageError, match="keeps failing"):
+            (here / "section.imzML").is_file()
+        server.shutdown()
+    Moody.left = 0
+
+
 class Quiet(http.server.SimpleHTTPRequestHandler):
     """Python's own server, without its log."""
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +17,10 @@ import zarr
 import deepfere
 from deepfere.cluster import one_thread
 from deepfere.config import RaySettings
-from deepfere.errors import DeepfereError, InputError
-from deepfere.pipeline import check, fuse, overview, seal, track
+from deepfere.errors import DeepfereError, IdentityError, InputError
+from deepfere.pipeline import check, claim, fuse, overview, seal, track
 from deepfere.rows import RowWorker
-from tests.conftest import FACTOR, run_rows
+from tests.conftest import FACTOR, contents, run_rows
 
 pytestmark = pytest.mark.ray
 
@@ -172,6 +175,69 @@ def test_the_old_result_stands_until_the_new_one_is_complete(plain, tmp_path):
         assert len(seen) > 2 and set(seen[:-1]) == {before}
     assert deepfere.open(tmp_path / "r.zarr").factor == 2
     assert [p.name for p in tmp_path.iterdir()] == ["r.zarr"]
+
+
+def test_what_is_refused_late_costs_no_work(plain, monkeypatch, tmp_path):
+    """As when credentials end, or the machine has no GPU after all."""
+
+    def refused(*_):
+        raise InputError("access is refused", where="s3://slides/a.svs")
+
+    stages = []
+    with monkeypatch.context() as patch:
+        patch.setattr(seal, "settle", refused)
+        with pytest.raises(InputError, match="access is refused"):
+            plain()
+    assert (tmp_path / "r.zarr.work").exists() and not (tmp_path / "r.zarr").exists()
+    plain(progress=lambda stage, share: stages.append(stage))
+    assert "ingest" not in stages and [p.name for p in tmp_path.iterdir()] == ["r.zarr"]
+
+
+def other_file_system(monkeypatch, copied=claim.copy_tree):
+    """The work lies on another file system than the result."""
+    rename = Path.rename
+
+    def moved(path, target):
+        if ".work" in path.parent.as_posix():
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", moved)
+    monkeypatch.setattr(claim, "copy_tree", copied)
+
+
+def test_a_result_comes_to_its_place_from_another_file_system(plain, monkeypatch, tmp_path):
+    plain()
+    before = contents(tmp_path / "r.zarr", "measured", "basis")
+    with monkeypatch.context() as patch:
+        other_file_system(patch, full)
+        for _ in range(2):
+            with pytest.raises(DeepfereError, match="No space left"):
+                plain(factor=2, overwrite=True)
+            assert deepfere.open(tmp_path / "r.zarr").factor == FACTOR
+            assert contents(tmp_path / "r.zarr", "measured", "basis") == before
+    with monkeypatch.context() as patch:
+        other_file_system(patch)
+        plain(factor=2, overwrite=True)
+    assert deepfere.open(tmp_path / "r.zarr").factor == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["r.zarr"]
+
+
+def test_what_has_come_to_the_place_meanwhile_stays(plain, tmp_path):
+    other = tmp_path / "r.zarr"
+
+    def meanwhile(stage, share):
+        if stage == "reconstruct" and share < 1:
+            other.mkdir(exist_ok=True)
+            (other / "mine").write_text("!")
+
+    with pytest.raises(IdentityError, match=r"has come to stand there while .* move it away"):
+        plain(progress=meanwhile)
+    assert [p.name for p in other.iterdir()] == ["mine"]
+    shutil.rmtree(other)
+    stages = []
+    plain(progress=lambda stage, share: stages.append(stage))
+    assert "ingest" not in stages and deepfere.open(other).factor == FACTOR
 
 
 def test_overwriting_begins_anew(plain, monkeypatch):

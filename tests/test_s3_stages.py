@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from s3fs import S3FileSystem
 
 import deepfere
 from deepfere import cluster, locking, remote
 from deepfere.cluster import Journal, records_in
-from deepfere.errors import InputError, StorageError
+from deepfere.errors import DeepfereError, InputError, StorageError
 from deepfere.inspect import describe
+from deepfere.pipeline.claim import attributes_of
 from deepfere.pipeline.workspace import Workspace
 from deepfere.places import UrlPath, copy_tree, place, reading, remove_tree, texts, writing
+from deepfere.reconstruction.result import FORMAT
 from deepfere.stopping import Stopped
 from deepfere.store import create_array, open_group, shard_object
+from deepfere.tiling.cache import is_cache
 
 from .conftest import FACTOR, SETTINGS, contents, write_study
 
@@ -231,6 +237,71 @@ def test_a_lease_is_kept_and_its_loss_noticed(s3, monkeypatch):
                 check()
                 time.sleep(0.02)
     assert json.loads(lock.read_text()) == {"token": "another"}  # it is not ours to remove
+
+
+def test_who_does_not_know_whether_it_holds_the_lease_waits(s3, monkeypatch):
+    monkeypatch.setattr(locking, "RENEW_S", 0.05)
+    monkeypatch.setattr(locking, "LEASE_S", 0.5)
+    put, waited = locking.Lease._put, []
+
+    def slow(lease, condition, tries):
+        kept = put(lease, condition, tries)
+        if waited == [0]:  # as if the answer had come late
+            waited.append(1)
+            time.sleep(1.5)
+            kept = put(lease, condition | {"IfMatch": lease._etag}, tries)
+        return kept
+
+    monkeypatch.setattr(locking.Lease, "_put", slow)
+    with locking.held(place("s3://bucket/slow/lock")) as check:
+        check()
+        waited.append(0)
+        while len(waited) < 2:
+            time.sleep(0.01)
+        time.sleep(0.6)
+        started = time.monotonic()
+        check()
+        assert time.monotonic() - started > 0.3
+        s3.fail(500, 10**6, ("PUT",))
+        with pytest.raises(Stopped, match=r"its lock could not be kept: .* keeps failing"):
+            while time.monotonic() - started < 20:
+                check()
+                time.sleep(0.01)
+
+
+def test_a_process_is_known_whatever_becomes_of_the_clock():
+    held = {"machine": locking._here(), "pid": os.getppid(), "started": locking._started(os.getppid())}
+    assert not locking._is_over(held, 1.0)
+    assert locking._is_over({**held, "started": held["started"] + 1}, 1.0)
+    assert locking._is_over({**held, "pid": 2**22 + 1}, 1.0)
+    # Another machine of the same name.
+    assert not locking._is_over({**held, "pid": 2**22 + 1, "machine": held["machine"].replace("-", "0")}, 1.0)
+
+
+def test_what_does_not_answer_is_not_taken_for_nothing(s3, monkeypatch):
+    """Else finished shards would be cleared away for one outage."""
+    url = "s3://bucket/outage.zarr"
+    open_group(url, "w", attributes={"format": FORMAT, "fingerprint": "f"})
+    spec = SimpleNamespace(url=url, fingerprint="f")
+    assert attributes_of(place(url))["format"] == FORMAT and is_cache(spec)
+    for status, error in ((403, InputError), (500, StorageError)):
+        for ask in (lambda: attributes_of(place(url)), lambda: is_cache(spec)):
+            s3.fail(status, 1000)
+            with pytest.raises(error):
+                ask()
+            s3.heal()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    S3FileSystem.clear_instance_cache()
+    try:
+        for ask in (lambda: attributes_of(place(url)), lambda: is_cache(spec)):
+            with pytest.raises(DeepfereError):
+                ask()
+    finally:
+        monkeypatch.undo()
+        S3FileSystem.clear_instance_cache()
+    assert is_cache(spec) and not is_cache(SimpleNamespace(url=url, fingerprint="g"))
+    assert attributes_of(place("s3://bucket/nothing.zarr")) == {}
+    assert not is_cache(SimpleNamespace(url="s3://bucket/nothing.zarr", fingerprint="f"))
 
 
 def test_a_store_without_conditions_is_refused(s3, monkeypatch):

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +71,28 @@ def test_without_locks_a_holder_of_this_machine_is_known_by_its_process(tmp_path
     for text, held in told.items():
         lock.write_text(text)
         assert is_held(lock) is held, text
+
+
+def test_what_a_stage_made_is_on_disk_before_it_is_said_to_be_done(work, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def noted(handle):
+        synced.append(str(Path(f"/proc/self/fd/{handle}").readlink()))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    folder = work.section("a")
+    with work.stage("ingest", [1], "a"):
+        (folder.measured / "c").mkdir(parents=True)
+        (folder.measured / "c" / "0").write_text("pixels")
+        folder.arrays.write_text("arrays")
+    made = [folder.measured / "c" / "0", folder.measured / "c", folder.arrays, folder.root]
+    marker = next(n for n, path in enumerate(synced) if "ingest-a.json" in path)
+    assert {str(path) for path in made} <= set(synced[:marker])
+    with work.stage("learn", [1]):
+        work.training.mkdir(parents=True)
+        (work.training / "network.safetensors").write_text("weights")
+    assert str(work.training / "network.safetensors") in synced
 
 
 def test_what_a_killed_beginning_left_is_ours(work):

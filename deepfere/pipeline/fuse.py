@@ -348,8 +348,9 @@ def fuse(
             with work.failures():
                 result = _run(section, inputs, identity, target, work, settings, looking(progress), trained, named)
         except InputError:
-            # What can be wrong now is what the files hold: leave nothing behind that this call made.
-            if not resumed:
+            # What can be wrong at first is what the files hold: leave nothing behind that this call made. Later it is
+            # credentials that ended or a machine without its GPU, and the work is worth hours.
+            if not (resumed or work.facts("tile", section.name) or work.facts("learn")):
                 work.remove()
             raise
         work.remove()

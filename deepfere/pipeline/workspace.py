@@ -22,7 +22,7 @@ from deepfere.errors import DeepfereError, IdentityError, InputError, SectionFai
 from deepfere.locking import held, unwritable
 from deepfere.places import Place, UrlPath, place, remove_tree
 from deepfere.stopping import STOP, look
-from deepfere.store import sync
+from deepfere.store import sync, sync_tree
 
 Progress = Callable[[str, float], None]
 
@@ -321,9 +321,19 @@ class Workspace:
         facts: dict[str, Any] = {}
         started = time.perf_counter()
         yield facts
+        self._sync(section)
         seconds = round(time.perf_counter() - started, 2)
         ended = {"fingerprint": fingerprint, "seconds": seconds, "ended": time.time()}
         write_json(self._marker(stage, section), {**ended, **facts})
+
+    def _sync(self, section: str | None) -> None:
+        """What a stage has made is on disk before it is said to be done: a machine may go down at any moment."""
+        if section is not None:
+            sync_tree(self.section(section).root)
+        elif not isinstance(self.root, UrlPath):
+            sync_tree(self.root / "training")
+            for path in self.root.glob("*.npz"):
+                sync(path)
 
     def facts(self, stage: str, section: str | None = None) -> dict[str, Any]:
         """What a finished stage recorded."""

@@ -72,6 +72,7 @@ def reconstruct_phases(
     fingerprint = digest([depends, parts, shards.shard_px] + ["cuda"] * gpu)
     journal = Journal(prep.folder.journal / "reconstruct", fingerprint)
     stands = attributes_of(made)
+    replacing = out.exists()
     # A complete one at a URL is to be replaced: else nobody would have come here. On a disk it was not moved yet.
     begun = stands.get("identity") == outcome.identity and (made != out or stands.get("complete") is not True)
     pyramid = Journal(prep.folder.journal / "pyramid", fingerprint)
@@ -106,7 +107,7 @@ def reconstruct_phases(
                 yield from pyramid_phases(str(made), counts, pyramid, f"pyramids of {name}", tell(0.7, 0.85))
     unsealed = Unsealed(prep, made, shards, len(shapes), outcome, work.root, config, (journal, pyramid))
     yield from seal_phases(unsealed, "synchronous" if config.guide else "threads", tell(0.85, 0.99))
-    publish(made, out)
+    publish(made, out, replacing)
     progress("reconstruct", 1.0)
 
 

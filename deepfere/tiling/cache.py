@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deepfere.errors import Damaged, DeepfereError, InputError
+from deepfere.errors import Damaged, DeepfereError, NoStore
 from deepfere.model.artefacts import Artefacts
 from deepfere.model.features import PLANES, StainReference, base_planes
 from deepfere.model.guide import GuideSpec
@@ -71,10 +71,14 @@ def create_cache(spec: CacheSpec) -> None:
 
 
 def is_cache(spec: CacheSpec) -> bool:
-    """Whether the cache that stands there was made for this very slide and plan."""
+    """Whether the cache that stands there was made for this very slide and plan.
+
+    Raises:
+        InputError: Its place does not answer: what stands there is not to be replaced.
+    """
     try:
         return open_group(spec.url, "r").attrs.get("fingerprint") == spec.fingerprint
-    except (InputError, ValueError):
+    except NoStore:
         return False
 
 

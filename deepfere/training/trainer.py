@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deepfere.cluster import keep_signals, last_line
 from deepfere.config import TrainSettings
-from deepfere.errors import DeepfereError, InputError, StorageError
+from deepfere.errors import DeepfereError, InputError
 from deepfere.places import Place
 from deepfere.stopping import Stopped, current, saving
 from deepfere.tiling.dataset import LoadPatches
@@ -331,7 +331,7 @@ def _watch(file: Place, on_step: Callable[[int], None] | None) -> Iterator[None]
     def poll() -> None:
         while not stop.wait(1.0 if isinstance(file, Path) else TELL_EVERY_S):
             # What cannot be seen now is seen later.
-            with suppress(FileNotFoundError, StorageError):
+            with suppress(FileNotFoundError, DeepfereError):
                 try:
                     if (text := file.read_text()).isdigit():
                         on_step(int(text))
@@ -356,7 +356,7 @@ def _watch(file: Place, on_step: Callable[[int], None] | None) -> Iterator[None]
             signal.signal(signal.SIGUSR2, before or signal.SIG_DFL)
         # Of another run's, the file is not ours to remove.
         if not lost:
-            with suppress(StorageError):
+            with suppress(DeepfereError):
                 file.unlink(missing_ok=True)
     if lost:
         raise lost[0]
