@@ -126,6 +126,15 @@ def test_a_foreign_slide_is_refused():
         search(measured, stain_of(4), angle_step_deg=30.0, refined=2)
 
 
+@pytest.mark.parametrize("shape", [(3, 200), (70, 1)])
+def test_a_narrow_section_is_found_or_refused_in_words(shape):
+    rng = np.random.default_rng(0)
+    grid = SectionGrid(shape, (10.0, 10.0))
+    measured = MeasuredOverview.build(rng.standard_normal((2, *shape)), np.ones(shape, bool), np.ones(2), grid)
+    with pytest.raises(InputError, match=r"does not show where the section lies|slide is too small"):
+        search(measured, stain_of(3), angle_step_deg=90.0, scales=(1.0,), refined=1)
+
+
 def test_a_slide_too_small_for_the_section_is_refused():
     stain = stain_of(3)
     measured = measure(stain, truth_of(False, 20.0))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
-from deepfere.alignment.likelihood import correlation
+from deepfere.alignment.likelihood import StainRegression, correlation
 from deepfere.alignment.overview import MeasuredOverview, StainOverview
 from deepfere.alignment.witness import Earlier, Verdict, _bears, decide, expected_tissue, judge, masked_areas
 from deepfere.frame import Alignment, SectionGrid
@@ -222,6 +222,40 @@ def test_a_measurement_that_says_nothing_masks_nothing(clean):
     noise = np.random.default_rng(5).standard_normal(measured.images.shape)
     found, candidates, _ = masked(overview(np.where(tear, 0, clean)), replace(measured, images=noise))
     assert candidates.kinds and not found.any()
+
+
+def test_what_lies_beyond_the_slide_is_no_witness(clean):
+    """Sampling repeats the slide's edge there."""
+    stains = clean.copy()
+    stains[:, stripe(0.5, 18, 1.4)] = 0
+    whole, measured = overview(stains), measurement(clean)
+    cut = replace(whole, planes=np.ascontiguousarray(whole.planes[:, 9 * BLOCK :]))
+    moved = Alignment(np.eye(2), np.array([-9.0 * PITCH_UM, 0.0]))
+
+    def largest(stain, alignment):
+        candidates = find_candidates(stain.planes, stain.reference, stain.spacing_um, PITCH_UM)
+        return max(v.evidence or 0.0 for v in judge(measured, stain, alignment, candidates)[1] if v.kind == "tear")
+
+    full, part = largest(whole, Alignment.identity()), largest(cut, moved)
+    assert full > 30 and part > 0.7 * full
+
+
+def test_a_feature_that_is_the_same_everywhere_else_is_no_error():
+    """As the share of nuclei in pale tissue, beside a fold that is as dense as nuclei."""
+    rng = np.random.default_rng(0)
+    varies, rest = rng.standard_normal((12, 12)), np.zeros((12, 12))
+    rest[5, 3:9] = 1.0
+    images = (varies + 0.1 * rng.standard_normal((12, 12)))[None]
+    regression = StainRegression(images, np.stack([varies.ravel(), rest.ravel()]))
+    rows = rest.ravel() == 0
+    regression.fit(rows)
+    pixels = np.flatnonzero(~rows)
+    other = np.stack([varies.ravel() + 3.0, rest.ravel()])
+    evidence = regression.without(pixels).log_ratio(pixels, other)
+    assert np.isfinite(evidence) and evidence < -5
+    regression = StainRegression(images, varies.ravel()[None])
+    regression.fit(rows)
+    assert evidence == pytest.approx(regression.without(pixels).log_ratio(pixels, other[:1]), rel=1e-2)
 
 
 def test_too_coarse_an_overview_shows_no_candidates(clean):

@@ -100,6 +100,7 @@ def test_shards_and_names(out):
         (lambda c, k, z: (c[0], k, z), "do not go together"),
         (lambda c, k, z: (c, k[:2], z), "mask"),
         (lambda c, k, z: (c, k, z[::-1]), "ascending"),
+        (lambda c, k, z: (c, k, [z[0], *z[:-1]]), "each once"),
         (lambda c, k, z: (-c, k, z), "not negative"),
         (lambda c, k, z: (c, np.ones_like(k), z), "finite"),
         (lambda c, k, z: (c, np.zeros_like(k), z), "no pixel"),

@@ -15,6 +15,7 @@ from deepfere.evaluation.nested import folds_of, hidden_errors, nested_scores, p
 from deepfere.measured.factors import factorise
 from deepfere.model.fit import evidence
 from deepfere.model.transfer import SmoothingChoice
+from deepfere.pipeline.fit import held_out_blocks
 
 SHAPE = (24, 26)
 CHOICE = SmoothingChoice(0.25, float("nan"), float("nan"))
@@ -89,6 +90,18 @@ def test_factors_of_hidden_pixels_follow_from_the_basis_of_the_others():
     assert abs(r) > 0.99
     r = np.corrcoef(every.images[0][visible], part.images[0][visible])[0, 1]
     assert r > 0.999
+
+
+def test_blocks_are_held_out_where_something_was_measured():
+    """Of a diagonal strip most blocks of the grid are empty."""
+    y, x = np.indices((40, 40))
+    mask = abs(y - x) < 4
+    problem = SimpleNamespace(mask=mask, blocks=spatial_blocks(mask, 6))
+    empty = np.setdiff1d(problem.blocks, problem.blocks[mask])
+    assert len(empty) > 5
+    for seed in range(40):
+        held = held_out_blocks(problem, 0.2, seed)[problem.blocks]
+        assert 0.02 < held[mask].mean() < 0.6
 
 
 def test_it_is_left_out_where_there_is_nothing_to_judge_by(monkeypatch):

@@ -27,6 +27,8 @@ LAGS_PX = ((1, 0), (0, 1), (1, 1), (1, -1), (2, 0), (0, 2), (2, 1), (1, 2), (2, 
 REACHES_PX = (0.7, 1.0, 1.5, 2.0, 3.0, 4.5, 7.0, 10.0)
 """Lengths that its decay is chosen from."""
 MOST_SHARE = 0.98
+LEAST_SD = 1e-6
+"""Of a feature (optical density, shares), below which it does not vary."""
 LEAST_PAIRS = 10
 
 
@@ -50,7 +52,9 @@ class StainRegression:
         """Use these measured pixels (ny nx,)."""
         self._rows = rows
         x = self._design[rows]
-        self._scale = np.concatenate([[1.0], x[:, 1:].std(0) + 1e-9])
+        sd = x[:, 1:].std(0)
+        # Of what is the same in all rows nothing is known: no weight, whatever other pixels hold.
+        self._scale = np.concatenate([[1.0], np.where(sd > LEAST_SD, sd, np.inf)])
         self._gram, self._cross = self._moments(np.flatnonzero(rows))
         weights, _ = self._solve(self._gram, self._cross, int(rows.sum()))
         residual = np.full((rows.size, self._targets.shape[1]), np.nan)

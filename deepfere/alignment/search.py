@@ -234,7 +234,8 @@ def search(
         InputError: No placement is clearly better than the others, or than chance.
     """
     ny, nx = measured.mask.shape
-    small = measured.coarsen(max(1, int(np.ceil(max(ny, nx) / 64))))
+    # A narrow section keeps at least eight pixels across.
+    small = measured.coarsen(max(1, min(int(np.ceil(max(ny, nx) / 64)), min(ny, nx) // 8)))
     stain = stain.coarsen(0.2 * float(np.mean(small.grid.pitch_um)))
     principal = principal_features(stain, 0.4 * float(np.mean(small.grid.pitch_um)))
     top = np.argsort(small.weight)[::-1][:6]

@@ -31,6 +31,7 @@ from deepfere.alignment.refine import footprint_points
 from deepfere.alignment.repair import SUPERSAMPLE, pool, pooled_both, touched
 from deepfere.frame import Alignment
 from deepfere.model.damage import Candidates, finer
+from deepfere.model.registration import on_slide
 
 TOUCHED = 0.2
 """Share of a measured pixel that a part has to cover for the pixel to bear witness."""
@@ -119,7 +120,8 @@ def judge(
         The candidates, some with smaller parts, and a verdict on each of their parts, in the order of their numbers.
     """
     slide = torch.from_numpy(alignment.map(footprint_points(measured, SUPERSAMPLE).numpy()))
-    shown = pool(stain.planes[6] > 250, stain.spacing_um, slide).ravel()
+    on = on_slide(slide, slide.new_tensor(stain.extent_um), SUPERSAMPLE).double().numpy()
+    shown = (pool(stain.planes[6] > 250, stain.spacing_um, slide) * on).ravel()
     covered = measured.mask.ravel() & (shown >= 1 - CLEAR)
     count = len(candidates.kinds)
     if not count or covered.sum() < LEAST_ROWS:

@@ -44,6 +44,8 @@ Array = NDArray[np.float64]
 FOLDS = 4
 LEAST_PX, MOST_PX = 200, 60_000
 """Measured pixels between which it is done: fewer leave nothing to judge by, more take long."""
+COARSEST_PITCH = 0.25
+"""Pixel size of the overview, in measured pixels, up to which scores are those of a fit to a hundredth."""
 POOL_FACTOR = 4
 POOL_PX = 64
 
@@ -86,13 +88,16 @@ def nested_scores(result: Result, config: Config, progress: Progress) -> dict[st
     Returns:
         ``folds``, ``alignment`` ("refitted", or "given" where it never was found), ``moved_px`` of every fold's
         alignment from the result's, and per ion ``nested_r2`` and ``left_out_r2`` (alignment and factors as they are).
-        None without a stain, or where there are too few or too many pixels.
+        None without a stain, where there are too few or too many pixels, or where the slide is so large that its
+        overview does not show what the fit has seen.
     """
     found, section = result.alignment, result.provenance["section"]
     if found is None or not LEAST_PX <= int(result.mask.sum()) <= MOST_PX:
         return None
     pitch = float(np.mean(result.grid.pitch_um))
-    stain, _, _ = section_overview(Section.model_validate(section), config, pitch)
+    stain, _, mpp_um = section_overview(Section.model_validate(section), config, pitch)
+    if max(stain.spacing_um) > max(COARSEST_PITCH * pitch, 2 * max(mpp_um)):
+        return None
     unused = result.artefacts()
     if unused is not None:
         stain = stain.without(unused > 0)
@@ -105,7 +110,7 @@ def nested_scores(result: Result, config: Config, progress: Progress) -> dict[st
     free = not (section.get("alignment") or section.get("landmarks"))
     (whole,) = factorise([cube], [result.mask], config.model.max_factors)
     plain = problem_at(scene, found, whole, result, result.mask)
-    errors, total, moved = np.zeros((2, len(cube))), np.zeros(len(cube)), []
+    errors, total, moved = np.zeros((2, len(cube))), np.zeros((2, len(cube))), []
     for number in range(FOLDS):
         visible = result.mask & (scene.fold != number)
         (factors,) = factorise([cube], [visible], config.model.max_factors)
@@ -118,8 +123,7 @@ def nested_scores(result: Result, config: Config, progress: Progress) -> dict[st
         for side, (problem, basis) in enumerate(((fitted, factors.basis), (plain, whole.basis))):
             left, of = hidden_errors(problem, basis, scene.fold, number)
             errors[side] += left
-            if side == 0:
-                total += of
+            total[side] += of  # another alignment may cover other pixels
         progress("nested", (number + 1) / FOLDS)
     r2 = np.where(total > 0, 1.0 - errors / np.where(total > 0, total, 1.0), np.nan)
     return {

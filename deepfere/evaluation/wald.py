@@ -119,7 +119,10 @@ def wald(
         state, note = "none", ""
         if base.guide:
             out = Path(folder) / "ours.zarr"
-            placed = {"slide_mpp_um": section.get("slide_mpp_um"), "alignment": Path(result.path) / "alignment.json"}
+            full = Path(folder) / "alignment.json"
+            if result.alignment is not None:
+                result.alignment.save(full)
+            placed = {"slide_mpp_um": section.get("slide_mpp_um"), "alignment": full}
             placed["slide_region"] = section.get("slide_region")
             asked = ("slide_mpp_um", "alignment", "landmarks", "slide_region")
             given = {key: section[key] for key in asked if section.get(key)}

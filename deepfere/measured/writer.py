@@ -203,8 +203,8 @@ def write_measured(
         raise InputError(f"a mask of {inside.shape} does not fit a cube of shape {values.shape}", where=path)
     if not inside.any():
         raise InputError("no pixel is measured", where=path)
-    if not (np.isfinite(axis).all() and (np.diff(axis) >= 0).all()):
-        raise InputError("m/z must be finite and ascending", where=path)
+    if not (np.isfinite(axis).all() and (np.diff(axis) > 0).all()):
+        raise InputError("m/z must be finite and ascending, each once", where=path)
     spectra = np.ascontiguousarray(values[:, inside].T)
     if not np.isfinite(spectra).all() or (spectra < 0).any():
         raise InputError("measured intensities must be finite and not negative", where=path)

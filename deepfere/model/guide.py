@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepfere.frame import Alignment, Points, SectionGrid
 from deepfere.model.features import FEATURES, raw_features, smooth_covered, smoothing_radius
-from deepfere.model.registration import mapped_grid, plane_window, sample_window
+from deepfere.model.registration import mapped_grid, on_slide, plane_window, sample_window
 from deepfere.model.stain_types import StainTypes
 
 SUPERSAMPLE = 2
@@ -162,8 +162,7 @@ class GuideSpec:
     def on_slide(self, slide_um: Tensor) -> Tensor:
         """Share (H, W) of each pixel's sample points that lie on the slide: beyond it sampling repeats its edge."""
         high = slide_um.new_tensor([n * s for n, s in zip(self.planes_shape, self.spacing_um, strict=True)])
-        inside = ((slide_um >= 0) & (slide_um <= high)).all(-1).float()
-        return torch.nn.functional.avg_pool2d(inside[None, None], SUPERSAMPLE)[0, 0]
+        return on_slide(slide_um, high, SUPERSAMPLE)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the plan."""

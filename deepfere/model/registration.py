@@ -288,6 +288,18 @@ def sample_window(
     return pooled.permute(2, 0, 1)
 
 
+def on_slide(slide_um: Tensor, extent_um: Tensor, supersample: int = 2) -> Tensor:
+    """Share (H, W) of each pixel's sample points that lie on the slide: beyond it sampling repeats its edge.
+
+    Args:
+        slide_um: As for `sample_window`.
+        extent_um: (2,) size of the slide (y, x).
+        supersample: As for `sample_window`.
+    """
+    inside = ((slide_um >= 0) & (slide_um <= extent_um)).all(-1).float()
+    return torch.nn.functional.avg_pool2d(inside[None, None], supersample)[0, 0]
+
+
 def plane_window(
     points_um: Points, spacing_um: tuple[float, float], shape_px: tuple[int, int], margin_px: int = 1
 ) -> tuple[int, int, int, int]:

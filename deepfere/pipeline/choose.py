@@ -273,7 +273,9 @@ def choose(
             if network is None
             else deep_detail(network, problem, factors, fit.weights)
         )
-        return raw * factor_gate.gate[:, None, None]
+        # As in the result: what the slide does not show has none.
+        covered = problem.mask[: raw.shape[1], : raw.shape[2]]
+        return raw * factor_gate.gate[:, None, None] * covered
 
     steps, uncertainty = select_positivity(cube, prep.measured.mask, detail_at, loadings)
     shown = problem.features[: guide.count, problem.mask].T

@@ -190,10 +190,10 @@ def context_px(depth: int) -> int:
 
 def held_out_blocks(problem: Problem, share: float, seed: int) -> NDArray[np.bool_]:
     """Spatial blocks (by number) that training never sees, spread over the section."""
-    names = np.unique(problem.blocks)
-    count = max(2, round(share * len(names)))
+    names = np.unique(problem.blocks[problem.mask])
+    count = min(len(names), max(2, round(share * len(names))))
     rng = np.random.default_rng([seed, 2])
-    return np.isin(np.arange(names.max() + 1), rng.choice(names, count, replace=False))
+    return np.isin(np.arange(problem.blocks.max() + 1), rng.choice(names, count, replace=False))
 
 
 def _for_training(fit: Fitted, config: Config) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from deepfere.measured.store import Measured, open_measured, sign
 from deepfere.measured.tolerance import Targets, Tolerance
 from deepfere.measured.treatment import Treatment
 from deepfere.model.artefacts import ARTEFACTS
-from deepfere.model.damage import find_candidates, with_small
+from deepfere.model.damage import COARSEST_PITCH, find_candidates, with_small
 from deepfere.model.paper import check_size
 from deepfere.pipeline.overview import (
     ask_which,
@@ -299,6 +299,10 @@ def align_stage(prep: Prepared, inputs: dict[str, str], work: Workspace, config:
         kinds = np.zeros(rgb.shape[:2], np.uint8)
         if config.artefacts == "auto":
             kinds, facts["artefacts"], facts["left_in"] = _artefacts(measured, stain, found)
+            if max(stain.spacing_um) > COARSEST_PITCH * float(np.mean(measured.grid.pitch_um)):
+                size = f"{max(stain.spacing_um):.3g} um"
+                warning = f"tears and folds were not looked for: the slide's overview, {size} per pixel, is too coarse"
+                facts["warnings"] = [*facts.get("warnings", []), warning]
         spacing = np.asarray(stain.spacing_um)
         if stain.elsewhere is not None and stain.elsewhere.any():
             kinds[stain.elsewhere] = ARTEFACTS.index("piece")
