@@ -193,6 +193,51 @@ def test_what_is_refused_late_costs_no_work(plain, monkeypatch, tmp_path):
     assert "ingest" not in stages and [p.name for p in tmp_path.iterdir()] == ["r.zarr"]
 
 
+def runs_of(place, tmp_path):
+    """Status by id of this test's runs, the newest first."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(place.tracking)
+    (experiment,) = client.search_experiments(filter_string="name = 'edges'")
+    return client, client.search_runs([experiment.experiment_id])
+
+
+def test_a_run_that_was_not_told_of_its_result_is_told_later(plain, place, tmp_path, monkeypatch):
+    def lost(*_):
+        raise DeepfereError("the server is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(track.Run, "log_result", lost)
+        with pytest.raises(DeepfereError, match="the server is gone"):
+            plain("tracking.experiment=edges")
+    stands = deepfere.open(tmp_path / "r.zarr")
+    client, (run,) = runs_of(place, tmp_path)
+    assert run.info.status == "FAILED" and "consistency_worst" not in run.data.metrics
+    stages = []
+    plain("tracking.experiment=edges", progress=lambda stage, share: stages.append(stage))
+    client, (run,) = runs_of(place, tmp_path)
+    assert run.info.run_id == stands.provenance["run"]["run_id"]
+    assert run.info.status == "FINISHED" and run.data.metrics["consistency_worst"] <= 1e-5
+    assert not stages and [p.name for p in tmp_path.iterdir()] == ["r.zarr"]
+    client.delete_run(run.info.run_id)
+
+
+def test_a_run_whose_beginning_fails_is_no_longer_running_and_a_deleted_one_is_replaced(
+    plain, place, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(track, "_describe", full)
+        with pytest.raises(DeepfereError, match="No space left"):
+            plain("tracking.experiment=edges")
+    client, (run,) = runs_of(place, tmp_path)
+    assert run.info.status == "FAILED"
+    client.delete_run(run.info.run_id)
+    plain("tracking.experiment=edges")
+    client, (other,) = runs_of(place, tmp_path)
+    assert other.info.run_id != run.info.run_id and other.info.status == "FINISHED"
+    client.delete_run(other.info.run_id)
+
+
 def other_file_system(monkeypatch, copied=claim.copy_tree):
     """The work lies on another file system than the result."""
     rename = Path.rename

@@ -17,7 +17,7 @@ import yaml
 
 import deepfere
 from deepfere.config import Config, load_config
-from deepfere.submit.submission import VARIABLE, git_revision, tags_from_environment
+from deepfere.submit.submission import VARIABLE, git_revision, tags_from_environment, write_private
 from deepfere.submit.target import follow
 from tests.conftest import write_study
 from tests.test_cluster_files import operator_errors, schema_errors
@@ -99,7 +99,7 @@ def test_settings_travel_resolved_and_complete(dry, home):
     command = shlex.split(text.splitlines()[0])
     assert str(home / "c.yaml") not in command and not any(word.startswith(("seed=", "--factor")) for word in command)
     told = json.loads(command[0].partition("=")[2])
-    assert told["deepfere.config"] == wanted.digest()
+    assert ID.fullmatch(told["deepfere.submission"]) and set(told) <= {"deepfere.submission", "deepfere.git"}
     # Where runs are recorded does not depend on who runs the job.
     assert sent.tracking.uri == f"sqlite:///{home / 'data' / 'deepfere' / 'mlflow.db'}"
 
@@ -231,6 +231,29 @@ def test_the_manifest_is_valid_and_holds_command_image_and_settings(dry, home, s
     assert job["spec"]["backoffLimit"] == 0
     told = yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"][VARIABLE]
     assert json.loads(told)["deepfere.submission"] == job["metadata"]["name"]
+
+
+@pytest.mark.parametrize("to", ["local", "slurm"])
+def test_a_password_is_shown_to_nobody(dry, to, tmp_path):
+    told = dry(to, "tracking.uri=http://me:secret@host:5000")
+    assert "http://***@host:5000" in told and "secret" not in told
+    file = tmp_path / "settings.yaml"
+    file.write_text("old")
+    file.chmod(0o644)
+    write_private(file, "new")
+    assert file.read_text() == "new" and file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_password_does_not_travel_in_a_config_map(cli, study, home):
+    words = ["--to", "kuberay", "--image", "i", "--dry-run", "--paths-on-cluster", "tracking.uri=http://me:secret@host"]
+    done = cli("submit", "train", study, "-o", "/shared/work", *words)
+    assert done.code == 2 and "MLFLOW_TRACKING_PASSWORD" in done.err and "secret@" not in done.err
+
+
+def test_a_path_is_not_read_by_the_clusters_shell(dry):
+    told = dry("kuberay", "--image", "i", out="$(touch x)`y`")
+    environment = yaml.safe_load(told.split("---")[1])["spec"]["runtimeEnvYAML"]
+    assert "deepfere.submission" in environment and "touch" not in environment and "`" not in environment
 
 
 def test_without_kubectl_the_dry_run_is_named(cli, study, home, monkeypatch):

@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from deepfere.config import load_config
 from deepfere.errors import DeepfereError, InputError
+from deepfere.pipeline import track
 from deepfere.training import mlflow_store
 from deepfere.training.tracking import (
     NullTracker,
@@ -479,6 +482,16 @@ def test_a_server_keeps_runs_and_models(mlflow_server, tmp_path, monkeypatch):
     with pytest.raises(DeepfereError, match="not those that were registered"):
         load_registered("models:/m/1", server)
     assert load_registered("models:/m/1", server) == loaded
+
+
+def test_recorded_settings_hide_passwords():
+    config = load_config(None, ["tracking.uri=http://me:secret@host/x"])
+    assert mlflow_store.recorded(config)["tracking"]["uri"] == "http://***@host/x"
+    assert config.resolved()["tracking"]["uri"] == "http://me:secret@host/x"
+    assert mlflow_store.recorded(load_config(None, [])) == load_config(None, []).resolved()
+    tracker = SimpleNamespace(uri="http://me:secret@host/x", run_id="1")
+    run = track.Run(tracker, None, config, [], [], True)
+    assert run.describe()["uri"] == "http://***@host/x"
 
 
 def test_error_text_hides_passwords():

@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +25,11 @@ from deepfere.store import create_array, open_group
 from deepfere.tiling.dataset import Dealing, blocks_of
 from deepfere.tiling.patches import PatchReader, PatchSource, core_window
 from deepfere.training.alone import train_alone
-from deepfere.training.checkpoint import CHECKPOINT, read_state
+from deepfere.training.checkpoint import CHECKPOINT, begin_at, drop_torn, note_begin, read_state
 from deepfere.training.loop import INDICES, JointModel, LoopSettings, SectionTask, on_device, train_step
 from deepfere.training.steps import Clock
 from deepfere.training.trainer import preflight
-from deepfere.training.worker import _to_come
+from deepfere.training.worker import _state, _to_come
 from tests.conftest import FACTOR, SETTINGS, write_study
 
 K, PATCH, CONTEXT, DEPTH = 2, 20, 5, 1
@@ -284,6 +285,52 @@ def test_a_torn_state_of_a_process_alone_is_none(setting, tmp_path):
         assert read_state(file) is None
     again = Alone(setting, tmp_path / "run")
     assert again.train()["step"] == 6 and again.loaded == list(range(6))
+
+
+def test_a_torn_checkpoint_of_a_group_is_forgotten(setting, tmp_path):
+    """Ray would give up over it, in every attempt."""
+    run = tmp_path / "run"
+    state = Alone(setting, tmp_path / "alone").train()
+    theirs, snapshot = run / "checkpoint_000003", run / "checkpoint_manager_snapshot.json"
+    theirs.mkdir(parents=True)
+    told = {"checkpoint_results": [{"checkpoint_dir_name": theirs.name}], "latest_checkpoint_result": None}
+    told["latest_checkpoint_result"] = told["checkpoint_results"][0]
+
+    def forgotten(checkpoint, text):
+        (theirs / CHECKPOINT).unlink(missing_ok=True)
+        if checkpoint is not None:
+            (theirs / CHECKPOINT).write_bytes(checkpoint)
+        snapshot.write_text(text)
+        note_begin(run, "one", 5)
+        drop_torn(run)
+        assert snapshot.exists() == (begin_at(run, "one") == 5)
+        return not snapshot.exists()
+
+    torch.save(state, tmp_path / "whole")
+    whole = (tmp_path / "whole").read_bytes()
+    assert not forgotten(whole, json.dumps(told))
+    for checkpoint in (None, b"", whole[:1000], bytes(len(whole))):
+        assert forgotten(checkpoint, json.dumps(told))
+    for text in ("", json.dumps(told)[:50], "[]", "{}"):
+        assert forgotten(whole, text)
+    snapshot.unlink(missing_ok=True)
+    drop_torn(run)
+    # What Ray hands over all the same is no place to go on from either.
+    (theirs / CHECKPOINT).write_bytes(b"")
+    assert _state(Handed(theirs), run, "one") == {}
+    (theirs / CHECKPOINT).write_bytes(whole)
+    assert _state(Handed(theirs), run, "one")["step"] == state["step"]
+
+
+class Handed:
+    """A checkpoint as Ray hands it over."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    @contextmanager
+    def as_directory(self):
+        yield str(self.folder)
 
 
 def test_a_disk_that_is_full_leaves_the_state_before(setting, tmp_path, monkeypatch):

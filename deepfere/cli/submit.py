@@ -76,7 +76,9 @@ def _run(command: click.Command, values: dict[str, Any]) -> None:
 
     submission = prepare(command, values, to=to, elsewhere=options["paths_on_cluster"])
     if options["dry_run"]:
-        click.echo(target.payload(submission, submission.base), nl=False)
+        from deepfere.training.mlflow_store import redact
+
+        click.echo(redact(target.payload(submission, submission.base)), nl=False)
         return
     from deepfere.submit.records import keep
     from deepfere.submit.target import follow

@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deepfere.cluster import alone_on_machine, cluster_gpus, connect, one_thread
 from deepfere.config import Config, digest, load_config
 from deepfere.errors import InputError
@@ -21,7 +23,7 @@ from deepfere.pipeline.overview import section_pieces
 from deepfere.pipeline.prepare import align_stage, ingest_stage, is_ingested, msi_input_digest, prepared
 from deepfere.pipeline.seal import Outcome
 from deepfere.pipeline.tile import tile_phases
-from deepfere.pipeline.track import check_tracking, tracked
+from deepfere.pipeline.track import check_tracking, is_open, tracked
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.pipeline.write import reconstruct_phases
 from deepfere.places import Place, UrlPath, place
@@ -191,6 +193,12 @@ def check_resources(config: Config, on_ray: bool, writes: bool = True) -> None:
         DeepfereError: Ray does not start.
     """
     check_tracking(config)
+    if config.guide and config.model.tier == "paper" and config.train.use_gpu and not torch.cuda.is_available():
+        raise InputError(
+            "the published model is trained where the command runs, and PyTorch sees no GPU there",
+            where="train.use_gpu",
+            remedy="set it to false, or run it on a machine with a GPU",
+        )
     if on_ray:
         connect(config.ray)
         if config.guide and config.model.tier in ("auto", "T2"):
@@ -338,6 +346,9 @@ def fuse(
         if work.belongs_to(identity):
             # Stopped between the result's last byte and the removal of its work; or somebody is making it anew.
             with suppress(InputError), work.locked():
+                if is_open(work, [inputs], settings):
+                    with tracked(work, [section], [inputs], settings, target.name) as run:
+                        run.log_result(Result(str(target)), section.name)
                 work.remove()
         return open(str(target))
     work.check(identity, overwrite)

@@ -102,7 +102,7 @@ def _checkpoint(state: Place) -> dict[str, Any] | None:
     """What `train` saved; None if it is absent or torn."""
     try:
         with reading(state) as path:
-            return torch.load(path, weights_only=True)
+            return torch.load(path, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, EOFError, ValueError):
         return None
 

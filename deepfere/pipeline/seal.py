@@ -30,6 +30,7 @@ from deepfere.reconstruction.whole import check_there
 from deepfere.rows import Phase, Phases, Record, Row, RowWorker
 from deepfere.store import create_array, open_group, reading_again, remove, settle, sync
 from deepfere.tiling.plan import ShardGrid
+from deepfere.training.mlflow_store import recorded
 
 IONS = 8
 """Ions that are checked at a time."""
@@ -301,7 +302,7 @@ def _provenance(one: Unsealed) -> None:
             "section": prep.section.model_dump(mode="json"),
             "inputs": one.outcome.inputs,
             "slide": work.facts("tile", prep.section.name).get("slide"),
-            "config": config.resolved(),
+            "config": recorded(config),
             "versions": {"deepfere": __version__, "python": platform.python_version()}
             | {name: _version(name) for name in packages},
             "model": {

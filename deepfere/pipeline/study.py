@@ -31,7 +31,7 @@ from deepfere.pipeline.prepare import is_ingested, prepared
 from deepfere.pipeline.seal import Outcome
 from deepfere.pipeline.sections import prepare_sections
 from deepfere.pipeline.side_by_side import Together
-from deepfere.pipeline.track import Run, tracked
+from deepfere.pipeline.track import Run, is_open, tracked
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.pipeline.write import reconstruct_phases
 from deepfere.readers.imzml import read_index
@@ -169,10 +169,11 @@ def run_stage(
     inputs = _all_digests(sections, settings)
     given, named = given_model(model, settings) if model else (None, {})
     job = Job(stage, settings, sections, inputs, target, given, named, overwrite)
-    finished = stage == "reconstruct" and [job.finished(n) for n in range(len(sections))]
-    if finished and all(finished):
-        return [f"{s.name}: {open(str(job.result(n)))!r}, finished already" for n, s in enumerate(sections)]
     work = Workspace(target)
+    finished = stage == "reconstruct" and [job.finished(n) for n in range(len(sections))]
+    # Where its run in MLflow has not been told of all results, that is still to do.
+    if finished and all(finished) and not is_open(work, inputs, settings):
+        return [f"{s.name}: {open(str(job.result(n)))!r}, finished already" for n, s in enumerate(sections)]
     # The folder belongs to these inputs; settings may change from stage to stage (each stage knows its own).
     parts = {s.name: digest([s.model_dump(mode="json"), told]) for s, told in zip(sections, inputs, strict=True)}
     whose = digest(parts)
@@ -254,14 +255,17 @@ def _learn(job: Job, work: Workspace, run: Run, failures: Failures, progress: Pr
 
 def _write(job: Job, n: int, work: Workspace, run: Run, registered: dict[str, str], tell: Together) -> Phases:
     """One section, from level 0 to the result in its place."""
-    if not job.finished(n):
-        section, out = job.sections[n], job.result(n)
+    section, out = job.sections[n], job.result(n)
+    if job.finished(n):
+        if run.lacks_result(section.name):
+            run.log_result(Result(str(out)), section.name)
+    else:
         outcome = Outcome(job.own(n), job.inputs[n], run.describe(), registered, [])
         depends = [job.inputs[n], job.config.digest(), job.given.digest if job.given else None]
         prep = prepared(section, work, job.config)
         yield from reconstruct_phases(prep, out, depends, outcome, work, job.config, tell.of(section.name))
         run.log_result(Result(str(out)), section.name)
-    tell.end(job.sections[n].name)
+    tell.end(section.name)
 
 
 def _failed(failures: Failures, run: Run, name: str, error: Exception) -> None:

@@ -19,10 +19,19 @@ from deepfere.reconstruction.result import Result
 from deepfere.section import Section
 from deepfere.submit.submission import tags_from_environment
 from deepfere.training.live import Recording
-from deepfere.training.mlflow_store import OFF, connect, mlflow_errors, probe, resolve_uri, sqlite_path
+from deepfere.training.mlflow_store import (
+    OFF,
+    connect,
+    mlflow_errors,
+    probe,
+    recorded,
+    redact,
+    resolve_uri,
+    sqlite_path,
+)
 from deepfere.training.registry import check_name
 from deepfere.training.system import SystemMetrics
-from deepfere.training.tracking import Status, Tracker, log_history
+from deepfere.training.tracking import Status, Tracker, has_run, log_history
 
 SECTION, LEARNED, RESULT = "deepfere.section", "deepfere.learned", "deepfere.result"
 """Tags: whose run it is, of a study's; of which learning and of which result all is recorded."""
@@ -57,6 +66,7 @@ class Run:
         self._given = {s.name: (s, digests) for s, digests in zip(sections, inputs, strict=True)}
         self._below: dict[str, Tracker] | None = {} if new else None
         self._open: dict[str, Tracker] = {}
+        self._new, self._failed = new, set[str]()
 
     @property
     def recording(self) -> Recording | None:
@@ -71,7 +81,7 @@ class Run:
             return {}
         return {
             "run_id": self._tracker.run_id,
-            "uri": self._tracker.uri,
+            "uri": redact(self._tracker.uri),
             "experiment": self._config.tracking.experiment,
         }
 
@@ -149,7 +159,7 @@ class Run:
             "network": model["network"],
             "tier": model["tier"],
             "deepfere": __version__,
-            "config": self._config.resolved(),
+            "config": recorded(self._config),
             "mz": open_measured(str(folder.measured)).mz.tolist(),
             "basis": load_fit(folder).basis.tolist(),
             "noise_sd": model["noise_sd"],
@@ -176,8 +186,16 @@ class Run:
             self._open.pop(section, None)
             tracker.finish()
 
+    def lacks_result(self, name: str) -> bool:
+        """Whether a section's run was begun and its result is not in it: a program was lost before it could tell."""
+        if not self._tracker.run_id or self._new:
+            return False
+        known = self._tracker if len(self._sections) == 1 else self._known().get(name)
+        return known is not None and RESULT not in known.tags
+
     def section_failed(self, name: str) -> None:
         """Close the run of a section that failed, if there is one."""
+        self._failed.add(name)
         # That the store fails as well is told by whatever needs it next.
         with suppress(DeepfereError):
             if self._open.pop(name, None) is not None or name in self._known():
@@ -185,7 +203,11 @@ class Run:
 
     def end(self, status: Status) -> None:
         """Close it, and what is open below it."""
-        for tracker in self._open.values():
+        below = dict(self._open)
+        if status == "FINISHED" and not self._new and len(self._sections) > 1:
+            # An earlier attempt has left those as they were when it ended.
+            below |= {n: t for n, t in self._known().items() if n not in self._failed}
+        for tracker in below.values():
             tracker.finish(status)
         self._tracker.finish(status)
 
@@ -221,18 +243,18 @@ def tracked(
     work: Workspace, sections: list[Section], inputs: list[dict[str, str]], config: Config, name: str
 ) -> Iterator[Run]:
     """Open the job's run, or go on with it after a restart; close it with how the job ended."""
-    # A run goes on only for the same inputs and settings, in the same store: MLflow's parameters are for ever.
-    where = config.tracking.model_dump(mode="json", exclude={"system_metrics"})
-    belongs = digest([inputs, config.digest(), where])
+    belongs = _belongs(inputs, config)
     known = work.facts("track")
     if known.get("belongs") != belongs:
         known = {}
 
-    def note(run_id: str, described: bool = False) -> None:
-        facts = {"run_id": run_id, "belongs": belongs, "described": described, "seconds": 0}
+    def note(run_id: str, described: bool = False, ended: bool = False) -> None:
+        facts = {"run_id": run_id, "belongs": belongs, "described": described, "ended": ended, "seconds": 0}
         write_json(work.root / "done" / "track.json", facts)
 
     try:
+        if not has_run(config.tracking.uri, known.get("run_id")):
+            known = {}
         tracker = Tracker.start(
             config.tracking.uri,
             config.tracking.experiment,
@@ -245,21 +267,13 @@ def tracked(
     except InputError as error:
         # It answered when the work began: what has been done since then is no worse for it.
         raise DeepfereError(str(error)) from error
-    if tracker.run_id and not known.get("described"):
-        # Again, if the program was lost meanwhile.
-        tracker.log_dict(config.resolved(), "config.json")
-        if len(sections) == 1:
-            _log_input(tracker, sections[0], inputs[0])
-        else:
-            rows = [
-                {"section": section.name, **row}
-                for section, digests in zip(sections, inputs, strict=True)
-                for row in _rows(digests)
-            ]
-            tracker.log_dataset(name, digest(inputs), str(work.root), rows)
-        note(tracker.run_id, described=True)
     run = Run(tracker, work, config, sections, inputs, not known)
     try:
+        if tracker.run_id and not known.get("described"):
+            # Again, if the program was lost meanwhile.
+            _describe(tracker, work, sections, inputs, config, name)
+        if tracker.run_id:
+            note(tracker.run_id, described=True)
         with _load_of_this_host(tracker, config):
             yield run
     except BaseException as error:
@@ -269,6 +283,41 @@ def tracked(
             run.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     run.end("FINISHED")
+    if tracker.run_id:
+        note(tracker.run_id, described=True, ended=True)
+
+
+def _belongs(inputs: list[dict[str, str]], config: Config) -> str:
+    """A run goes on only for the same inputs and settings, in the same store: MLflow's parameters are for ever."""
+    where = config.tracking.model_dump(mode="json", exclude={"system_metrics"})
+    return digest([inputs, config.digest(), where])
+
+
+def is_open(work: Workspace, inputs: list[dict[str, str]], config: Config) -> bool:
+    """Whether a run of this work was begun and never finished."""
+    known = work.facts("track")
+    return known.get("belongs") == _belongs(inputs, config) and not known.get("ended")
+
+
+def _describe(
+    tracker: Tracker,
+    work: Workspace,
+    sections: list[Section],
+    inputs: list[dict[str, str]],
+    config: Config,
+    name: str,
+) -> None:
+    """Settings, and what the job is made from."""
+    tracker.log_dict(recorded(config), "config.json")
+    if len(sections) == 1:
+        _log_input(tracker, sections[0], inputs[0])
+        return
+    rows = [
+        {"section": section.name, **row}
+        for section, digests in zip(sections, inputs, strict=True)
+        for row in _rows(digests)
+    ]
+    tracker.log_dataset(name, digest(inputs), str(work.root), rows)
 
 
 @contextmanager

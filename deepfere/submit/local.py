@@ -15,7 +15,7 @@ from typing import Any
 from deepfere.errors import DeepfereError
 from deepfere.locking import is_held
 from deepfere.submit.records import jobs_folder
-from deepfere.submit.submission import Submission
+from deepfere.submit.submission import Submission, write_private
 from deepfere.submit.target import Ended, Job, Tail, Target
 
 LOCK, LOG, CODE, CONFIG, PROCESS = "lock", "log", "code", "config.yaml", "pid"
@@ -103,7 +103,7 @@ class Local(Target):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return LocalJob(name)  # somebody else was first, with the same
-            (folder / CONFIG).write_text(submission.config_text)
+            write_private(folder / CONFIG, submission.config_text)
             for file in (CODE, PROCESS):
                 (folder / file).unlink(missing_ok=True)
             command = [

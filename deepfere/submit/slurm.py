@@ -16,7 +16,7 @@ from typing import Any
 from deepfere.errors import DeepfereError, InputError
 from deepfere.places import place
 from deepfere.remote import is_url
-from deepfere.submit.submission import Submission
+from deepfere.submit.submission import Submission, write_private
 from deepfere.submit.target import Ended, Job, Tail, Target
 from deepfere.submit.templates import template
 
@@ -202,7 +202,7 @@ class Slurm(Target):
         script = self.script(submission, name)
         with _written(file.parent):
             try:
-                file.write_text(script)
+                write_private(file, script)
             except OSError:
                 file.unlink(missing_ok=True)
                 raise

@@ -19,6 +19,7 @@ from deepfere.readers.digest import content_digest
 
 VARIABLE = "DEEPFERE_SUBMISSION"
 """Environment variable that tells a job which submission it is (JSON); its MLflow run is tagged with it."""
+TAGS = ("deepfere.submission", "deepfere.git")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ class Submission:
         Args:
             name: The attempt's id.
         """
-        return {VARIABLE: json.dumps({"deepfere.submission": name, **self.metadata}, sort_keys=True)}
+        told = {"deepfere.submission": name, **self.metadata}
+        # No more than that: what carries it may read it as a shell does, and a path may hold anything.
+        return {VARIABLE: json.dumps({key: told[key] for key in TAGS if key in told}, sort_keys=True)}
 
     def name(self, number: int) -> str:
         """Id of an attempt, counted from 1."""
@@ -140,8 +143,15 @@ def tags_from_environment() -> dict[str, str]:
         values = json.loads(os.environ.get(VARIABLE, "{}"))
     except ValueError:
         return {}
-    names = ("deepfere.submission", "deepfere.git")
-    return {name: str(values[name]) for name in names if isinstance(values, dict) and name in values}
+    return {name: str(values[name]) for name in TAGS if isinstance(values, dict) and name in values}
+
+
+def write_private(file: Path, text: str) -> None:
+    """Write a file that nobody else may read: settings may hold the password of an MLflow server."""
+    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "w") as out:
+        os.fchmod(handle, 0o600)  # one that was there keeps its mode
+        out.write(text)
 
 
 def shipped(config: Config, to: str) -> Config:
@@ -154,7 +164,7 @@ def shipped(config: Config, to: str) -> Config:
     Raises:
         InputError: The settings name a cluster, and the job goes to another one.
     """
-    from deepfere.training.mlflow_store import resolve_uri
+    from deepfere.training.mlflow_store import redact, resolve_uri
 
     values = config.resolved()
     if to != "local" and config.ray.address is not None:
@@ -164,5 +174,11 @@ def shipped(config: Config, to: str) -> Config:
             remedy="leave it out",
         )
     if config.tracking.uri is not None or os.environ.get("MLFLOW_TRACKING_URI") or to in ("local", "slurm"):
-        values["tracking"]["uri"] = resolve_uri(config.tracking.uri)
+        uri = values["tracking"]["uri"] = resolve_uri(config.tracking.uri)
+        if to == "kuberay" and redact(uri) != uri:
+            raise InputError(
+                "holds a password, and settings travel in a ConfigMap, which is no secret",
+                where="tracking.uri",
+                remedy="leave it out; the pods get MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD from a Secret",
+            )
     return Config.model_validate(values)

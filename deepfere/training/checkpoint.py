@@ -27,6 +27,8 @@ CHECKPOINT = "training.pt"
 HISTORY = "history.json"
 BEGIN = "begin.json"
 """In the run's folder: from which step on patches are loaded when training is begun again."""
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Of Ray's, there too: which checkpoints a group has."""
 
 
 @dataclass
@@ -136,6 +138,25 @@ def begin_at(run: Place, digest: str) -> int:
         return max(0, int(found["step"])) if found["digest"] == digest else 0
     except (OSError, DeepfereError, ValueError, KeyError, TypeError):
         return 0
+
+
+def drop_torn(run: Place) -> None:
+    """Forget a group's last checkpoint that a machine which went down left torn: Ray would end every attempt over it.
+
+    What a process alone has kept, and the checkpoints of other settings, stay.
+    """
+    snapshot = run / SNAPSHOT
+    try:
+        told = json.loads(snapshot.read_text())
+        names = {one["checkpoint_dir_name"] for one in (*told["checkpoint_results"], told["latest_checkpoint_result"])}
+        if all(read_state(run / name / CHECKPOINT) is not None for name in names):
+            return
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError):
+        pass  # torn itself
+    for file in (snapshot, run / BEGIN):
+        file.unlink(missing_ok=True)
 
 
 def note_begin(run: Place, digest: str, step: int) -> None:

@@ -20,6 +20,8 @@ from deepfere.folders import data_folder
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+    from deepfere.config import Config
+
 OFF = "none"
 
 _DATABASES = ("postgresql", "mysql", "mssql")
@@ -181,6 +183,14 @@ def mlflow_errors(uri: str, kind: type[DeepfereError] = DeepfereError, remedy: s
 def redact(uri: str) -> str:
     """The text without the user names and passwords of the URIs in it."""
     return re.sub(r"//[^@/\s]+@", "//***@", uri)
+
+
+def recorded(config: Config) -> dict[str, Any]:
+    """Settings as plain values, as they are saved with what was made with them: without passwords."""
+    values = config.resolved()
+    if values["tracking"]["uri"] is not None:
+        values["tracking"]["uri"] = redact(values["tracking"]["uri"])
+    return values
 
 
 def sqlite_path(uri: str) -> Path | None:

@@ -11,7 +11,8 @@ from pyarrow import PythonFile
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
 from deepfere.places import Place, copy_file, place
-from deepfere.remote import TRIES, answered, filesystem, is_url
+from deepfere.remote import TRIES, answered, filesystem
+from deepfere.store import sync_tree
 
 Answer = TypeVar("Answer")
 
@@ -94,25 +95,25 @@ def run_storage(folder: Place) -> tuple[FileSystem | None, str]:
     return PyFileSystem(_Handler(found, str(folder).partition("://")[0])), path
 
 
-def uploader(run: str) -> Callable[[Any, str], Any] | None:
-    """What puts a checkpoint into a run's folder at a URL, in Ray's place; None for a folder on a disk.
+def uploader(run: str) -> Callable[[Any, str], Any]:
+    """What puts a checkpoint into a run's folder, in Ray's place; on a disk it is there for good when that returns.
 
     Ray has Arrow copy it, which does not look at how closing a file went (seen in pyarrow 25): of a checkpoint that the
-    store did not take, nobody would know.
+    store did not take, nobody would know. Nor does it wait for the disk before it deletes the one before.
 
     Args:
         run: The run's folder.
     """
-    if not is_url(run):
-        return None
 
     def upload(checkpoint: Any, name: str) -> Any:
         from ray.train import Checkpoint
 
         target = place(run) / name
+        target.mkdir(parents=True, exist_ok=True)
         with checkpoint.as_directory() as folder:
             for file in sorted(Path(folder).iterdir()):
                 copy_file(file, target / file.name)
+        sync_tree(target)
         storage, path = run_storage(target)
         return Checkpoint(path, storage)
 

@@ -155,9 +155,10 @@ class Tracker:
                     max_results=_RUNS_PER_PAGE,
                     page_token=token,
                 )
-                found += [
-                    Tracker(self.client, self.uri, run.info.run_id, self.experiment_id, run.data.tags) for run in page
-                ]
+                for run in page:
+                    tracker = Tracker(self.client, self.uri, run.info.run_id, self.experiment_id, run.data.tags)
+                    tracker._finished = run.info.status == "FINISHED"
+                    found.append(tracker)
                 token = page.token
                 if not token:
                     return found
@@ -369,6 +370,27 @@ def _own_tags() -> dict[str, str]:
     with contextlib.suppress(KeyError, OSError, ImportError):  # a container's user may have no name
         tags["mlflow.user"] = getpass.getuser()
     return tags
+
+
+def has_run(uri: str | None, run_id: str | None) -> bool:
+    """Whether a store has a run that nobody has deleted; true of tracking that is off, which has none to lose.
+
+    Raises:
+        InputError: The store does not answer.
+    """
+    from mlflow.exceptions import MlflowException
+
+    uri = resolve_uri(uri)
+    if uri == OFF or not run_id:
+        return True
+    client = connect(uri)
+    with mlflow_errors(uri, InputError):
+        try:
+            return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
 
 
 def _resume(client: MlflowClient, uri: str, run_id: str, flat: dict[str, str]) -> Tracker:

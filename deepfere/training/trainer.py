@@ -22,7 +22,7 @@ from deepfere.stopping import Stopped, current, saving
 from deepfere.tiling.dataset import LoadPatches
 from deepfere.tiling.patches import PatchSource, draw, plane_shape
 from deepfere.training.alone import train_alone
-from deepfere.training.checkpoint import CHECKPOINT, HISTORY, begin_at, note_begin, read_folder, read_state
+from deepfere.training.checkpoint import CHECKPOINT, HISTORY, begin_at, drop_torn, note_begin, read_folder, read_state
 from deepfere.training.live import Live, Recording
 from deepfere.training.loop import LoopSettings, SectionTask
 from deepfere.training.storage import run_storage
@@ -186,6 +186,8 @@ def train_joint(
     kept = read_state(folder / name / CHECKPOINT)
     if kept is not None and kept["digest"] == digest and kept["step"] == settings.steps:
         return Trained(kept["model"], kept["history"], {"workers": 1.0, **kept.get("timing", {})})
+
+    drop_torn(folder / name)
 
     def begin() -> int:
         """Steps that are not loaded again, whenever a group of workers is begun."""

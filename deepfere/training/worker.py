@@ -23,7 +23,6 @@ from deepfere.training.checkpoint import (
     furthest,
     note_begin,
     over_workers,
-    read_folder,
     read_state,
     resume,
     state_of,
@@ -109,7 +108,7 @@ def _state(checkpoint: Any, run: Place, digest: str) -> dict[str, Any]:
     own = None
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
-            own = read_folder(Path(folder))
+            own = read_state(Path(folder) / CHECKPOINT)  # None of one that a machine which went down left torn
     return furthest([own, read_state(run / CHECKPOINT)], digest)
 
 
