@@ -188,6 +188,12 @@ def place(given: object) -> Place:
     return UrlPath(given) if is_url(given) else Path(given)
 
 
+def located(path: str | Path) -> str:
+    """A path that stays right in another folder. A file's own link stays: what belongs to it lies beside that."""
+    path = Path(path)
+    return str(path.parent.resolve() / path.name)
+
+
 @contextmanager
 def reading(source: Place | str) -> Iterator[Path]:
     """A local file with the content of ``source``: itself, or a copy that lasts as long as this.

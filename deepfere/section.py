@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from deepfere.config import read_yaml, rising
 from deepfere.errors import InputError
+from deepfere.places import located
 from deepfere.remote import is_url
 
 EACH = "each"
@@ -211,5 +212,5 @@ def load_study(path: str | Path) -> Study:
             raise InputError(f"a section is {row!r}", where=path, remedy="give name, msi and slide for each")
         for key in ("msi", "slide", "alignment", "landmarks"):
             if isinstance(row.get(key), str) and row[key] and "://" not in row[key]:
-                row[key] = str((path.parent / row[key]).resolve())
+                row[key] = located(path.parent / row[key])
     return validated(Study, values, path)

@@ -9,6 +9,7 @@ from deepfere.errors import InputError
 from deepfere.frame import Alignment, SectionGrid
 from deepfere.inspect import describe
 from deepfere.pipeline.fuse import with_teaching_points
+from deepfere.places import located
 from deepfere.readers.mis import read_mis, teaching_points_beside
 from deepfere.section import make_section
 
@@ -139,6 +140,17 @@ def test_they_are_used_where_they_lie_beside_the_measurement(tmp_path):
     assert teaching_points_beside(tmp_path / "another.imzML", slide) is None
     section = make_section(name="s", msi=str(msi), slide=str(slide))
     assert with_teaching_points(section).landmarks == str(path)
+    upper = path.rename(path.with_suffix(".MIS"))
+    assert teaching_points_beside(msi, slide) == upper
+    upper.rename(path)
+    # A link's own name is what counts, wherever it leads.
+    stored = tmp_path / "store"
+    stored.mkdir()
+    (stored / "0123abc").write_bytes(b"")
+    msi.symlink_to(stored / "0123abc")
+    assert located(msi) == str(msi)
+    assert teaching_points_beside(located(msi), slide) == path
+    msi.unlink()
     # What the user gave wins.
     given = make_section(name="s", msi=str(msi), slide=str(slide), landmarks="mine.csv")
     assert with_teaching_points(given).landmarks == "mine.csv"

@@ -159,3 +159,11 @@ def test_what_is_no_profile_is_refused(tmp_path, cli):
     ):
         done = cli("fuse", tmp_path / "a.imzML", "-o", tmp_path / "r.zarr", "--no-guide", *given)
         assert done.code == 2 and why in done.err, done
+
+
+def test_an_mz_that_stands_twice_loses_no_area():
+    """As where scan segments that share a point are put together."""
+    mz = np.array([100.0, 100.001, 100.002, 100.003, 100.003, 100.004, 100.005, 100.006])
+    area = Windows(np.array([100.003]), Tolerance(150.0)).area(mz, np.ones((1, 8), np.float32))
+    once = Windows(np.array([100.003]), Tolerance(150.0)).area(np.unique(mz), np.ones((1, 7), np.float32))
+    assert once[0, 0] > 0 and area[0, 0] == pytest.approx(once[0, 0], rel=1e-6)

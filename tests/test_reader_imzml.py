@@ -6,8 +6,8 @@ import pytest
 import deepfere
 from deepfere.errors import InputError
 from deepfere.measured.ingest import ingest
-from deepfere.readers.imzml import msi_digest, read_index
-from deepfere.readers.imzml_arrays import read_arrays, spectrum
+from deepfere.readers.imzml import MIXED, msi_digest, read_index
+from deepfere.readers.imzml_arrays import read_arrays, read_flat, spectrum
 
 from .imzml_bytes import simple_spectra, write_pair
 from .realdata import real_data
@@ -68,6 +68,36 @@ def test_number_types_and_zlib(tmp_path, term, code, dtype, compress):
         values = read_arrays(index, ibd, np.arange(6)[::-1], "int")
         assert [v.tolist() for v in values] == [s[3] for s in spectra[::-1]]
         assert spectrum(index, ibd, 5)[1].tolist() == spectra[5][3]
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("empty", [[1, 2], range(6)])
+def test_spectra_without_peaks(tmp_path, compress, empty):
+    """Packed, an array of no values still has bytes."""
+    spectra = [
+        (x, y, [] if n in empty else mz, [] if n in empty else values)
+        for n, (x, y, mz, values) in enumerate(simple_spectra())
+    ]
+    path = write_pair(tmp_path / "a.imzML", spectra, compress=compress)
+    index = read_index(path)
+    with index.ibd_path.open("rb") as ibd:
+        for rows in (np.arange(6), np.array(list(empty))):
+            mz, values = read_flat(index, ibd, rows, ("mz", "int"))
+            assert mz.tolist() == [v for n in rows for v in spectra[n][2]]
+            assert values.tolist() == [v for n in rows for v in spectra[n][3]]
+
+
+def test_both_polarities_in_one_file_are_refused(tmp_path):
+    kind = '<cvParam cvRef="MS" accession="MS:1000127" name="centroid spectrum"/>'
+    path = write_pair(tmp_path / "a.imzML", simple_spectra(), spectrum_type=kind)
+    text = path.read_text()
+    for term in ("MS:1000129", "MS:1000130"):
+        text = text.replace("</scan>", f'<cvParam cvRef="MS" accession="{term}" name=""/></scan >', 3)
+    path.write_text(text.replace("</scan >", "</scan>"))
+    assert read_index(path).polarity == MIXED
+    with pytest.raises(InputError, match="both polarities; export each polarity alone"):
+        ingest(path, tmp_path / "cube.zarr", mz=[100.0])
+    assert not (tmp_path / "cube.zarr").exists()
 
 
 def test_crlf_latin1_and_misdeclared_encoding(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import json
 import pickle
 import shutil
 import threading
@@ -254,6 +255,18 @@ def test_refused_arrays(tmp_path):
     zarr.open_group(empty, mode="a")
     with pytest.raises(InputError, match="is no OME-Zarr image"):
         open_slide(empty)
+
+
+def test_another_stated_scale_is_another_slide(tmp_path):
+    root = write_ome_zarr(tmp_path / "a.zarr", picture(200, 200), version="0.4")
+    one = slide_digest(root)
+    attrs = root / ".zattrs"
+    told = json.loads(attrs.read_text())
+    for dataset in told["multiscales"][0]["datasets"]:
+        for part in dataset["coordinateTransformations"]:
+            part["scale"] = [v if n == 0 else v / 2 for n, v in enumerate(part["scale"])]
+    attrs.write_text(json.dumps(told))
+    assert slide_digest(root) != one
 
 
 def test_digest_is_of_pixels_and_size(tmp_path):

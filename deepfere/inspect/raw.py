@@ -63,7 +63,7 @@ def imzml(path: Place) -> Description:
     pitch = index.pitch_um
     notes.add("mode", index.mode)
     notes.add("representation", index.representation or "not stated")
-    notes.add("polarity", index.polarity or "not stated, or mixed")
+    notes.add("polarity", index.polarity or "not stated")
     notes.add("pitch", f"{pair_text(pitch)} um" if pitch else f"not known ({index.pitch_problem}): give --pitch-um")
     notes.add("spectra", f"{len(index):,}")
     empty = int((index.length[:] == 0).sum())

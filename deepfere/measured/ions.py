@@ -29,7 +29,7 @@ from deepfere.measured.structure import Evidence, evidence, neighbours, nothing_
 from deepfere.measured.table import MAX_VARIABLES, TableReducer, sample_table
 from deepfere.measured.tolerance import Targets
 from deepfere.measured.treatment import UNTREATED, Treatment, true_mz
-from deepfere.readers.imzml import ImzmlIndex, read_index
+from deepfere.readers.imzml import MIXED, ImzmlIndex, read_index
 from deepfere.readers.imzml_arrays import read_arrays
 from deepfere.readers.ranges import open_binary
 from deepfere.readers.table import Table, is_table, open_table
@@ -39,8 +39,17 @@ Source = ImzmlIndex | Table
 
 
 def open_source(path: str | Path, index_cache: str | Path | None = None) -> Source:
-    """An imzML's index (see `read_index`), or a table."""
-    return open_table(path) if is_table(path) else read_index(path, cache=index_cache)
+    """An imzML's index (see `read_index`), or a table.
+
+    Raises:
+        InputError: It holds spectra of both polarities, which do not measure the same; or see there.
+    """
+    if is_table(path):
+        return open_table(path)
+    index = read_index(path, cache=index_cache)
+    if index.polarity == MIXED:
+        raise InputError("holds spectra of both polarities", where=path, remedy="export each polarity alone")
+    return index
 
 
 def of_region(source: Source, region: int | str | None) -> Source:

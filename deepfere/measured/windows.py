@@ -138,6 +138,8 @@ def gaps(step: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Intervals where a writer left points out, judged by the neighbouring intervals."""
     if len(step) < 3:
         return np.zeros(len(step), dtype=bool)
-    before = np.concatenate([step[1:2], step[:-1]])
-    after = np.concatenate([step[1:], step[-2:-1]])
+    # Of an m/z that stands twice, the step between says nothing of its neighbours.
+    wide = np.where(step > 0, step, np.inf)
+    before = np.concatenate([wide[1:2], wide[:-1]])
+    after = np.concatenate([wide[1:], wide[-2:-1]])
     return step > GAP_RATIO * np.minimum(before, after)

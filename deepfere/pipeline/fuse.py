@@ -26,7 +26,7 @@ from deepfere.pipeline.tile import tile_phases
 from deepfere.pipeline.track import check_tracking, is_open, tracked
 from deepfere.pipeline.workspace import Progress, Workspace
 from deepfere.pipeline.write import reconstruct_phases
-from deepfere.places import Place, UrlPath, place
+from deepfere.places import Place, UrlPath, located, place
 from deepfere.readers.digest import content_digest
 from deepfere.readers.mis import MIS, read_mis, teaching_points_beside
 from deepfere.readers.slide import slide_digest
@@ -177,7 +177,7 @@ def with_teaching_points(section: Section) -> Section:
 
 def _located(path: str | Path) -> str:
     """A path that stays right in another folder; a URL as it is."""
-    return str(path) if is_url(path) else str(Path(path).resolve())
+    return str(path) if is_url(path) else located(path)
 
 
 def check_resources(config: Config, on_ray: bool, writes: bool = True) -> None:
@@ -324,8 +324,8 @@ def fuse(
         slide=None if slide is None or not settings.guide else _located(slide),
         pitch_um=pitch_um,
         slide_mpp_um=slide_mpp_um,
-        alignment=None if alignment is None else str(Path(alignment).resolve()),
-        landmarks=None if landmarks is None else str(Path(landmarks).resolve()),
+        alignment=None if alignment is None else located(alignment),
+        landmarks=None if landmarks is None else located(landmarks),
         region=region,
         slide_region=slide_region,
     )

@@ -26,6 +26,8 @@ from deepfere.readers.imzml_scan import Unsure, scan
 from deepfere.readers.ranges import open_binary, size_of
 
 IMZML = (".imzml", ".xml", ".ibd")
+MIXED = "mixed"
+"""Polarity of a file that holds spectra of both."""
 """How the files of a pair end; some converters write .xml."""
 
 
@@ -40,7 +42,7 @@ class ImzmlIndex:
         ibd_path: The .ibd.
         mode: "continuous" or "processed", as the file says.
         representation: "centroid", "profile", or None where the file does not say.
-        polarity: "positive", "negative", or None where the file does not say or mixes them.
+        polarity: "positive", "negative", "mixed", or None where the file does not say.
         x: (N,), position x as in the file.
         y: (N,), position y as in the file.
         length: (N,), values of either array.
@@ -167,7 +169,7 @@ def read_index(path: str | Place, *, check_ibd: bool = True, cache: str | Place 
         ibd_path=ibd_path,
         mode=modes[0],
         representation=min(representations) if len(representations) == 1 else None,
-        polarity=min(polarities) if len(polarities) == 1 else None,
+        polarity=min(polarities, default=None) if len(polarities) <= 1 else MIXED,
         mz_dtype=np.dtype(walk.dtypes["mz"]),
         mz_compressed=walk.compressed["mz"],
         int_dtype=np.dtype(walk.dtypes["int"]),

@@ -73,9 +73,9 @@ def read_flat(
     """
     out: list[NDArray[Any]] = []
     for kind, parts in zip(kinds, _read(index, ibd, rows, kinds), strict=True):
-        dtype, packed, lengths = _layout(index, kind)
+        dtype, packed, _ = _layout(index, kind)
         missing = int(index.sizes(kind, rows).sum()) != sum(map(len, parts))
-        if missing or (packed and lengths[rows].any()):
+        if missing or packed:  # an array of no values has bytes, too, once it is packed
             arrays = [_decode(index, kind, raw, int(i)) for i, raw in zip(rows, parts, strict=True)]
             out.append(np.concatenate(arrays) if arrays else np.empty(0, dtype))
         else:

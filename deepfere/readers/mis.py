@@ -9,6 +9,7 @@ measured grid, rows and columns in the order of the picture's.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -180,11 +181,12 @@ def teaching_points_beside(msi: str | Path, slide: str | Path) -> Path | None:
     """The .mis of a measurement's own name in its folder, if its teaching points are for this slide."""
     if is_url(msi):
         return None
-    path = Path(msi).with_suffix(MIS)
-    try:
-        return path if read_mis(path).image.casefold() == Path(slide).name.casefold() else None
-    except InputError:
-        return None
+    for suffix in (MIS, MIS.upper()):
+        path = Path(msi).with_suffix(suffix)
+        with suppress(InputError):
+            if read_mis(path).image.casefold() == Path(slide).name.casefold():
+                return path
+    return None
 
 
 def _pair(text: str) -> tuple[float, float]:

@@ -407,4 +407,12 @@ def _to_rgb(page: Any, image: NDArray[Any]) -> NDArray[np.uint8]:
         image = 255 - image
     if image.shape[2] in (1, 2):
         image = np.concatenate([np.repeat(image[..., :1], 3, axis=2), image[..., 1:]], axis=2)
-    return on_background(image, WHITE) if image.shape[2] == 4 else image
+    if image.shape[2] != 4:
+        return image
+    # What the fourth sample is, the file says: nothing of the kind, colours that are weighted with it already, or not.
+    kind = int(page.extrasamples[0]) if page.extrasamples else int(tifffile.EXTRASAMPLE.UNASSALPHA)
+    if kind == tifffile.EXTRASAMPLE.UNSPECIFIED:
+        return image[..., :3]
+    if kind == tifffile.EXTRASAMPLE.ASSOCALPHA:
+        return np.minimum(image[..., :3].astype(np.uint16) + (255 - image[..., 3:]), 255).astype(np.uint8)
+    return on_background(image, WHITE)

@@ -72,10 +72,12 @@ def _levels(file: Any, aperio: bool, where: str) -> list[TiledLevel]:
         series = file.series[0]
         if series.axes != "YXS":
             raise _not_taken(f"is not RGB, pixel by pixel (axes {series.axes})", where)
+        first = series.levels[0].keyframe
         pages = [level.keyframe for level in series.levels if level.keyframe.is_tiled]
     else:
+        first = file.pages[0].aspage()
         pages = [p for n, p in enumerate(file.pages) if p.is_tiled and (n == 0 or aperio or p.subfiletype & 1)]
-    if not pages:
+    if not pages or not first.is_tiled:  # its scale is that of its first image
         raise _not_taken("is not tiled", where)
     out = []
     for number, page in enumerate(sorted(pages, key=lambda p: -p.imagewidth)):

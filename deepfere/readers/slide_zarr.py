@@ -75,6 +75,8 @@ class ZarrSlide:
             )
             for a, (h, w) in zip(arrays, shapes, strict=True)
         )
+        self.stated: list[Any] = []
+        """Scale and unit (y, x) as its metadata has them."""
         self.decoded = 0
         """Chunks decoded so far."""
         self._kept = KeptTiles(CACHE_BYTES, copy=True)
@@ -134,8 +136,8 @@ class ZarrSlide:
         return np.ascontiguousarray(np.asarray(values).transpose([kept.index(axis) for axis in "yxc"]))
 
     def digest(self) -> str:
-        """sha256 (hexadecimal) over shapes and pixels: all chunks of each level, or 64 evenly spaced ones."""
-        sha = hashlib.sha256()
+        """sha256 (hexadecimal) over shapes, stated scale and pixels: all chunks of each level, or 64 spaced ones."""
+        sha = hashlib.sha256(json.dumps(self.stated).encode())
         for k, level in enumerate(self.levels):
             sha.update(json.dumps([level.shape_px, level.tile_px]).encode())
             for pixels in self.sample(k, SAMPLED_CHUNKS):
@@ -178,7 +180,7 @@ def is_zarr(path: str | Path) -> bool:
 
 
 def zarr_digest(path: str | Path) -> str:
-    """sha256 (hexadecimal) of a slide's pixels; the same wherever and however it is stored in these chunks.
+    """sha256 (hexadecimal) of a slide's pixels and stated scale; the same wherever and however these chunks are stored.
 
     Raises:
         InputError: See `open_zarr`.
@@ -225,6 +227,7 @@ def open_zarr(path: str | Path, given_mpp_um: tuple[float, float] | None, look: 
     arrays = [_array(group, name, where) for name in paths]
     _refuse_unread(arrays, axes, ome, where)
     slide = ZarrSlide(str(path), given_mpp_um or (1.0, 1.0), arrays, axes, version)
+    slide.stated = [(scales[0] and scales[0][k], units[k]) for k in map(axes.index, "yx")]
     _refuse_scales(slide, scales, axes, where)
     if look:
         _refuse_dark(slide, where)

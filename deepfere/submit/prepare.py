@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import click
 
 from deepfere.config import Config, load_config
 from deepfere.errors import InputError
-from deepfere.places import place
+from deepfere.places import located, place
 from deepfere.submit.submission import Submission, make_submission, shipped
 
 SETTINGS = {
@@ -82,7 +81,7 @@ def _absolute(path: str, parameter: click.Parameter, elsewhere: bool) -> str:
     if "://" in path:
         return path
     if not elsewhere:
-        return str(Path(path).resolve())
+        return located(path)
     if not path.startswith("/"):
         where = parameter.opts[-1] if isinstance(parameter, click.Option) else str(parameter.name)
         raise InputError(f"{path} is relative to this machine", where=where, remedy="give the path that the nodes see")
