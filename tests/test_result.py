@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import dask.array as da
@@ -13,9 +14,12 @@ import zarr
 
 import deepfere
 from deepfere.errors import InputError
+from deepfere.measured.operator import pad_edge
 from deepfere.model.decode import IonDecoder
+from deepfere.model.guide import Cells
+from deepfere.model.uncertainty import local_variance
 from deepfere.places import beside
-from deepfere.reconstruction.blocks import variance_block
+from deepfere.reconstruction.blocks import spread, variance_block
 from tests.conftest import FACTOR, footprint_means
 
 pytestmark = pytest.mark.ray
@@ -83,6 +87,32 @@ def test_levels_with_odd_edges_are_averages_of_level_0(fused):
             wanted = np.nansum(blocks, (1, 3))[seen] / np.isfinite(blocks).sum((1, 3))[seen]
             wanted = wanted if values == deep.ion else np.sqrt(wanted)
             np.testing.assert_allclose(got[seen], wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (9, 8), (2, 3)])
+def test_the_variance_around_a_window_is_that_of_the_whole(shape):
+    image = np.random.default_rng(0).random(shape)
+    whole = pad_edge(local_variance(image))
+    for i0, i1 in combinations(range(shape[0] + 1), 2):
+        for j0, j1 in combinations(range(shape[1] + 1), 2):
+            part = spread(image, Cells(i0, i1, j0, j1))
+            np.testing.assert_array_equal(part, whole[i0 : i1 + 2, j0 : j1 + 2])
+
+
+def test_an_open_result_that_was_replaced_says_so(fused, tmp_path):
+    copy = tmp_path / "r.zarr"
+    shutil.copytree(fused.path, copy)
+    result = deepfere.open(copy)
+    mz = float(result.ions["mz"][0])
+    lazy = [result.ion(mz), result.uncertainty(mz), result.inferred(mz), result.ion(mz, level=2)]
+    for image in lazy:
+        image.compute()
+    zarr.open_group(copy, mode="r+").attrs["identity"] = "another"
+    (copy / "provenance.json").touch()
+    for ask in (lambda: result.measured(mz), lambda: result.ion(mz), *(image.compute for image in lazy)):
+        with pytest.raises(InputError, match="was replaced by another result; open it again"):
+            ask()
+    assert deepfere.open(copy).measured(mz).shape == fused.mask.shape
 
 
 def test_lazy_arrays_outlive_a_change_of_folder(fused, place, tmp_path, monkeypatch):

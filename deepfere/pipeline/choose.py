@@ -204,7 +204,7 @@ def choose(
         spread: The workers of a pool may be asked for help: this is none of them.
     """
     weight = factor_weight(factors) ** 2
-    everywhere = np.ones(len(problem.rows.block), bool)
+    everywhere, blocks = np.ones(len(problem.rows.block), bool), problem.blocks
     alignment = load_alignment(prep.folder)
     notes: dict[str, Any] = {"t1_left": tier_error(problem, weight, closed[0].predicted, everywhere)}
     how = "search, affine and spline" if alignment.displacement is not None else "search and affine"
@@ -233,8 +233,9 @@ def choose(
     fit, nulls = closed
     tier, network = "T1", None
     if joint is not None:
+        # By the blocks that training knew: those of another alignment, which covers more, are cut elsewhere.
+        rows = held[blocks.ravel()[problem.rows.index]]
         deep = fit_deep(joint[0], problem, factors, fit)
-        rows = held[problem.rows.block]
         # Its features have the common smoothing, which is not the one of other factors.
         able = problem.group == 0
         together, apart = tier_evidence(problem, weight * able, fit.predicted, deep.predicted, rows)

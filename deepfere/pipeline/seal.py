@@ -21,7 +21,7 @@ from deepfere.model.fit import SectionFit
 from deepfere.pipeline.check import check_ions, checked_whole
 from deepfere.pipeline.learn import load_fit
 from deepfere.pipeline.prepare import Prepared
-from deepfere.pipeline.workspace import Workspace, write_json
+from deepfere.pipeline.workspace import SectionFolder, Workspace, write_json
 from deepfere.places import Place, copy_file, copy_tree, reading, writing
 from deepfere.reconstruction.inferred import section_shares
 from deepfere.reconstruction.ome import multiscale
@@ -208,7 +208,7 @@ class RestWorker(RowWorker):
             "positivity": fit.positivity,
             "factor_gate": fit.factor_gate,
             "factor_r2": fit.factor_r2,
-            "detail_scale": np.asarray(detail_scale(fit)),
+            "detail_scale": np.asarray(detail_scale(prep.folder)),
             "weights": fit.weights,
             "noise_share": denoised.noise_share,
             "chi_square": denoised.chi_square,
@@ -238,9 +238,15 @@ class RestWorker(RowWorker):
         return {}
 
 
-def detail_scale(fit: SectionFit) -> list[float]:
-    """Unit of the stored detail planes (K,): factors have unit variance, so 1 fits half precision."""
-    return [1.0] * len(fit.factor_gate)
+def detail_scale(folder: SectionFolder) -> list[float]:
+    """Unit of the stored detail planes (K,): each factor's s.d., so that half precision holds its detail.
+
+    That is 1 for factors of this section or study; those of a registered model are in the intensities that it was
+    trained on. A power of two changes no digit.
+    """
+    with reading(folder.arrays) as path, np.load(path) as data:
+        sd = data["factors"][:, data["mask"]].std(1)
+    return [2.0 ** round(float(np.log2(s))) if s > 0 else 1.0 for s in sd]
 
 
 def _small(group: Any, name: str, values: Any) -> None:

@@ -98,7 +98,8 @@ def reconstruct_phases(
                 if model["tier"] == "T0" or not fit.factor_gate.any():
                     section = replace(section, network=None, state=None)
                 device = "cuda" if gpu else "cpu"
-                arguments = (section, str(made), shards, str(journal.folder), fingerprint, detail_scale(fit), device)
+                scale = detail_scale(prep.folder)
+                arguments = (section, str(made), shards, str(journal.folder), fingerprint, scale, device)
                 what, mask = f"reconstructing {name}", prep.measured.mask
                 yield from shard_phases(what, shards, mask, journal, DetailWorker, arguments, tell(0.0, 0.7))
             # A shard that was done twice counts once.

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deepfere.measured.operator import expand, pad_edge
+from deepfere.errors import InputError
+from deepfere.measured.operator import expand
 from deepfere.model.decode import IonDecoder
 from deepfere.model.guide import Cells
 from deepfere.model.uncertainty import NoiseModel, local_variance
@@ -46,6 +47,18 @@ def _opened(path: str, stamp: object) -> Result:
 def at(path: str) -> Result:
     """The result at a path, opened once."""
     return _opened(path, stamp_of(path))
+
+
+def same(path: str, identity: object) -> Result:
+    """`at`, if it is still the result that an ion's row was looked up in.
+
+    Raises:
+        InputError: Another one has taken its place.
+    """
+    result = at(path)
+    if result.identity != identity:
+        raise InputError("was replaced by another result", where=path, remedy="open it again")
+    return result
 
 
 @lru_cache(maxsize=32)
@@ -86,17 +99,19 @@ def hide(image: NDArray[np.float64], result: Result, cells: Cells) -> NDArray[np
     return np.where(np.repeat(np.repeat(mask, f, 0), f, 1), image, np.nan)
 
 
-def ion_block(*, path: str, ion: int, denoised: bool, block_info: Any = None) -> NDArray[np.float32]:
+def ion_block(*, path: str, identity: object, ion: int, denoised: bool, block_info: Any = None) -> NDArray[np.float32]:
     """One block of `Result.ion` at level 0."""
-    result = at(path)
+    result = same(path, identity)
     cells = window(block_info, result.factor)
     stamp = stamp_of(path)
     return hide(_decoder(path, stamp, ion, denoised).window(cells, result.detail), result, cells).astype(np.float32)
 
 
-def measured_means(path: str, stamp: object, ion: int, pixels: int, denoised: bool) -> NDArray[np.float32]:
+def measured_means(
+    path: str, stamp: object, identity: object, ion: int, pixels: int, denoised: bool
+) -> NDArray[np.float32]:
     """Means over squares of ``pixels`` measured pixels, of those that were measured; NaN where none was."""
-    result = at(path)
+    result = same(path, identity)
     image = result._group["denoised"][ion] if denoised else measured_image(path, ion)
     image = np.where(result.mask, np.asarray(image, np.float64), np.nan)
     ny, nx = image.shape
@@ -108,13 +123,28 @@ def measured_means(path: str, stamp: object, ion: int, pixels: int, denoised: bo
     return np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
 
 
-def variance_block(*, path: str, ion: int, level: int, block_info: Any = None) -> NDArray[np.float64]:
+def variance_block(*, path: str, identity: object, ion: int, level: int, block_info: Any = None) -> NDArray[np.float64]:
     """One block of the square of `Result.uncertainty`: at level 0's pixels, for pixels of the given level."""
-    result = at(path)
+    result = same(path, identity)
     f, cells = result.factor, window(block_info, result.factor)
     stamp = stamp_of(path)
     decoder = _decoder(path, stamp, ion)
     model = NoiseModel.of_row(np.asarray(result._group["uncertainty"]["noise_model"][ion]))
     intensity = np.maximum(decoder.window(cells, None), 0.0)
-    spread = pad_edge(local_variance(decoder.cells))[cells.i0 : cells.i1 + 2, cells.j0 : cells.j1 + 2]
-    return hide(model.variance(intensity, expand(spread, f, "linear"), f / 2**level), result, cells)
+    return hide(
+        model.variance(intensity, expand(spread(decoder.cells, cells), f, "linear"), f / 2**level), result, cells
+    )
+
+
+def spread(image: NDArray[np.float64], cells: Cells) -> NDArray[np.float64]:
+    """`local_variance` of some measured pixels and one around them (h + 2, w + 2), edges repeated as in the whole."""
+    begin, end = (cells.i0, cells.j0), (cells.i1, cells.j1)
+    # Neighbours of those around are two pixels away; where the section ends, there are none.
+    low = [max(0, b - 2) for b in begin]
+    window = tuple(slice(a, min(n, e + 2)) for a, e, n in zip(low, end, image.shape, strict=True))
+    around = local_variance(image[window])
+    inner = tuple(
+        slice(max(0, b - 1) - a, min(n, e + 1) - a) for a, b, e, n in zip(low, begin, end, image.shape, strict=True)
+    )
+    edges = [(int(b == 0), int(e == n)) for b, e, n in zip(begin, end, image.shape, strict=True)]
+    return np.pad(around[inner], edges, mode="edge")

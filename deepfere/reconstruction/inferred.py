@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from deepfere.measured.operator import fill_missing
 from deepfere.model.guide import Cells
 from deepfere.model.inferred import contrast, detail_energy, energy_root, inferred_share
-from deepfere.reconstruction.blocks import at, hide, measured_images, stamp_of, window
+from deepfere.reconstruction.blocks import at, hide, measured_images, same, stamp_of, window
 from deepfere.reconstruction.result import Result
 
 Array = NDArray[np.float64]
@@ -54,9 +54,9 @@ def _loadings(result: Result) -> Array:
     return np.asarray(basis["gate"][:, None] * basis["loadings"] * basis["detail_scale"], np.float64)
 
 
-def inferred_block(*, path: str, ion: int | None, block_info: Any = None) -> NDArray[np.float32]:
+def inferred_block(*, path: str, identity: object, ion: int | None, block_info: Any = None) -> NDArray[np.float32]:
     """One block of `Result.inferred`."""
-    result = at(path)
+    result = same(path, identity)
     cells, f = window(block_info, result.factor), result.factor
     # All blocks need the same sums over all ions: the first makes them, the others wait.
     with _one_at_a_time:

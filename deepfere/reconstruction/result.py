@@ -34,7 +34,15 @@ from deepfere.measured.tolerance import Tolerance, nearest_ion
 from deepfere.model.decode import IonDecoder
 from deepfere.model.guide import Cells
 from deepfere.places import Place, place, reading
-from deepfere.reconstruction.blocks import forget, ion_block, measured_image, measured_means, stamp_of, variance_block
+from deepfere.reconstruction.blocks import (
+    forget,
+    ion_block,
+    measured_image,
+    measured_means,
+    same,
+    stamp_of,
+    variance_block,
+)
 from deepfere.remote import is_url
 from deepfere.store import open_group
 
@@ -110,6 +118,11 @@ class Result:
     def __reduce__(self) -> tuple[Any, ...]:
         return Result, (self.path,)
 
+    @property
+    def identity(self) -> str | None:
+        """Hash of the inputs and settings that it was made from."""
+        return self._attrs.get("identity")
+
     @cached_property
     def mask(self) -> NDArray[np.bool_]:
         """(ny, nx) True where measured."""
@@ -176,8 +189,9 @@ class Result:
             ppm: How far it may be; None takes the windows that the ions were ingested with.
 
         Raises:
-            InputError: No ion within the tolerance; names the nearest.
+            InputError: No ion within the tolerance; names the nearest. Or another result has taken this one's place.
         """
+        same(self.path, self.identity)
         if not isinstance(mz, Real):
             raise InputError(f"m/z {mz!r} is no number", where=self.path, remedy="give one number, such as 798.541")
         axis = self._measured.mz
@@ -222,7 +236,8 @@ class Result:
 
         # Means of whole measured pixels are the measurement's: nothing has to be decoded.
         shape = tuple(-(-n // pixels) for n in self.grid.shape_px)
-        image = delayed(measured_means, pure=True)(self.path, stamp_of(self.path), ion, pixels, denoised)
+        of = self.path, stamp_of(self.path), self.identity
+        image = delayed(measured_means, pure=True)(*of, ion, pixels, denoised)
         return da.from_delayed(image, shape, np.float32)
 
     def uncertainty(self, mz: float, *, ppm: float | None = None, level: int = 0) -> dask.array.Array:
@@ -284,7 +299,8 @@ class Result:
             chunk *= max(1, WHOLE_PX // chunk)
         shape = [n * self.factor for n in self.grid.shape_px]
         chunks = tuple(tuple(min(chunk, n - k) for k in range(0, n, chunk)) for n in shape)
-        full = da.map_blocks(decode, chunks=chunks, dtype=dtype, meta=np.empty((0, 0), dtype), path=self.path, ion=ion)
+        of = {"path": self.path, "identity": self.identity, "ion": ion}
+        full = da.map_blocks(decode, chunks=chunks, dtype=dtype, meta=np.empty((0, 0), dtype), **of)
         if level == 0:
             return full
         side = 2**level
