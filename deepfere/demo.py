@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 
 from deepfere.config import load_config
+from deepfere.errors import InputError
 from deepfere.evaluation.evaluate import ion_scores, scores_file
 from deepfere.evaluation.report import write_report
+from deepfere.locking import unwritable
 from deepfere.phantom import Phantom, PhantomSpec, write_phantom
-from deepfere.pipeline.fuse import fuse
+from deepfere.pipeline.fuse import check_output, fuse, output
 from deepfere.pipeline.workspace import Progress, write_json
+from deepfere.places import UrlPath
 from deepfere.reconstruction.result import Result
 
 SEED = 7
@@ -70,7 +73,7 @@ def truth_scores(phantom: Phantom, ours: Result, plain: Result) -> dict[str, Any
 
 
 def run_demo(
-    folder: Path,
+    given: str | Path,
     *,
     config: str | Path | None = None,
     overrides: Iterable[str] = (),
@@ -80,7 +83,7 @@ def run_demo(
     """Write a phantom, fuse it with and without the stain, score both, write the report.
 
     Args:
-        folder: Where everything goes; a finished demo is left as it is.
+        given: Folder where everything goes; a finished demo is left as it is.
         config: Settings file (YAML).
         overrides: ``section.key=value`` strings.
         overwrite: Do it again.
@@ -89,15 +92,23 @@ def run_demo(
     Returns:
         A summary for the terminal, and the report's path.
     """
-    folder = folder.resolve()
+    folder = output(given)
+    if isinstance(folder, UrlPath):
+        raise InputError("is a URL", where=folder, remedy="give a folder")
+    check_output(folder)
     spec = PhantomSpec(seed=SEED)
     # MLflow's place is a default; the factor is the truth's, and without the stain there would be nothing to show.
     here = load_config(tracking__uri=f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}")
     settings = load_config(config, overrides, base=here, factor=spec.factor, guide=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
     source = folder / "section"
     if (source / "truth").exists() and not overwrite:
         phantom = Phantom.open(source)
+        if phantom.spec != spec:
+            raise InputError("holds another phantom", where=source, remedy="choose another folder, or give --overwrite")
     else:
         tell = lambda stage, done, total: progress(f"phantom {stage}", done / max(total, 1))  # noqa: E731
         phantom = write_phantom(source, spec, tell, overwrite=overwrite)

@@ -185,13 +185,24 @@ def place(given: object) -> Place:
         return given
     if not isinstance(given, str | os.PathLike):
         raise InputError("is no path", where=repr(given), remedy="give a path or a URL")
-    return UrlPath(given) if is_url(given) else Path(given)
+    return UrlPath(given) if is_url(given) else Path(not_empty(os.fspath(given)))
 
 
 def located(path: str | Path) -> str:
     """A path that stays right in another folder. A file's own link stays: what belongs to it lies beside that."""
-    path = Path(path)
+    path = Path(not_empty(path))
     return str(path.parent.resolve() / path.name)
+
+
+def not_empty(given: str | Path) -> str | Path:
+    """What was given as a path; nothing would be the working folder.
+
+    Raises:
+        InputError: It is nothing, as a variable of the shell that is not set.
+    """
+    if not str(given).strip():
+        raise InputError("is no path", where=repr(str(given)), remedy="give a path or a URL")
+    return given
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import dask.array as da
 import numpy as np
@@ -167,7 +168,7 @@ def report(result: Any, folder: Path, **kwargs: Any) -> tuple[str, Page]:
 
 def assert_self_contained(text: str, page: Page, links: tuple[str, ...] = ()) -> None:
     """It fetches nothing, and links nothing but pages beside it."""
-    assert tuple(a["href"] for tag, a in page.tags if tag == "a") == links
+    assert tuple(a["href"] for tag, a in page.tags if tag == "a") == tuple(f"./{quote(link)}" for link in links)
     assert len(text.encode()) < MAX_BYTES
     for tag, attributes in page.tags:
         for name in ("src", "srcset", "href", "data", "action", "poster"):

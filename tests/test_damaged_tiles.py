@@ -121,6 +121,17 @@ def test_planes_do_not_cover_it_and_the_journal_names_it(tmp_path, monkeypatch, 
         assert (got[PLANES.index("coverage"), lost] == 0).all()
 
 
+def test_planes_of_bands_are_those_of_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("deepfere.tiling.plan.SHARD_PX", 128)
+    path = write_jpeg_tiff(tmp_path / "s.tif", picture(256, 256), factors=(1,), tile=TILE)
+    spec = spec_of(tmp_path, path)
+    whole = [compute_shard(spec, row, col)[0] for row in (0, 1) for col in (0, 1)]
+    for band_px in (1, 1000, 5000):
+        monkeypatch.setattr("deepfere.tiling.cache.BAND_PX", band_px)
+        parts = [compute_shard(spec, row, col)[0] for row in (0, 1) for col in (0, 1)]
+        assert all(np.array_equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
 def test_the_overview_is_whole_or_says_what_it_lacks(phantom, pyramid):
     want, _ = stain_overview(open_slide(pyramid), 50.0)
     row, col = middle_tile(phantom)

@@ -63,9 +63,9 @@ def test_evaluate_scores_and_shows_them(copied, cli, tmp_path, monkeypatch):
     smooth = next(row for row in two["rows"] if row["what"].startswith("smooth"))
     assert smooth["ours_db"] == pytest.approx(smooth["no_guide_db"], abs=0.1)
     page = copied.with_suffix(".html").read_text()
-    assert "× 2" in page and "too few" in page and 'href="copy.evaluation.html"' in page
+    assert "× 2" in page and "too few" in page and 'href="./copy.evaluation.html"' in page
     every = copied.with_name("copy.evaluation.html").read_text()
-    assert 'href="copy.html"' in every and every.count('<tr><td class="n">') == 48
+    assert 'href="./copy.html"' in every and every.count('<tr><td class="n">') == 48
     for name in ("bicubic", "no_guide", "ours"):
         assert 0 < everything[f"{name}_sam_deg"] < 60 and 0 < everything[f"{name}_ergas"] < 200
     assert "ERGAS" in done.out and "wrong stains" in done.out and "nested" in done.out

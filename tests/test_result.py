@@ -6,6 +6,7 @@ import shutil
 from functools import partial
 from itertools import combinations, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import dask.array as da
 import numpy as np
@@ -18,6 +19,7 @@ from deepfere.measured.operator import pad_edge
 from deepfere.model.decode import IonDecoder
 from deepfere.model.guide import Cells
 from deepfere.model.uncertainty import local_variance
+from deepfere.pipeline.seal import detail_scale
 from deepfere.places import beside
 from deepfere.reconstruction.blocks import spread, variance_block
 from tests.conftest import FACTOR, footprint_means
@@ -87,6 +89,17 @@ def test_levels_with_odd_edges_are_averages_of_level_0(fused):
             wanted = np.nansum(blocks, (1, 3))[seen] / np.isfinite(blocks).sum((1, 3))[seen]
             wanted = wanted if values == deep.ion else np.sqrt(wanted)
             np.testing.assert_allclose(got[seen], wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1.0, 3e7])
+def test_detail_in_any_unit_fits_half_precision(tmp_path, unit):
+    images = unit * np.random.default_rng(0).standard_normal((2, 30, 30))
+    images[1] = 0
+    np.savez(tmp_path / "arrays.npz", factors=images, mask=np.ones((30, 30), bool))
+    scale = np.array(detail_scale(SimpleNamespace(arrays=tmp_path / "arrays.npz")))
+    stored = (images / scale[:, None, None]).astype(np.float16).astype(np.float64) * scale[:, None, None]
+    np.testing.assert_allclose(stored, images, rtol=1e-3, atol=1e-6 * unit)
+    assert scale[1] == 1.0 and np.log2(scale[0]) % 1 == 0 and (unit != 1.0 or scale[0] == 1.0)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (9, 8), (2, 3)])

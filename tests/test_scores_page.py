@@ -41,8 +41,8 @@ def test_borders_are_shown_with_their_pictures(small, tmp_path):
     assert "Borders of the tissue labels" not in without.text and "Wald" not in page.text
 
 
-def fake(folder: Any, ions: int = 5) -> FakeResult:
-    result = FakeResult(ions=ions, path=str(folder / "liver.zarr"))
+def fake(folder: Any, ions: int = 5, name: str = "liver") -> FakeResult:
+    result = FakeResult(ions=ions, path=str(folder / f"{name}.zarr"))
     result.provenance["config"] = {"model": {"null_guides": 20}}
     notes = {"t1_left": 0.41, "t1_left_joint": 0.4, "joint_moved_px": 0.12, "joint_kept": False}
     result.provenance["model"] = {"tier": "T1", "notes": notes}
@@ -92,17 +92,18 @@ def test_the_page_holds_every_ion_and_says_what_was_gained(tmp_path):
     assert sum(tag == "source" for tag, _ in page.tags) == 2
 
 
-def test_report_and_page_link_each_other_where_both_stand(small, tmp_path):
-    result = fake(tmp_path)
-    scores, beside = scored(result), tmp_path / "liver.html"
+@pytest.mark.parametrize("name", ["liver", "kidney#2", "a b?%c", "s1:2"])
+def test_report_and_page_link_each_other_where_both_stand(small, tmp_path, name):
+    result = fake(tmp_path, name=name)
+    scores, beside = scored(result), tmp_path / f"{name}.html"
     alone = write_report(result, beside, evaluation=scores).read_text()
     assert_self_contained(alone, Page(alone))
     page = write_scores_page(result, scores)
     text = page.read_text()
-    assert_self_contained(text, Page(text), ("liver.html",))
+    assert_self_contained(text, Page(text), (f"{name}.html",))
     both = write_report(result, beside, evaluation=scores).read_text()
-    assert_self_contained(both, Page(both), ("liver.evaluation.html",))
-    elsewhere = write_report(result, tmp_path / "other" / "liver.html", evaluation=scores).read_text()
+    assert_self_contained(both, Page(both), (f"{name}.evaluation.html",))
+    elsewhere = write_report(result, tmp_path / "other" / f"{name}.html", evaluation=scores).read_text()
     assert_self_contained(elsewhere, Page(elsewhere))
     # Pages of another result are not linked.
     result.provenance["identity"] = "ffff"

@@ -189,6 +189,19 @@ def test_stop_asks_a_run_and_waits_for_it(cli, tmp_path):
     assert not (work.root / "stop").exists()
 
 
+def test_stop_of_the_folder_where_one_is(cli, tmp_path, monkeypatch):
+    work = Workspace(tmp_path / "study")
+    with work.locked():
+        work.claim("a", overwrite=False)
+    monkeypatch.chdir(tmp_path / "study")
+    for name in (".", "../study", "../study/"):
+        told = cli("stop", name)
+        assert told.code == 0 and f"nothing runs in {tmp_path / 'study'}" in told.out + told.err
+    for name in ("", "/", " "):
+        told = cli("stop", name)
+        assert told.code == 2 and len(told.errors) == 1
+
+
 def test_stop_of_what_is_no_run(cli, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     for name in (tmp_path, tmp_path / "gone", "deepfere-train-0123456789ab"):

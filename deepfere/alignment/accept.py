@@ -25,7 +25,10 @@ The fewer the pixels, the better the best of many wrong placements. With 105 and
 reached 0.28 at most; 44 right ones 0.26 and more, 42 of them 0.33.
 """
 
-REMEDY = "give landmarks (--landmarks FILE.csv), an alignment (--alignment FILE.json), or the right slide"
+REMEDY = (
+    "check --pitch-um and --slide-mpp-um, or give landmarks (--landmarks FILE.csv), an alignment "
+    "(--alignment FILE.json), or the right slide (in a study by the columns of these names)"
+)
 
 MAX_STRETCH = 0.18
 """The stated sizes fix the scale: a placement that stretches any direction by more (in logarithms) is none.
@@ -89,7 +92,7 @@ def accept(
         raise InputError(
             "the stain does not show where the section lies: the best placement stretches it by "
             f"{100 * np.expm1(stretch):.0f} %, against the stated sizes",
-            remedy=f"check --pitch-um and --slide-mpp-um, or {REMEDY}",
+            remedy=REMEDY,
         )
     if best.fine_r2 < runner_up + MARGIN or best.fine_r2 < bar or best.fine_r2 < LEAST_R2:
         told = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import click
@@ -117,6 +116,6 @@ def demo(out: str, config: str | None, overwrite: bool, overrides: tuple[str, ..
     from deepfere.demo import run_demo
 
     with progress_bar("demo") as progress:
-        summary, page = run_demo(Path(out), config=config, overrides=overrides, overwrite=overwrite, progress=progress)
+        summary, page = run_demo(out, config=config, overrides=overrides, overwrite=overwrite, progress=progress)
     click.echo(summary)
     click.echo(f"report: {page}")

@@ -332,6 +332,15 @@ def _choose_pitch(source: Source, given: float | tuple[float, float] | None) -> 
     values = tuple(float(v) for v in pair)
     if len(values) != 2 or not all(math.isfinite(v) and v > 0 for v in values):
         raise InputError(f"{given} is not a pixel pitch", where="--pitch-um", remedy="give one or two positive numbers")
+    stated = source.pitch_um
+    if stated is not None and not np.allclose(values, stated, rtol=0.02):
+        # It may be wrong there, and is at times; a comma in the place of a point makes two numbers.
+        warnings.warn(
+            f"{source.path}: states pixels of {stated[0]:g} x {stated[1]:g} um (y, x); taken are those given, "
+            f"{values[0]:g} x {values[1]:g} um",
+            UserWarning,
+            stacklevel=3,
+        )
     return values[0], values[1]
 
 

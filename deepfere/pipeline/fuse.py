@@ -85,8 +85,8 @@ def output(given: str | Path) -> Place:
     Raises:
         InputError: It is no path, or has no name.
     """
-    name = str(place(given)).rstrip("/")
-    if not str(given).strip() or not name:
+    name = str(place(given)).rstrip("/") if str(given).strip() else ""
+    if not name:
         raise InputError(
             "is no name for an output", where=repr(str(given)), remedy="give -o a path or s3://BUCKET/NAME"
         )

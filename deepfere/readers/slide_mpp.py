@@ -12,7 +12,7 @@ MPP_RANGE_UM = (0.05, 100.0)
 # has them to within a thousandth (which covers dots per centimetre that were rounded to a whole number).
 PRINT_DPI = (72, 96, 100, 150, 200, 300, 600)
 PRINT_DPI_TOLERANCE = 1e-3
-GIVE_MPP = "give --slide-mpp-um"
+GIVE_MPP = "give --slide-mpp-um (in a study slide_mpp_um)"
 
 
 def number(text: str | None) -> float | None:

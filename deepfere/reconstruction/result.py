@@ -109,10 +109,11 @@ class Result:
         self.grid: SectionGrid = self._measured.grid
 
     def __repr__(self) -> str:
-        ny, nx = self.grid.shape_px
+        (ny, nx), (y, x) = self.grid.shape_px, self.grid.pitch_um
+        pitch = f"{y:g} um" if y == x else f"{y:g} x {x:g} um (y, x)"
         return (
             f"<deepfere result {self.path}: {len(self._measured.mz)} ions, {ny} x {nx} measured pixels of "
-            f"{self.grid.pitch_um[0]:g} um, x{self.factor}>"
+            f"{pitch}, x{self.factor}>"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

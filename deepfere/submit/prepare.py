@@ -55,7 +55,7 @@ def prepare(command: click.Command, values: Mapping[str, Any], *, to: str, elsew
             f"a job that goes to {to} sees the files of this machine", where=ELSEWHERE, remedy="leave it out"
         )
     words, paths = _words(command, values, elsewhere)
-    _check(str(command.name), values, paths, config, elsewhere)
+    _check(str(command.name), values, paths, config, to, elsewhere)
     study = paths["msi" if command.name == "fuse" else "study"]
     return make_submission(str(command.name), words, study, paths["out"], shipped(config, to))
 
@@ -88,7 +88,9 @@ def _absolute(path: str, parameter: click.Parameter, elsewhere: bool) -> str:
     return path.rstrip("/")
 
 
-def _check(job: str, values: Mapping[str, Any], paths: Mapping[str, str], config: Config, elsewhere: bool) -> None:
+def _check(
+    job: str, values: Mapping[str, Any], paths: Mapping[str, str], config: Config, to: str, elsewhere: bool
+) -> None:
     """What can be known without reading pixels."""
     from deepfere.pipeline.deep import check_patches
     from deepfere.pipeline.fuse import check_files, check_output, output
@@ -114,12 +116,13 @@ def _check(job: str, values: Mapping[str, Any], paths: Mapping[str, str], config
     else:
         sections = study_sections(job, paths["study"], config)
     for section in sections:
-        _exist(section.msi, section.slide, section.alignment, section.landmarks)
+        _exist(to, section.msi, section.slide, section.alignment, section.landmarks)
         check_files(section, config)
     check_output(output(paths["out"]))
 
 
-def _exist(*paths: str | None) -> None:
+def _exist(to: str, *paths: str | None) -> None:
+    more = f", or give {ELSEWHERE}" if to in ("ray", "kuberay") else ""
     for path in paths:
         if path is not None and not place(path).exists():
-            raise InputError("does not exist", where=path, remedy=f"check the path, or give {ELSEWHERE}")
+            raise InputError("does not exist", where=path, remedy=f"check the path{more}")

@@ -146,6 +146,8 @@ class Slurm(Target):
             f"--job-name={name}",
             f"--output={str(folder).replace('%', '%%')}/{name}-%j.out",
             f"--chdir={folder}",
+            # One section is ingested, aligned and fitted in the program: other nodes would wait for that.
+            *(["--nodes=1"] if submission.job == "fuse" else []),
             *self.options,
         ]
         directives = "".join(f"#SBATCH {shlex.quote(option)}\n" for option in more)

@@ -45,7 +45,9 @@ def ask(run: str) -> Asked:
     record = recorded(run)
     if record is not None:
         return _ask_job(run, record)
-    folder = _folder(place(run.rstrip("/")))
+    if not run.strip("/ "):
+        raise InputError("is no run", where=repr(run), remedy="give a working folder, a result or a job's id")
+    folder = _folder(place(run.rstrip("/")).resolve(), run)
     if not is_held(folder / LOCK):
         return Asked(f"nothing runs in {folder}")
     request(folder / STOP, "by deepfere stop")
@@ -91,11 +93,11 @@ def find(record: dict[str, Any]) -> Job:
     return SlurmJob(name, record["number"], Path(record["log"]))
 
 
-def _folder(path: Place) -> Place:
+def _folder(path: Place, run: str) -> Place:
     beside = path.with_name(path.name + ".work")
     for folder in (beside, path):
         if (folder / LOCK).exists() or (folder / IDENTITY).exists():
             return folder
-    if re.match(r"deepfere-[a-z]+-[0-9a-f]{12}", str(path)):
-        raise InputError(f"no job {path} was submitted from here", remedy="give the id that submit has told")
+    if re.match(r"deepfere-[a-z]+-[0-9a-f]{12}", run):
+        raise InputError(f"no job {run} was submitted from here", remedy="give the id that submit has told")
     raise InputError("is no work of deepfere", where=path, remedy="give a working folder, a result or a job's id")

@@ -23,6 +23,9 @@ from deepfere.readers.slide_damaged import DamagedTiles, ReadAround
 from deepfere.store import create_array, open_group, reading_again, write_shard
 from deepfere.tiling.plan import CHUNK_PX, SHARD_PX, PlaneGrid
 
+BAND_PX = 2**24
+"""Fine pixels of a shard that are read at a time; 45 bytes each."""
+
 
 @dataclass(frozen=True)
 class CacheSpec:
@@ -112,10 +115,15 @@ def compute_shard(spec: CacheSpec, row: int, col: int) -> tuple[NDArray[np.uint8
     """Planes (7, h, w) of one shard, read from the slide; its damaged native tiles, which they do not cover."""
     r0, r1, c0, c1 = spec.planes.shard_window(row, col)
     block, spacing, fine_um = spec.planes.block, spec.planes.spacing_um, spec.planes.fine_mpp_um
-    around, corner = ReadAround(slide_of(spec)), (r0 * spacing[0], c0 * spacing[1])
-    rgb, coverage = read_area(around, corner, ((r1 - r0) * block, (c1 - c0) * block), fine_um)
-    marks = spec.artefacts.at(corner, fine_um, coverage.shape) | around.hidden(corner, fine_um, coverage.shape)
-    return base_planes(rgb, np.where(marks, 0.0, coverage), block, spec.reference), around.damaged
+    around, bands = ReadAround(slide_of(spec)), []
+    # Where a plane pixel is many fine ones, a shard of them is more than fits into memory.
+    rows = max(1, BAND_PX // ((c1 - c0) * block * block))
+    for top in range(r0, r1, rows):
+        corner, shape = (top * spacing[0], c0 * spacing[1]), ((min(top + rows, r1) - top) * block, (c1 - c0) * block)
+        rgb, coverage = read_area(around, corner, shape, fine_um)
+        marks = spec.artefacts.at(corner, fine_um, shape) | around.hidden(corner, fine_um, shape)
+        bands.append(base_planes(rgb, np.where(marks, 0.0, coverage), block, spec.reference))
+    return np.concatenate(bands, 1), around.damaged
 
 
 def write_planes(spec: CacheSpec, row: int, col: int) -> tuple[list[int] | None, DamagedTiles]:
