@@ -87,7 +87,8 @@ class Section(BaseModel):
             try:
                 value = [float(part) for part in value.replace("x", ",").split(",")] if value.strip() else None
             except ValueError:
-                raise ValueError(f"{value!r} is no size in micrometres: give 50, or 50,40 (in a table 50x40) for y and x") from None
+                form = "give 50, or 50,40 (in a table 50x40) for y and x"
+                raise ValueError(f"{value!r} is no size in micrometres: {form}") from None
         if isinstance(value, int | float):
             value = (float(value), float(value))
         if isinstance(value, list | tuple) and len(value) == 1:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.ndimage import gaussian_filter1d
+from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
 from deepfere.frame import Alignment, SectionGrid
 from deepfere.measured.operator import cell_means
@@ -185,6 +185,25 @@ def test_features_of_a_window_equal_the_whole(i0, j0, h, w, context):
     assert part.shape[1:] == (h * 3 + 2 * context, w * 3 + 2 * context)
     np.testing.assert_allclose(part.numpy(), whole[:, rows, cols].numpy(), atol=2e-6)
     np.testing.assert_allclose(part_cover.numpy(), cover[rows, cols].numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("pitch", [(30.0, 30.0), (90.0, 30.0), (25.0, 100.0)])
+def test_long_pixels_are_sampled_as_densely_as_short_ones(pitch):
+    """Line scans: the mean over a footprint is that of the picture."""
+    spacing, ny, nx = min(pitch) / 8, 6, 6
+    h, w = (round(n * p / spacing) for n, p in zip((ny, nx), pitch, strict=True))
+    texture = gaussian_filter(np.random.default_rng(0).standard_normal((h, w)), 0.8, mode="wrap")
+    planes = torch.zeros(7, h, w)
+    planes[:] = torch.from_numpy(128 + 40 * texture / texture.std())
+    spec = GuideSpec(SectionGrid((ny, nx), pitch), 4, (spacing, spacing), (h, w), WHITE, 0.0)
+    cells = Cells(1, ny - 1, 1, nx - 1)
+    slide_um = spec.slide_points_um(Alignment.identity(), cells, 0)
+    sampled, _ = spec.sample(planes.permute(1, 2, 0).contiguous(), (0, 0), slide_um)
+    r = spec.radius_px
+    inner = sampled[0, r : sampled.shape[1] - r, r : sampled.shape[2] - r].double().numpy()
+    means = inner.reshape(ny - 2, 4, nx - 2, 4).mean((1, 3))
+    truth = planes[0].double().numpy().reshape(ny, h // ny, nx, w // nx).mean((1, 3))[1:-1, 1:-1]
+    assert np.corrcoef(means.ravel(), truth.ravel())[0, 1] > 0.97
 
 
 def test_cover_is_the_share_that_the_slide_shows():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,7 +79,7 @@ class GuideSpec:
         return max(smoothing_radius(s * self.factor) for s in self.smoothings_pitch)
 
     def points_um(self, cells: Cells, context_px: int) -> Points:
-        """Section positions ((H + 2 r) s, (W + 2 r) s, 2) of all sample points of a window.
+        """Section positions ((H + 2 r) sy, (W + 2 r) sx, 2) of all sample points of a window, see `supersample`.
 
         Args:
             cells: Window of measured pixels; H, W = its size times the factor, plus twice the context.
@@ -93,11 +94,25 @@ class GuideSpec:
 
     def axes_um(self, cells: Cells, context_px: int) -> tuple[Points, Points]:
         """Of `points_um`, the rows' y and the columns' x."""
-        s, margin = SUPERSAMPLE, context_px + self.radius_px
+        margin = context_px + self.radius_px
         origin = (cells.i0 * self.factor - margin, cells.j0 * self.factor - margin)
         shape = tuple(n * self.factor + 2 * margin for n in cells.shape)
-        fine = self.grid.refine(self.factor * s)
-        return fine.axes_um((origin[0] * s, origin[1] * s), (shape[0] * s, shape[1] * s))
+        fine = [self.grid.refine(self.factor * s) for s in self.supersample]
+        y, x = (
+            grid.axes_um((origin[0] * s, origin[1] * s), (shape[0] * s, shape[1] * s))[axis]
+            for axis, (grid, s) in enumerate(zip(fine, self.supersample, strict=True))
+        )
+        return y, x
+
+    @property
+    def supersample(self) -> tuple[int, int]:
+        """Sample points per high-resolution pixel along y and x.
+
+        Planes are as fine as the shorter side needs; along a longer one there are so many more, about as far apart.
+        """
+        short = min(self.grid.pitch_um)
+        sy, sx = (max(SUPERSAMPLE, math.ceil(SUPERSAMPLE * p / short - 0.5)) for p in self.grid.pitch_um)
+        return sy, sx
 
     def window(
         self, alignment: Alignment, cells: Cells, context_px: int, margin_px: int = 1
@@ -128,7 +143,7 @@ class GuideSpec:
 
         Arguments as for `features`.
         """
-        sampled = sample_window(planes, origin_px, self.spacing_um, slide_um, SUPERSAMPLE)
+        sampled = sample_window(planes, origin_px, self.spacing_um, slide_um, self.supersample)
         return sampled, sampled[-1].detach() / 255 * self.on_slide(slide_um)
 
     def features_at(self, sampled: Tensor, cover: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +177,7 @@ class GuideSpec:
     def on_slide(self, slide_um: Tensor) -> Tensor:
         """Share (H, W) of each pixel's sample points that lie on the slide: beyond it sampling repeats its edge."""
         high = slide_um.new_tensor([n * s for n, s in zip(self.planes_shape, self.spacing_um, strict=True)])
-        return on_slide(slide_um, high, SUPERSAMPLE)
+        return on_slide(slide_um, high, self.supersample)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the plan."""

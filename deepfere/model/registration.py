@@ -268,7 +268,7 @@ def sample_window(
     origin_px: tuple[int, int],
     spacing_um: tuple[float, float],
     slide_um: Tensor,
-    supersample: int = 2,
+    supersample: int | tuple[int, int] = 2,
 ) -> Tensor:
     """Area-averaged samples (C, H, W) of planes at a window of section pixels.
 
@@ -276,19 +276,19 @@ def sample_window(
         planes: (h, w, C) window of the plane grid, floating point.
         origin_px: First row and column of that window in the plane grid.
         spacing_um: Plane pixel size (y, x), slide micrometres; the grid starts at the slide's corner.
-        slide_um: (H s, W s, 2) float64 slide positions of s x s points per section pixel.
-        supersample: s; each output pixel is the mean of its s x s bilinear samples.
+        slide_um: (H sy, W sx, 2) float64 slide positions of sy x sx points per section pixel.
+        supersample: (sy, sx), or one for both; each output pixel is the mean of its bilinear samples.
     """
-    s = supersample
-    height, width = slide_um.shape[0] // s, slide_um.shape[1] // s
+    sy, sx = (supersample, supersample) if isinstance(supersample, int) else supersample
+    height, width = slide_um.shape[0] // sy, slide_um.shape[1] // sx
     coordinates = slide_um.reshape(-1, 2) / slide_um.new_tensor(spacing_um) - 0.5
     samples = bilinear(planes, origin_px, coordinates)
     # One axis after the other: the mean over both at once takes three times as long.
-    pooled = samples.reshape(height, s, width, s, -1).sum(3).sum(1) / s**2
+    pooled = samples.reshape(height, sy, width, sx, -1).sum(3).sum(1) / (sy * sx)
     return pooled.permute(2, 0, 1)
 
 
-def on_slide(slide_um: Tensor, extent_um: Tensor, supersample: int = 2) -> Tensor:
+def on_slide(slide_um: Tensor, extent_um: Tensor, supersample: int | tuple[int, int] = 2) -> Tensor:
     """Share (H, W) of each pixel's sample points that lie on the slide: beyond it sampling repeats its edge.
 
     Args:

@@ -33,7 +33,7 @@ from deepfere.measured.store import Measured, open_measured
 from deepfere.measured.tolerance import Tolerance, nearest_ion
 from deepfere.model.decode import IonDecoder
 from deepfere.model.guide import Cells
-from deepfere.places import Place, place, reading
+from deepfere.places import Place, not_empty, place, reading
 from deepfere.reconstruction.blocks import (
     forget,
     ion_block,
@@ -71,7 +71,7 @@ def sealing(path: str | Place) -> Iterator[None]:
 
 def _place(path: str | Place) -> str:
     """An absolute path, so that lazy arrays find their store after a change of folder; a URL as it is."""
-    return str(path).rstrip("/") if is_url(path) else str(Path(str(path)).absolute())
+    return str(path).rstrip("/") if is_url(path) else str(Path(not_empty(str(path))).absolute())
 
 
 class Result:
