@@ -8,6 +8,7 @@ from PIL import Image
 
 from deepfere.errors import InputError
 from deepfere.readers.digest import content_digest
+from deepfere.readers.ranges import LocalRanges
 from deepfere.readers.slide import (
     Level,
     Reading,
@@ -339,6 +340,37 @@ def test_grey_tiff(tmp_path, kind, want):
     tifffile.imwrite(path, grey, photometric=kind, rowsperstrip=16, metadata=None)
     got = open_slide(path, 1.0).read(0, 0, 0, 70, 70)
     np.testing.assert_array_equal(got, np.repeat(want(grey)[..., None], 3, 2))
+
+
+@pytest.mark.parametrize(("kind", "samples"), [("rgb", 3), ("minisblack", 1), ("miniswhite", 1)])
+def test_one_strip_is_read_in_parts(tmp_path, monkeypatch, kind, samples):
+    image = noise(70, 90) if samples == 3 else noise(70, 90)[..., 0]
+    path = tmp_path / "one.tif"
+    tifffile.imwrite(path, image, photometric=kind, rowsperstrip=70, metadata=None)
+    whole = open_slide(path, 1.0).read(0, 0, 0, 70, 90)
+    monkeypatch.setattr("deepfere.readers.slide_flat.STRIP_BYTES", 1000)
+    asked, fetch = [], LocalRanges.fetch
+    monkeypatch.setattr(LocalRanges, "fetch", lambda ranges, at, sizes: asked.extend(sizes) or fetch(ranges, at, sizes))
+    slide = open_slide(path, 1.0)
+    np.testing.assert_array_equal(slide.read(0, 0, 0, 70, 90), whole)
+    np.testing.assert_array_equal(slide.read(0, 33, 5, 31, 60), whole[33:64, 5:65])
+    assert max(asked) <= 1000 and sum(asked) == image.nbytes
+    # Packed it cannot be cut.
+    tifffile.imwrite(path, image, photometric=kind, rowsperstrip=70, compression="deflate", metadata=None)
+    np.testing.assert_array_equal(open_slide(path, 1.0).read(0, 0, 0, 70, 90), whole)
+
+
+def test_the_fourth_sample_is_what_the_file_says(tmp_path):
+    image, path = noise(40, 50), tmp_path / "four.tif"
+    alpha = np.full((40, 50, 1), 128, np.uint8)
+    half = (image.astype(int) * 128 + 127) // 255
+    want = {"unassalpha": (image * 128.0 + 255 * 127) / 255, "assocalpha": half + 127.0, "unspecified": image}
+    for kind, expected in want.items():
+        shown = half.astype(np.uint8) if kind == "assocalpha" else image
+        rgba = np.concatenate([shown, alpha], 2)
+        tifffile.imwrite(path, rgba, photometric="rgb", extrasamples=[kind], rowsperstrip=16, metadata=None)
+        got = open_slide(path, 1.0).read(0, 0, 0, 40, 50)
+        assert np.abs(got - expected).max() <= 1, kind
 
 
 def test_planar_and_jpeg_tiff(tmp_path):

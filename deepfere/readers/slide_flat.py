@@ -27,6 +27,7 @@ from deepfere.readers.slide_mpp import GIVE_MPP, trusted_mpp
 from deepfere.remote import is_url
 
 CACHE_BYTES = 256 << 20
+STRIP_BYTES = 1 << 20
 WHITE = np.array([255, 255, 255], dtype=np.uint8)
 CONVERT = "convert it to an 8-bit RGB TIFF"
 # EXIF and TIFF orientation -> (swap rows and columns, flip rows, flip columns), applied in that order to turn
@@ -320,6 +321,33 @@ def stated_mpp(file: Any, page: Any) -> tuple[float | None, float | None]:
     return per_um / values[0], per_um / values[1]
 
 
+class _Cut:
+    """A page of one uncompressed strip (programs write pictures of any size so) as strips of `STRIP_BYTES`."""
+
+    def __init__(self, page: Any) -> None:
+        self._page, height, row = page, page.imagelength, page.imagewidth * page.samplesperpixel
+        self.rowsperstrip = max(1, STRIP_BYTES // row)
+        first = np.arange(0, height, self.rowsperstrip)
+        self.dataoffsets = (page.dataoffsets[0] + first * row).tolist()
+        self.databytecounts = ((np.minimum(first + self.rowsperstrip, height) - first) * row).tolist()
+
+    @classmethod
+    def where_it_can_be(cls, page: Any) -> Any:
+        """The page, cut where that spares memory."""
+        plain = page.compression == 1 and page.predictor == 1 and page.dtype == np.uint8 and page.bitspersample == 8
+        together = page.planarconfig == 1 or page.samplesperpixel == 1
+        whole = page.imagelength * page.imagewidth * page.samplesperpixel
+        alone = not page.is_tiled and list(page.databytecounts) == [whole]
+        return cls(page) if plain and together and alone and whole > STRIP_BYTES else page
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._page, name)
+
+    def decode(self, data: bytes, _: int, **__: Any) -> tuple[NDArray[np.uint8]]:
+        """As tifffile's: (1, h, w, samples)."""
+        return (np.frombuffer(data, np.uint8).reshape(1, -1, self._page.imagewidth, self._page.samplesperpixel),)
+
+
 class _Segments:
     """Decoded tiles and strips of a TIFF, the recently used ones kept (by bytes)."""
 
@@ -331,6 +359,7 @@ class _Segments:
 
     def window(self, level: int, page: Any) -> Window:
         """A function that reads windows of this page."""
+        page = _Cut.where_it_can_be(page)
         height, width = page.imagelength, page.imagewidth
         rows, cols = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, width)
         rows = min(rows, height) if not page.is_tiled else rows
