@@ -95,15 +95,15 @@ def test_a_folder_that_becomes_read_only_midway(trained):
     """As where a disk with errors is mounted again, or a share whose lease has ended."""
     made, over = trained.made, threading.Event()
 
-    def mount(*words: object) -> None:
-        subprocess.run(["mount", *map(str, words)], check=True)
-
     def seal() -> None:
         while not over.wait(0.01):
             if len(objects_of(made, "detail/0")) > 4:
                 # Over itself: what has a file open for writing on a disk keeps it from being remounted.
-                mount("--bind", made, made)
-                mount("--options", "remount,bind,ro", made)
+                subprocess.run(["mount", "--bind", made, made], check=True)
+                again = ["mount", "--options", "remount,bind,ro", made]
+                # So does what was opened since then, for a moment.
+                while subprocess.run(again, capture_output=True).returncode and not over.is_set():
+                    pass
                 return
 
     watch = threading.Thread(target=seal)
