@@ -112,6 +112,9 @@ def test_sections_have_runs_of_their_own_which_a_restart_goes_on_with(tracking_s
     # Whether the machine's load is recorded makes no other run.
     with attempt(load_config(None, ["tracking.system_metrics=false"], base=config)) as run:
         run._of("one").log_metrics({"held_out_r2_median": 0.75})
+    client.set_terminated(first["one"][0], "RUNNING")  # as if the program had been lost once more
+    with attempt():
+        pass
     last = runs()
     assert {name: status for name, (_, status, _) in last.items()} == {
         "study": "FINISHED",

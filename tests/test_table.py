@@ -498,7 +498,7 @@ def test_a_table_and_an_imzml_share_the_ions_of_a_study(tmp_path, cli):
     write_table(tmp_path / "t.zarr", values, x, y, mz)
     more = np.insert(mz, 5, (mz[4] + mz[5]) / 2)
     as_imzml(tmp_path / "i.imzML", np.insert(values, 5, 7.0, axis=1), x, y, more, mode="processed")
-    (tmp_path / "study.csv").write_text("name,msi,pitch_um\ntable,t.zarr,10\nfile,i.imzML,10\n")
+    (tmp_path / "study.csv").write_text("name,msi,pitch_um\ntable,t.zarr,\nfile,i.imzML,10\n")
     done = cli("ingest", tmp_path / "study.csv", "-o", tmp_path / "w", "--no-guide")
     assert done.code == 0 and done.out.count("12 ions, 9 x 7 pixels") == 2, done
     table, file = (deepfere.open_measured(tmp_path / "w" / "sections" / s / "measured.zarr") for s in ("table", "file"))

@@ -205,8 +205,9 @@ class Run:
         """Close it, and what is open below it."""
         below = dict(self._open)
         if status == "FINISHED" and not self._new and len(self._sections) > 1:
-            # An earlier attempt has left those as they were when it ended.
-            below |= {n: t for n, t in self._known().items() if n not in self._failed}
+            # An earlier attempt that was lost or stopped has left them so.
+            left = {n: t for n, t in self._known().items() if t.status in ("RUNNING", "KILLED")}
+            below |= {n: t for n, t in left.items() if n not in self._failed}
         for tracker in below.values():
             tracker.finish(status)
         self._tracker.finish(status)

@@ -68,6 +68,7 @@ class Tracker:
         uri: The absolute tracking URI; ``none`` for a :class:`NullTracker`.
         run_id: The run's id, empty for a :class:`NullTracker`.
         tags: The run's tags as this tracker has found or set them.
+        status: What it was when it was found below another; else nothing.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Tracker:
         self._fresh = fresh
         self._steps: dict[str, set[int]] = {}
         self._finished = False
+        self.status = ""
 
     @staticmethod
     def start(
@@ -157,7 +159,7 @@ class Tracker:
                 )
                 for run in page:
                     tracker = Tracker(self.client, self.uri, run.info.run_id, self.experiment_id, run.data.tags)
-                    tracker._finished = run.info.status == "FINISHED"
+                    tracker.status = run.info.status
                     found.append(tracker)
                 token = page.token
                 if not token:
