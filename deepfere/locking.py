@@ -128,7 +128,9 @@ def _flock(file: Path) -> int:
 def _here() -> str:
     """This machine since it was started, as far as process numbers mean the same: containers have their own."""
     # Names are not unique, and the first namespace has the same number everywhere.
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    boot = ""
+    with suppress(OSError):  # not everywhere
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{socket.gethostname()} {boot} {os.stat('/proc/self/ns/pid').st_ino}"  # noqa: PTH116 - a link to no path
 
 
