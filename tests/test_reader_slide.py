@@ -348,7 +348,7 @@ def test_one_strip_is_read_in_parts(tmp_path, monkeypatch, kind, samples):
     path = tmp_path / "one.tif"
     tifffile.imwrite(path, image, photometric=kind, rowsperstrip=70, metadata=None)
     whole = open_slide(path, 1.0).read(0, 0, 0, 70, 90)
-    monkeypatch.setattr("deepfere.readers.slide_flat.STRIP_BYTES", 1000)
+    monkeypatch.setattr("deepfere.readers.slide_segments.STRIP_BYTES", 1000)
     asked, fetch = [], LocalRanges.fetch
     monkeypatch.setattr(LocalRanges, "fetch", lambda ranges, at, sizes: asked.extend(sizes) or fetch(ranges, at, sizes))
     slide = open_slide(path, 1.0)
